@@ -1,0 +1,117 @@
+"""Leading eigenspace of a covariance, and the distance of two of them with a gradient that survives closing gaps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Eigenspace:
+    """Leading eigenvectors `basis` (d, m) and eigenvalues `values` (m,), largest first, of a covariance (d, d).
+
+    `rest` stands for each of the d - m eigenvalues that are left out: their mean. It is exact where they are all
+    equal, as for the null space of N < d rows.
+    """
+
+    basis: Tensor
+    values: Tensor
+    rest: Tensor
+
+    def leading(self, k: int) -> Tensor:
+        """Mask (min(k, m),): the leading k directions that carry variance above rounding."""
+        eps = 16 * torch.finfo(self.values.dtype).eps
+        return (self.values[:k] > eps * self.values[0]) & (self.values[:k] > 0)
+
+    def gap(self, k: int) -> Tensor:
+        """lambda_k - lambda_{k+1}, in units of the mean eigenvalue."""
+        d, m = self.basis.shape
+        below = self.values[k] if k < m else self.rest
+        mean = (self.values.sum() + (d - m) * self.rest) / d
+        return (self.values[min(k, m) - 1] - below) / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+
+
+@torch.no_grad()
+def eigenspace(covariance: Tensor) -> Eigenspace:
+    """All of it, exactly. Equals `np.linalg.eigh`, largest first."""
+    values, basis = torch.linalg.eigh(covariance)
+    return Eigenspace(basis.flip(1), values.flip(0).clamp(min=0), values.new_zeros(()))
+
+
+@torch.no_grad()
+def eigenspace_of_rows(z: Tensor) -> Eigenspace:
+    """Of Z^T Z / N, by a thin SVD of Z (N, d): the min(N, d) directions that the rows span; the rest is zero."""
+    _, singular, basis = torch.linalg.svd(z, full_matrices=False)
+    return Eigenspace(basis.mT, singular.square() / len(z), z.new_zeros(()))
+
+
+@torch.no_grad()
+def power_iteration(covariance: Tensor, basis: Tensor, iterations: int = 1) -> Eigenspace:
+    """Block power steps from `basis` (d, m), then Rayleigh-Ritz: O(d^2 m) a step, no dense eigendecomposition.
+
+    Warm-started with the basis of the step before, it tracks a slowly moving covariance (paper 4.5, A.4).
+    Never differentiated: `subspace_distance_squared` knows the gradient of the projector.
+    """
+    for _ in range(iterations):
+        basis = torch.linalg.qr(covariance @ basis).Q
+    values, rotation = torch.linalg.eigh(basis.mT @ covariance @ basis)
+    values = values.flip(0).clamp(min=0)
+    d, m = basis.shape
+    rest = (covariance.trace() - values.sum()).clamp(min=0) / max(d - m, 1)
+    return Eigenspace(basis @ rotation.flip(1), values, rest)
+
+
+class _SubspaceDistanceSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, covariance_a, covariance_b, a, b, k, broadening):
+        mask_a, mask_b = a.leading(k), b.leading(k)
+        top_a, top_b = a.basis[:, :k] * mask_a, b.basis[:, :k] * mask_b
+        ctx.sides, ctx.tops, ctx.k, ctx.broadening = (a, b), (top_a, top_b), k, broadening
+        return mask_a.sum() + mask_b.sum() - 2 * (top_a.mT @ top_b).square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (a, b), (top_a, top_b) = ctx.sides, ctx.tops
+        # L = const - 2 tr(P_a P_b): the gradient with respect to one projector is -2 times the other
+        grads = [
+            _projector_gradient(side, top, other @ (other.mT @ top), ctx.k, ctx.broadening) if needed else None
+            for side, top, other, needed in ((a, top_a, top_b, ctx.needs_input_grad[0]), (b, top_b, top_a, ctx.needs_input_grad[1]))
+        ]
+        return *(None if g is None else -2 * grad * g for g in grads), None, None, None, None
+
+
+def _projector_gradient(side: Eigenspace, top: Tensor, image: Tensor, k: int, broadening: float) -> Tensor:
+    """Gradient (d, d) with respect to Sigma of <G, P>, with `image` = G U (d, k), G symmetric.
+
+    dP = sum_{i <= k < j} (u_i^T dSigma u_j) / (l_i - l_j) (u_i u_j^T + u_j u_i^T): only gaps across k enter.
+    1/g is replaced by g / (g^2 + eps^2) with eps = broadening x the mean eigenvalue, and 0 at g = eps = 0.
+    """
+    d, m = side.basis.shape
+    below = side.basis[:, k:]
+    mean = (side.values.sum() + (d - m) * side.rest) / d
+    upper = side.values[: top.shape[1]]
+
+    def inverse(gap):
+        square = gap.square() + (broadening * mean).square()
+        return torch.where(square > 0, gap / square.clamp(min=torch.finfo(gap.dtype).tiny), 0)
+
+    inside = below.mT @ image
+    outside = image - top @ (top.mT @ image) - below @ inside
+    moved = below @ (inside * inverse(upper - side.values[k:, None]))
+    if m < d:
+        moved = moved + outside * inverse(upper - side.rest)
+    half = moved @ top.mT
+    return half + half.mT
+
+
+def subspace_distance_squared(
+    covariance_a: Tensor, covariance_b: Tensor, a: Eigenspace, b: Eigenspace, k: int, broadening: float
+) -> Tensor:
+    """||P_a - P_b||_F^2 = k_a + k_b - 2 ||U_a^T U_b||_F^2 (paper 4.3, A.2), in [0, 2k]; differentiable in both covariances.
+
+    `a`, `b` are their eigenspaces. Directions without variance are no part of a subspace: k_a and k_b count those that
+    have some, so that a collapsed side lowers the range to [0, k_a + k_b] and nothing becomes NaN. The gradient is that
+    of the projector (design note: ties inside the leading k do not enter it), broadened as `_projector_gradient` says;
+    `broadening=0` is the exact gradient. With m < d directions the trailing eigenvalues enter through their mean.
+    """
+    return _SubspaceDistanceSquared.apply(covariance_a, covariance_b, a, b, k, broadening)
