@@ -1,0 +1,39 @@
+"""Dense embeddings for clinical encoders: shape the linear structure of the embedding matrix while pretraining."""
+
+from hf_densefeat.arguments import DenseTrainingArguments
+from hf_densefeat.collator import DensePairCollator
+from hf_densefeat.geometry import condition_number, effective_rank, geometry_report, subspace_distance
+from hf_densefeat.modeling import AutoDenseModel, DenseFeatureMixin
+from hf_densefeat.moments import Moments
+from hf_densefeat.notes import load_notes, split_by_patient
+from hf_densefeat.objective import (
+    DenseObjective,
+    orthogonality_loss,
+    spectral_spreading_loss,
+    subspace_consistency_loss,
+)
+from hf_densefeat.pairs import adjacent_pairs
+from hf_densefeat.probes import ProbeEvaluator, ProbeTask
+from hf_densefeat.trainer import DenseTrainer
+
+__all__ = [
+    "AutoDenseModel",
+    "DenseFeatureMixin",
+    "DenseObjective",
+    "DensePairCollator",
+    "DenseTrainer",
+    "DenseTrainingArguments",
+    "Moments",
+    "ProbeEvaluator",
+    "ProbeTask",
+    "adjacent_pairs",
+    "condition_number",
+    "effective_rank",
+    "geometry_report",
+    "load_notes",
+    "orthogonality_loss",
+    "spectral_spreading_loss",
+    "split_by_patient",
+    "subspace_consistency_loss",
+    "subspace_distance",
+]

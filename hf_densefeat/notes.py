@@ -1,0 +1,584 @@
+"""Any table to notes: rows with a patient, a time and a text, checked, sorted, and split by patient."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hf_densefeat.tables import FORMATS, SourceTable, read_files
+
+logger = logging.getLogger(__name__)
+
+PRESETS = {
+    "plain": {"patient_id": "patient_id", "time": "time", "text": "text"},
+    "MIMIC-IV-Note": {"patient_id": "subject_id", "time": "charttime", "text": "text"},
+    "MEDS": {"patient_id": "subject_id", "time": "time", "text": "text_value"},
+}
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "tuning"),
+    "test": ("test", "testing", "held_out"),
+}
+SECTION_HEADER = r"^(?:#+ *\S.*|[A-Z][A-Z0-9 /&,()'-]{2,60}:?|[A-Z][A-Za-z0-9 /&,()'-]{2,60}:)[ \t]*$"
+MICROSECONDS = pa.timestamp("us")
+
+
+def load_notes(
+    source: str | os.PathLike | datasets.Dataset,
+    columns: str | Mapping[str, str] = "auto",
+    split: str | None = None,
+    on_missing: Literal["error", "drop"] = "error",
+) -> datasets.Dataset:
+    """Read notes from any table, check them, and sort them by (patient, time, `note_seq`), stably.
+
+    Args:
+        source: A parquet, csv, tsv, jsonl or json file (csv, tsv and jsonl also as .gz), a folder of such files, a
+            folder written by `datasets` (`save_to_disk`), a MEDS folder (`data/`, `metadata/`), the name of a data
+            set on the Hub, or a `datasets.Dataset`. Files are converted once into the `datasets` cache (under
+            `HF_HOME`; it then holds patient text) and read memory-mapped.
+        columns: "auto", a preset ("plain", "MIMIC-IV-Note", "MEDS"), or the names of your columns, such as
+            `{"patient_id": "mrn", "time": "date", "text": "note"}`.
+        split: Which split of a `datasets` folder or Hub data set; may be left out where there is only one.
+        on_missing: What to do with rows without a patient or a time: refuse the table, or drop and count the rows.
+
+    Returns:
+        A dataset with `patient_id` (integers or strings), `time` (timestamps in UTC, or numbers, read as days),
+        `text`, and every other column of the table under its own name. Rows without text and exact duplicates
+        (patient, time, text) are dropped and counted in a warning. `notes.info.description` holds what was read.
+
+    Raises:
+        ValueError: If the source cannot be read, has no rows, lacks a column, has times that cannot be read, rows
+            without patient or time (unless dropped), or nothing but empty texts.
+    """
+    if columns != "auto" and isinstance(columns, str) and columns not in PRESETS:
+        raise ValueError(f'Expected `columns` "auto", one of {list(PRESETS)}, or a mapping, got "{columns}".')
+    if on_missing not in ("error", "drop"):
+        raise ValueError(f'Expected `on_missing` "error" or "drop", got {on_missing!r}.')
+    opened = _open(source, columns, split)
+    preset, roles = _match_columns(opened.data.column_names, columns, opened.meds)
+    return _checked(replace(opened, data=_renamed(opened.data, roles)), preset, on_missing)
+
+
+def column(notes: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """Return one column as Arrow, in the order of the rows, without reading the others.
+
+    Raises:
+        ValueError: If the column does not exist.
+    """
+    if name not in notes.column_names:
+        raise ValueError(f"Expected a column `{name}`, got {notes.column_names}{_close(name, notes.column_names)}.")
+    values = notes.data.column(name)
+    if notes._indices is None:
+        return values
+    # `notes[name]` would take the rows out of a table of thousands of chunks, ten times slower than out of one.
+    return pa.chunked_array([values.combine_chunks().take(notes._indices.column(0).combine_chunks())])
+
+
+def time_ticks(notes: datasets.Dataset) -> tuple[np.ndarray, float]:
+    """Return the times as numbers, and how many of these make a day: microseconds for timestamps, else days."""
+    time = column(notes, "time")
+    if pa.types.is_temporal(time.type):
+        return time.cast(pa.timestamp("us", _zone(time.type))).cast(pa.int64()).to_numpy(), 86_400e6
+    return time.to_numpy(), 1.0
+
+
+def order_of_notes(notes: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return (order, patient): the rows sorted by (patient, time, `note_seq`), and every row's patient code.
+
+    Codes are dense and follow the order of the patient ids. Both are int64, in the order of rows they index.
+    """
+    patient = _codes(column(notes, "patient_id"))
+    keys = [time_ticks(notes)[0], patient]
+    for name in ("note_seq", "section_index"):
+        if name in notes.column_names:
+            keys.insert(0, _codes(column(notes, name)))
+    return np.lexsort(keys), patient
+
+
+def split_into_sections(notes: datasets.Dataset, header: str = SECTION_HEADER) -> datasets.Dataset:
+    """Cut the note of every patient who has one note only into its sections, so that these make adjacent pairs.
+
+    A section begins at a line that is a header and runs to the next one; a header without a text of its own goes with
+    the section that follows. The notes of other patients stay whole. Sections keep their note's other columns.
+
+    Args:
+        notes: What `load_notes` returns.
+        header: Regular expression of a header line: by default a markdown heading, a line in capitals, or a short
+            line that ends in a colon.
+
+    Returns:
+        The notes and sections with a column `section_index`, sorted by (patient, time, section).
+    """
+    patient = _codes(column(notes, "patient_id"))
+    single = np.bincount(patient)[patient] == 1
+    return notes.map(
+        _sections,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={"single": single, "header": re.compile(header, re.MULTILINE)},
+        desc="Cutting sections",
+    )
+
+
+def _sections(batch: dict[str, list], rows: list[int], single: np.ndarray, header: re.Pattern) -> dict[str, list]:
+    """Cut the texts of single notes, and repeat the other columns."""
+    found = [
+        _cut(text, header) if single[row] else [text] for text, row in zip(batch["text"], rows, strict=True)
+    ]
+    columns = {
+        name: [value for value, pieces in zip(values, found, strict=True) for _ in pieces]
+        for name, values in batch.items()
+    }
+    return columns | {
+        "text": [piece for pieces in found for piece in pieces],
+        "section_index": [place for pieces in found for place in range(len(pieces))],
+    }
+
+
+def _cut(text: str, header: re.Pattern) -> list[str]:
+    """Cut a text before its header lines."""
+    pieces, start = [], 0
+    for match in header.finditer(text):
+        before = text[start : match.start()].strip()
+        if before and not header.fullmatch(before):
+            pieces.append(before)
+            start = match.start()
+    return [*pieces, text[start:].strip()]
+
+
+def join_windows(notes: datasets.Dataset, size: int) -> datasets.Dataset:
+    """Join every `size` consecutive notes of a patient to one, so that adjacent windows make the pairs.
+
+    Windows do not overlap; a patient's last one may be shorter. A window has its first note's other columns.
+
+    Raises:
+        ValueError: If `size` is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"Expected `size` of at least 1 note, got {size}.")
+    order, patient = order_of_notes(notes)
+    patient = patient[order]
+    begins = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
+    place = np.arange(len(order)) - np.repeat(begins, np.diff(np.r_[begins, len(order)]))
+    starts = np.flatnonzero(place % size == 0)
+    stops = np.r_[starts[1:], len(order)]
+    texts = notes.select_columns("text").select(order)
+    return notes.select(order[starts]).map(
+        lambda _, window: {"text": "\n\n".join(texts[int(starts[window]) : int(stops[window])]["text"])},
+        with_indices=True,
+        desc="Joining windows",
+    )
+
+
+def split_by_patient(
+    notes: datasets.Dataset,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+    seed: int = 0,
+    split_column: str | None = "split",
+) -> datasets.DatasetDict:
+    """Split notes so that no patient is in two splits.
+
+    Patients are ranked by a hash of (seed, patient id), so the split depends neither on the order of the rows nor on
+    how many notes a patient has. Where the table brings its own splits in `split_column`, these are kept instead.
+
+    Args:
+        notes: What `load_notes` returns.
+        fractions: Shares of *patients* for train, validation and, if three are given, test; they add up to 1.
+        seed: Another seed, another split.
+        split_column: Column with the table's own splits (train, validation or tuning, test or held_out), used if it
+            exists; None to split anew.
+
+    Returns:
+        `train`, `validation` and `test`, each in the order of `notes`.
+
+    Raises:
+        ValueError: If a split would be empty, if the table's own splits share a patient, or lack a name we know.
+    """
+    patient = _codes(column(notes, "patient_id"))
+    if split_column is not None and split_column in notes.column_names:
+        return _own_splits(notes, patient, split_column)
+    names = list(SPLITS)[: len(fractions)]
+    if len(fractions) not in (2, 3) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"Expected two or three positive `fractions` that add up to 1, got {tuple(fractions)}.")
+    ids = column(notes, "patient_id").unique().to_pylist()
+    if len(ids) < len(fractions):
+        raise ValueError(
+            f"Expected at least {len(fractions)} patients, one for each of {names}, got {len(ids)}. A split is by "
+            "patient: bring more patients, or pass fewer `fractions`."
+        )
+    ids.sort()
+    keys = [hashlib.blake2b(f"{seed}:{one}".encode(), digest_size=8).digest() for one in ids]
+    by_hash = np.argsort(np.array(keys, dtype="S8").view(">u8"), kind="stable")
+    sizes = [max(1, round(len(ids) * share)) for share in fractions[1:]]
+    while sum(sizes) >= len(ids):
+        sizes[int(np.argmax(sizes))] -= 1
+    group = np.zeros(len(ids), dtype=np.int64)
+    for number, size in enumerate(sizes, start=1):
+        group[by_hash[sum(sizes[: number - 1]) : sum(sizes[:number])]] = number
+    parts = {name: notes.select(np.flatnonzero(group[patient] == number)) for number, name in enumerate(names)}
+    return _without_overlap(datasets.DatasetDict(parts))
+
+
+def _own_splits(notes: datasets.Dataset, patient: np.ndarray, split_column: str) -> datasets.DatasetDict:
+    """Split by the table's own column."""
+    known = {alias: name for name, aliases in SPLITS.items() for alias in aliases}
+    values = column(notes, split_column).dictionary_encode().unify_dictionaries().combine_chunks()
+    labels = values.dictionary.to_pylist()
+    unknown = [str(label) for label in labels if label not in known]
+    if values.null_count or unknown:
+        raise ValueError(
+            f"Expected splits {list(known)} in column `{split_column}`, got {values.null_count:,} notes without a split "
+            f"and the names {unknown}. Rename them, or pass `split_column=None` to split anew."
+        )
+    names = np.array([known[label] for label in labels])[values.indices.to_numpy()]
+    parts = {name: notes.select(np.flatnonzero(names == name)) for name in SPLITS if (names == name).any()}
+    return _without_overlap(datasets.DatasetDict(parts))
+
+
+def _without_overlap(parts: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Refuse splits that share a patient."""
+    seen: dict[str, set] = {name: set(column(part, "patient_id").unique().to_pylist()) for name, part in parts.items()}
+    for one in seen:
+        for other in seen:
+            shared = len(seen[one] & seen[other])
+            if one < other and shared:
+                raise ValueError(
+                    f"{shared:,} patients have notes both in `{one}` and in `{other}`: what is learnt there would leak. "
+                    "Mend the split column, or pass `split_column=None` to split by patient anew."
+                )
+    return parts
+
+
+@dataclass(frozen=True)
+class NotesSummary:
+    """Counts over a table of notes: no text, no identifiers.
+
+    Attributes:
+        patients: Number of patients.
+        notes: Number of notes.
+        per_patient: Median number of notes per patient.
+        most: Largest number of notes of one patient.
+        pairs: Adjacent pairs before filters, Σ_p (n_p − 1).
+        source: One line on what was read and what was dropped, as `load_notes` logged it.
+    """
+
+    patients: int
+    notes: int
+    per_patient: float
+    most: int
+    pairs: int
+    source: str
+
+    def __str__(self) -> str:
+        """Return one line."""
+        return (
+            f"{self.notes:,} notes of {self.patients:,} patients (median {self.per_patient:g}, most {self.most:,} a "
+            f"patient), {self.pairs:,} adjacent pairs"
+        )
+
+
+def describe_notes(notes: datasets.Dataset) -> NotesSummary:
+    """Count patients, notes and adjacent pairs."""
+    counts = np.bincount(_codes(column(notes, "patient_id")))
+    return NotesSummary(
+        patients=len(counts),
+        notes=len(notes),
+        per_patient=float(np.median(counts)),
+        most=int(counts.max()),
+        pairs=len(notes) - len(counts),
+        source=notes.info.description,
+    )
+
+
+def _codes(values: pa.ChunkedArray) -> np.ndarray:
+    """Return dense int64 codes that sort as the values do; empty cells come first."""
+    if pa.types.is_integer(values.type) and values.null_count == 0:
+        return np.unique(values.to_numpy(), return_inverse=True)[1].astype(np.int64)
+    encoded = values.dictionary_encode().unify_dictionaries().combine_chunks()
+    rank = np.empty(len(encoded.dictionary) + 1, dtype=np.int64)
+    rank[0] = 0
+    order = pc.array_sort_indices(encoded.dictionary).to_numpy()
+    rank[1:][order] = np.arange(len(order)) + (encoded.null_count > 0)
+    return rank[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False) + 1]
+
+
+def _zone(kind: pa.DataType) -> str | None:
+    """Return the time zone of a timestamp type."""
+    return kind.tz if pa.types.is_timestamp(kind) else None
+
+
+def _close(name: str, names: Sequence[str]) -> str:
+    """Say which names come close, if any."""
+    close = difflib.get_close_matches(name.lower(), [other.lower() for other in names], n=3, cutoff=0.5)
+    close = [other for other in names if other.lower() in close]
+    return f" (did you mean {' or '.join(f'`{other}`' for other in close)}?)" if close else ""
+
+
+def _open(source: object, columns: str | Mapping[str, str], split: str | None) -> SourceTable:
+    """Return the rows of any source."""
+    if isinstance(source, datasets.DatasetDict):
+        source = _one_split(source, split)
+    if isinstance(source, datasets.Dataset):
+        return SourceTable(source.with_format(None))
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"Expected a path, a Hub name or a datasets.Dataset, got {type(source).__name__}.")
+    path = Path(source)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        try:
+            return _open(datasets.load_from_disk(str(path)), columns, split)
+        except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path.name} was written by `save_to_disk`, but cannot be read ({type(error).__name__}): write it anew."
+            ) from None
+    if path.exists():
+        meds = (path / "data").is_dir() and (path / "metadata").is_dir()
+        return read_files(path, lambda names: _match_columns(names, columns, meds)[1])
+    if path.name.endswith(FORMATS) or path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
+        raise ValueError(f"{path.name}: no such file or folder. Expected {', '.join(FORMATS)}, or a folder of these.")
+    try:
+        return _open(datasets.load_dataset(str(source)), columns, split)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f'"{source}" is no file or folder here, and could not be loaded from the Hub ({type(error).__name__}). Check '
+            "the name, the network (HF_HUB_OFFLINE) and your login, or pass a path."
+        ) from None
+
+
+def _one_split(parts: datasets.DatasetDict, split: str | None) -> datasets.Dataset:
+    """Return the split asked for, or the only one."""
+    if split is None and len(parts) == 1:
+        split = next(iter(parts))
+    if split not in parts:
+        raise ValueError(f"Expected `split` to be one of {list(parts)}, got {split!r}.")
+    return parts[split]
+
+
+def _match_columns(
+    names: Sequence[str], columns: str | Mapping[str, str], meds: bool = False
+) -> tuple[str, dict[str, str]]:
+    """Return (preset, {our name: the table's name}), or say which columns were found and which come close."""
+    if isinstance(columns, Mapping):
+        unknown = sorted(set(columns) - set(PRESETS["plain"]))
+        if unknown:
+            raise ValueError(f"Expected `columns` to name {list(PRESETS['plain'])}, got {unknown}.")
+        tried = {"your columns": PRESETS["MEDS" if meds else "plain"] | dict(columns)}
+    elif columns == "auto":
+        tried = {"MEDS": PRESETS["MEDS"]} if meds else PRESETS
+    else:
+        tried = {columns: PRESETS[columns]}
+    for preset, roles in tried.items():
+        if set(roles.values()) <= set(names):
+            return preset, roles
+    nearest = min(tried.values(), key=lambda roles: len(set(roles.values()) - set(names)))
+    lacking = [f"`{theirs}`{_close(theirs, names)}" for theirs in nearest.values() if theirs not in names]
+    raise ValueError(
+        f"Missing column {', '.join(lacking)}: the table has {list(names)}. Name yours with "
+        '`columns={"patient_id": ..., "time": ..., "text": ...}`.'
+    )
+
+
+def _renamed(table: datasets.Dataset, roles: Mapping[str, str]) -> datasets.Dataset:
+    """Give the columns our names."""
+    names = {theirs: ours for ours, theirs in roles.items() if ours != theirs}
+    hidden = sorted(set(names.values()) & set(table.column_names) - set(names))
+    if hidden or len(set(roles.values())) < len(roles):
+        raise ValueError(
+            f"Cannot take {dict(roles)}: {hidden or 'one column'} would be there twice. Rename or remove columns first."
+        )
+    return table.rename_columns(names)
+
+
+def _checked(source: SourceTable, preset: str, on_missing: str) -> datasets.Dataset:
+    """Refuse or drop what is no note, give times one type, and sort."""
+    table, total = source.data, len(source.data)
+    if total == 0:
+        raise ValueError("The table has no rows: expected notes, one a row.")
+    patient = _patients(column(table, "patient_id"), source)
+    time, unit = _times(column(table, "time"), source)
+    dropped = {"other codes": _other_codes(table, preset), "no text": _no_text(column(table, "text"))}
+    if dropped["no text"].all():
+        raise ValueError(
+            f"All {total:,} texts are empty. Which column holds the text? The table has {table.column_names}."
+        )
+    for name, values in {"no patient": patient, "no time": time}.items():
+        dropped[name] = values.is_null().to_numpy()
+        missing = dropped[name] & ~dropped["no text"] & ~dropped["other codes"]
+        if missing.any() and on_missing == "error":
+            raise ValueError(
+                f"{int(missing.sum()):,} of {total:,} rows have {name}, first {source.place(int(missing.argmax()))}. Fill "
+                'them in, or pass `on_missing="drop"` to leave them out.'
+            )
+    for name, values in {"patient_id": patient, "time": time}.items():
+        if values is not column(table, name) and values.type != table.data.schema.field(name).type:
+            table = table.remove_columns(name).add_column(name, values.combine_chunks())
+    rows = np.flatnonzero(~np.logical_or.reduce(list(dropped.values())))
+    if len(rows) == 0:
+        raise ValueError(f"None of {total:,} rows has a patient, a time and a text.")
+    table = table.select(rows) if len(rows) < total else table
+    order, codes = order_of_notes(table)
+    repeated = _repeated(table, order, codes)
+    dropped["the same patient, time and text as another"] = np.isin(np.arange(total), rows[order[repeated]])
+    order = order[~repeated]
+    if len(order) < len(table) or (np.diff(order) != 1).any():
+        table = table.select(order)
+    table = copy.deepcopy(table)  # shares the data; the description belongs to this one alone
+    kept = {f"text with {what}": place for what, place in source.repaired.items()} | _oddities(table, rows[order])
+    lines = [f"{len(table):,} notes, columns taken as {preset}, times as {unit}"]
+    for verb, reasons in {
+        "dropped": {name: (int(mask.sum()), int(mask.argmax())) for name, mask in dropped.items() if mask.any()},
+        "kept": kept,
+    }.items():
+        if reasons:
+            counts = [f"{count:,} with {name} (first {source.place(row)})" for name, (count, row) in reasons.items()]
+            lines.append(f"{verb} {', '.join(counts)}")
+    logger.info("Read %s", lines[0])
+    for line in lines[1:]:
+        logger.warning("Of %s rows, %s", f"{total:,}", line)
+    table.info.description = "; ".join(lines)
+    return table
+
+
+def _other_codes(table: datasets.Dataset, preset: str) -> np.ndarray:
+    """Mark the events of a MEDS table that have text but are no notes, where codes tell: NOTE//… beside others."""
+    if preset != "MEDS" or "code" not in table.column_names:
+        return np.zeros(len(table), dtype=bool)
+    notes = pc.starts_with(column(table, "code"), "NOTE").fill_null(False).to_numpy()
+    return ~notes if notes.any() else notes
+
+
+def _oddities(table: datasets.Dataset, rows: np.ndarray) -> dict[str, tuple[int, int]]:
+    """Count, of the notes that are kept, those a person may want to look at; with the first row in the source."""
+    ticks, per_day = time_ticks(table)
+    if per_day > 1:
+        low, high = np.array(["1800", "2300"], dtype="datetime64[us]").astype(np.int64)
+        found = {"a time before 1800 or after 2300": (ticks < low) | (ticks > high)}
+    else:
+        found = {"a negative time": ticks < 0, "a time beyond 1,000,000 days": ticks > 1e6}
+    if "note_id" in table.column_names:
+        codes = _codes(column(table, "note_id"))
+        found["a note_id that another note has too"] = np.bincount(codes)[codes] > 1
+    return {name: (int(mask.sum()), int(rows[mask].min())) for name, mask in found.items() if mask.any()}
+
+
+def _patients(values: pa.ChunkedArray, source: SourceTable) -> pa.ChunkedArray:
+    """Return patient ids as integers or strings, empty ones null."""
+    kind = values.type
+    if pa.types.is_integer(kind):
+        return values
+    if pa.types.is_floating(kind):
+        values = pc.if_else(pc.is_finite(values), values, None)
+        fraction = pc.not_equal(values, pc.floor(values)).fill_null(False).to_numpy()
+        if fraction.any():
+            raise ValueError(
+                f"Column patient_id holds fractions, first {source.place(int(fraction.argmax()))}: expected integers or "
+                "strings. Which column holds the patient?"
+            )
+        return values.cast(pa.int64())
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"Column patient_id holds {kind}: expected integers or strings. Which one holds the patient?")
+    values = _stripped(values)
+    # A csv file knows no types. Identifiers such as 007 stay what they are.
+    numbers = pc.match_substring_regex(values, r"^(0|-?[1-9]\d{0,17})$").fill_null(True)
+    return values.cast(pa.int64()) if source.untyped and pc.all(numbers).as_py() else values
+
+
+def _times(values: pa.ChunkedArray, source: SourceTable) -> tuple[pa.ChunkedArray, str]:
+    """Return times as timestamps in UTC or as numbers of days, none of them odd, and a word for which."""
+    kind, days = values.type, "numbers of days"
+    if pa.types.is_integer(kind):
+        return _parsed(values, lambda some: some.cast(pa.int64()), source), days
+    if pa.types.is_floating(kind):
+        return pc.if_else(pc.is_finite(values), values.cast(pa.float64()), None), days
+    if pa.types.is_date(kind):
+        return _parsed(values, lambda some: some.cast(MICROSECONDS), source), "dates"
+    if pa.types.is_timestamp(kind):
+        zoned = pa.timestamp("us", kind.tz)
+        safe = kind.unit in ("s", "ms")  # nanoseconds lose digits, seconds must not overflow
+        return _parsed(values, lambda some: some.cast(zoned, safe=safe).cast(MICROSECONDS), source), "timestamps"
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"Column time holds {kind}: expected timestamps, dates, ISO 8601 strings, or days as integers.")
+    values = _stripped(values)
+    first = next((value.as_py() for value in values if value.is_valid), "")
+    if first.lstrip("+-").replace(".", "", 1).isdigit():
+        whole = pc.all(pc.match_substring_regex(values, r"^-?\d+$")).as_py()
+        return _parsed(values, lambda some: some.cast(pa.int64() if whole else pa.float64()), source), days
+    return _parsed(values, _from_iso, source), "timestamps"
+
+
+def _parsed(
+    values: pa.ChunkedArray, parse: Callable[[pa.ChunkedArray], pa.ChunkedArray], source: SourceTable
+) -> pa.ChunkedArray:
+    """Return the parsed times, or name the first row that cannot be parsed, found by bisection."""
+    try:
+        return parse(values)
+    except pa.ArrowInvalid:
+        good, bad = 0, len(values)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            try:
+                parse(values.slice(good, middle - good))
+                good = middle
+            except pa.ArrowInvalid:
+                bad = middle
+        raise ValueError(
+            f"Column time cannot be read as a time in {source.place(good)}. Expected the same in every row: ISO 8601 "
+            "(2024-05-31 or 2024-05-31 08:15:00, with or without a zone), or a number of days. Rewrite the column."
+        ) from None
+
+
+def _from_iso(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Parse ISO 8601; what names a zone is brought to UTC, what names none is taken as it is."""
+    values = pc.replace_substring_regex(values, r"(\.\d{6})\d+", r"\1")
+    zoned = pc.match_substring_regex(values, r":.*(Z|[+-]\d\d:?\d\d)$").fill_null(False)
+    naive = pc.if_else(zoned, None, values).cast(MICROSECONDS)
+    if not pc.any(zoned).as_py():
+        return naive
+    return pc.coalesce(naive, pc.if_else(zoned, values, None).cast(pa.timestamp("us", "UTC")).cast(MICROSECONDS))
+
+
+def _stripped(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Strip white space; what is then empty becomes null."""
+    values = pc.utf8_trim_whitespace(values.cast(pa.string()))
+    return pc.if_else(pc.equal(values, ""), None, values)
+
+
+def _no_text(values: pa.ChunkedArray) -> np.ndarray:
+    """Mark null, empty and blank texts, chunk by chunk, so that no text is copied."""
+    kind = values.type
+    if pa.types.is_null(kind):
+        return np.ones(len(values), dtype=bool)
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"Column text holds {kind}: expected strings. Which column holds the text?")
+    blank = [pc.or_(pc.equal(pc.binary_length(chunk), 0), pc.utf8_is_space(chunk)) for chunk in values.chunks]
+    return pa.chunked_array(blank, pa.bool_()).fill_null(True).to_numpy()
+
+
+def _repeated(table: datasets.Dataset, order: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Mark, in sorted order, notes that repeat an earlier one of the same patient and time word for word."""
+    ticks = time_ticks(table)[0][order]
+    same = (codes[order][1:] == codes[order][:-1]) & (ticks[1:] == ticks[:-1])
+    group = np.cumsum(np.r_[True, ~same])
+    suspects = np.flatnonzero(np.r_[False, same] | np.r_[same, False])
+    repeated = np.zeros(len(order), dtype=bool)
+    seen: set = set()
+    for start in range(0, len(suspects), 1000):
+        some = suspects[start : start + 1000]
+        for place, text in zip(some, table.select(order[some])["text"], strict=True):
+            mark = (group[place], hashlib.blake2b(text.encode(), digest_size=16).digest())
+            repeated[place] = mark in seen
+            seen.add(mark)
+    return repeated

@@ -1,0 +1,326 @@
+"""Files of any common format to one memory-mapped table, with the place every row came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
+import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
+
+FORMATS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".json")
+BATCH_ROWS = 1000
+BLOCK_BYTES = 1 << 25  # a row of text must fit in a block
+CACHE_VERSION = 1
+JSON_TIME = pa.timestamp("s")
+READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, ValueError, OverflowError)
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """A table and what is known about where it came from.
+
+    Attributes:
+        data: The rows; memory-mapped where they came from files.
+        files: (name, rows) of every file, in the order of the rows; empty if the table came from memory.
+        repaired: What was mended while reading: by its name, how many rows and the first of them.
+        meds: The files are a MEDS folder, of which only the events with text were read.
+        untyped: The files have no types of their own (csv), so patient ids and times arrive as strings.
+    """
+
+    data: datasets.Dataset
+    files: Sequence[tuple[str, int]] = ()
+    repaired: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    meds: bool = False
+    untyped: bool = False
+
+    def place(self, row: int) -> str:
+        """Name a row as its owner would find it: counted from 1, a header not counted."""
+        if not self.files:
+            return f"row {row + 1:,}"
+        ends = np.cumsum([count for _, count in self.files])
+        file = int(np.searchsorted(ends, row, side="right"))
+        inside = row - int(ends[file - 1] if file else 0) + 1
+        return f"{'event with text' if self.meds else 'row'} {inside:,} of {self.files[file][0]}"
+
+
+def read_files(path: Path, resolve: Callable[[Sequence[str]], Mapping[str, str]]) -> SourceTable:
+    """Convert a file, or a folder of files of one format, to one Arrow file in the `datasets` cache, and map it.
+
+    A file that was converted before, and has not changed since, is only mapped. The cache (under `HF_HOME`) then holds
+    what the files hold. Text that is not UTF-8 is read as Windows-1252, NUL bytes are removed; both are counted.
+
+    Args:
+        path: The file or folder. A folder with `data/` and `metadata/` is read as MEDS.
+        resolve: Given the names of the columns, returns which of them are patient, time and text, or raises.
+
+    Raises:
+        ValueError: If there is nothing to read, or a file is damaged; it names file and row, and quotes no text.
+    """
+    meds = path.is_dir() and (path / "data").is_dir() and (path / "metadata").is_dir()
+    root = path / "data" if meds else path if path.is_dir() else path.parent
+    found = [file for file in sorted(root.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+    files = [file for file in found if _format(file)]
+    details = [file for file in files if len(files) > 1 and "_detail." in file.name]
+    if details:
+        logger.info("Left out %s: MIMIC's side tables hold no notes.", ", ".join(file.name for file in details))
+        files = [file for file in files if file not in details]
+    kinds = sorted({_format(file).removesuffix(".gz") for file in files})
+    if len(kinds) != 1:
+        got = ", ".join(kinds) or f"{len(found):,} files of other kinds"
+        raise ValueError(f"{path.name}: expected files of one of the kinds {', '.join(FORMATS)}, by name; got {got}.")
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    for (_, size, _), file in zip(stats, files, strict=True):
+        if size == 0:
+            raise ValueError(f"{file.name} is empty (0 bytes): expected a table. Was it written, or copied, to its end?")
+    names = _column_names(files[0], meds)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{files[0].name} has two columns of one name: {names}. Rename one.")
+    roles = resolve(names)
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, stats, sorted(roles.items()), meds]).encode()).hexdigest()[:32]
+    arrow = Path(datasets.config.HF_DATASETS_CACHE) / "hf_densefeat" / f"{key}.arrow"
+    ledger = arrow.with_suffix(".json")
+    if not (ledger.exists() and arrow.exists()):
+        arrow.parent.mkdir(parents=True, exist_ok=True)
+        ledger.write_text(json.dumps(_convert(files, root, arrow, roles, names, meds)))
+    record = json.loads(ledger.read_text())
+    data = datasets.Dataset.from_file(str(arrow))
+    if meds:
+        data = _with_meds_splits(data, path, roles["patient_id"])
+    return SourceTable(data, record["files"], record["repaired"], meds, untyped=kinds[0] in (".csv", ".tsv"))
+
+
+def _format(file: Path) -> str:
+    """Return the format by the file's name, or an empty string."""
+    return next((end for end in sorted(FORMATS, key=len, reverse=True) if file.name.lower().endswith(end)), "")
+
+
+def _damaged(name: str, rows: int, error: Exception) -> ValueError:
+    """Say where reading stopped. Arrow's own message is left out: it quotes the row, and the row is patient text."""
+    return ValueError(
+        f"{name} could not be read after row {rows:,} ({type(error).__name__}): the file is cut short, damaged, or not what "
+        "its name says. In csv, look for a quote that is never closed; in jsonl, every line must be an object whose keys "
+        "keep their type. Text must be UTF-8."
+    )
+
+
+def _column_names(file: Path, meds: bool) -> list[str]:
+    try:
+        if _format(file) == ".parquet":
+            return pq.read_schema(file).names
+        return next(_batches(file, {})).schema.names
+    except StopIteration:
+        raise ValueError(f"{file.name} has no rows: expected a table of notes.") from None
+    except READ_ERRORS as error:
+        raise _damaged(file.name, 0, error) from None
+
+
+def _convert(
+    files: list[Path], root: Path, arrow: Path, roles: Mapping[str, str], names: list[str], meds: bool
+) -> dict[str, object]:
+    """Write the rows of all files to `arrow`; return how many came from each, and what was mended."""
+    unfinished = arrow.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        for infer in (True, False):
+            try:
+                record = _write(files, root, unfinished, roles, names, meds, infer)
+                break
+            except _TypeChanged:
+                logger.info("Columns besides patient, time and text change their type: read as strings.")
+        unfinished.replace(arrow)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return record
+
+
+class _TypeChanged(Exception):
+    """A csv column looked like numbers at first, and was not."""
+
+
+def _write(files, root, target, roles, names, meds, infer) -> dict[str, object]:
+    counts, repaired, total, schema = [], {}, 0, None
+    with pa.OSFile(str(target), "wb") as sink:
+        for file in files:
+            name, rows = str(file.relative_to(root)), 0
+            batches = _batches(file, roles, infer)
+            while True:
+                try:
+                    batch = next(batches, None)
+                except _UnclosedQuote as error:
+                    raise ValueError(
+                        f"{name}: a quote is opened and never closed, so that its last row, row {rows:,}, runs to the end "
+                        "of the file. Close the quote, and write quotes within a text twice."
+                    ) from error
+                except READ_ERRORS as error:
+                    if infer and "conversion error" in str(error):
+                        raise _TypeChanged from None
+                    raise _damaged(name, rows, error) from None
+                if batch is None:
+                    break
+                if meds and roles["text"] not in batch.schema.names:
+                    break
+                if sorted(batch.schema.names) != sorted(names):
+                    raise ValueError(
+                        f"{name} has the columns {batch.schema.names}, but {files[0].name} has {names}: expected the same "
+                        "in every file of a folder."
+                    )
+                if meds:
+                    batch = batch.filter(pc.is_valid(batch[roles["text"]]))
+                batch = _mended(batch.select(names), roles, total, repaired)
+                if schema is None:
+                    schema = batch.schema
+                    writer = pa.ipc.new_stream(sink, schema)
+                try:
+                    batch = batch.cast(schema)
+                except (pa.ArrowException, ValueError):
+                    if infer:
+                        raise _TypeChanged from None
+                    raise ValueError(
+                        f"{name}: columns change their type from {files[0].name}, or from the first rows: expected "
+                        f"{dict(zip(names, map(str, schema.types), strict=True))}."
+                    ) from None
+                for start in range(0, len(batch), BATCH_ROWS):
+                    writer.write_batch(batch.slice(start, BATCH_ROWS))
+                rows, total = rows + len(batch), total + len(batch)
+            counts.append((name, rows))
+        if total == 0:
+            what, others = "events with text" if meds else "rows", " and the others" * (len(files) > 1)
+            raise ValueError(f"{files[0].name}{others}: no {what}. Expected a table of notes.")
+        writer.close()
+    return {"files": counts, "repaired": repaired}
+
+
+def _batches(file: Path, roles: Mapping[str, str], infer: bool = True) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of one file; of a file without rows an empty batch, or nothing."""
+    kind = _format(file).removesuffix(".gz")
+    if kind == ".parquet":
+        yield from pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
+    elif kind in (".csv", ".tsv"):
+        yield from _csv_batches(file, "\t" if kind == ".tsv" else ",", roles, infer)
+    elif kind == ".json" and _first_character(file) == "[":
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("Expected a list of objects.")
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({name: [row.get(name) for row in rows] for name in names})
+        yield from table.to_batches(max_chunksize=BATCH_ROWS)
+    else:
+        read = pa_json.ReadOptions(block_size=BLOCK_BYTES)
+        schema = pa_json.open_json(str(file), read).schema
+        # Arrow takes a string for a time as long as it looks like one; the first that does not would end the reading.
+        strings = [(name, pa.string()) for name, of in zip(schema.names, schema.types, strict=True) if of == JSON_TIME]
+        yield from pa_json.open_json(str(file), read, pa_json.ParseOptions(explicit_schema=pa.schema(strings)))
+
+
+def _first_character(file: Path) -> str:
+    with file.open(encoding="utf-8") as lines:
+        return next((line.strip()[0] for line in lines if line.strip()), "")
+
+
+class _UnclosedQuote(Exception):
+    """The last field of a csv file runs to the end of the file."""
+
+
+class _QuoteCounter:
+    """Counts the quotes of a stream as they pass: Arrow does not notice that the last one is missing."""
+
+    def __init__(self, file: Path):
+        self.stream, self.quotes, self.closed = pa.input_stream(str(file)), 0, False
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.stream.read(size)
+        self.quotes += block.count(b'"')
+        return block
+
+
+def _csv_batches(file: Path, delimiter: str, roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
+    parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    read = pa_csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
+    with pa_csv.open_csv(file, read, parse) as reader:
+        schema = reader.schema
+    types = {} if infer else dict.fromkeys(schema.names, pa.binary())
+    # Bytes, not strings: one row that is not UTF-8 must not lose the file. And 007 is a patient, not the number 7.
+    types |= dict.fromkeys(roles.values(), pa.binary())
+    convert = pa_csv.ConvertOptions(column_types=types)
+    counter, last = _QuoteCounter(file), None
+    with pa_csv.open_csv(pa.PythonFile(counter, "r"), read, parse, convert) as reader:
+        for batch in reader:
+            last = batch if len(batch) else last
+            yield batch
+    if counter.quotes % 2 and last is not None and any(b"\n" in (cell or b"") for cell in _bytes_of_last_row(last)):
+        raise _UnclosedQuote
+
+
+def _bytes_of_last_row(batch: pa.RecordBatch) -> list[bytes | None]:
+    return [column[-1].cast(pa.binary()).as_py() for column in batch if _is_text(column.type)]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    types = pa.types
+    kinds = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    return any(is_kind(kind) for is_kind in kinds)
+
+
+def _mended(batch: pa.RecordBatch, roles: Mapping[str, str], offset: int, repaired: dict) -> pa.RecordBatch:
+    """Make every column of text a plain string, without NUL, and count in which rows that changed something."""
+    columns = []
+    for name, values in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        if not _is_text(values.type):
+            columns.append(values)
+            continue
+        try:
+            values = values.cast(pa.large_string() if pa.types.is_large_string(values.type) else pa.string())
+        except pa.ArrowInvalid:
+            texts = [_decoded(cell) for cell in values.cast(pa.binary()).to_pylist()]
+            _count(repaired, "bytes that are not UTF-8, read as Windows-1252", [odd for _, odd in texts], offset)
+            values = pa.array([text for text, _ in texts], pa.string())
+        if name in roles.values():
+            nul = pc.match_substring(values, "\0")
+            if pc.any(nul).as_py():
+                _count(repaired, "NUL bytes, removed", nul.fill_null(False).to_pylist(), offset)
+                values = pc.replace_substring(values, "\0", "")
+        columns.append(values)
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _decoded(cell: bytes | None) -> tuple[str | None, bool]:
+    if cell is None:
+        return None, False
+    try:
+        return cell.decode("utf-8"), False
+    except UnicodeDecodeError:
+        return cell.decode("cp1252", errors="replace"), True
+
+
+def _count(repaired: dict, name: str, rows: list[bool], offset: int) -> None:
+    if any(rows):
+        count, first = repaired.get(name, (0, offset + rows.index(True)))
+        repaired[name] = (count + sum(rows), first)
+
+
+def _with_meds_splits(data: datasets.Dataset, path: Path, patient: str) -> datasets.Dataset:
+    """Add the splits that a MEDS folder brings as column `split`; subjects it does not list get none."""
+    file = path / "metadata" / "subject_splits.parquet"
+    if not file.exists() or "split" in data.column_names:
+        return data
+    try:
+        splits = pq.read_table(file, columns=["subject_id", "split"])
+        place = pc.index_in(data.data.column(patient), value_set=splits["subject_id"].combine_chunks())
+    except READ_ERRORS as error:
+        raise _damaged(file.name, 0, error) from None
+    return data.add_column("split", splits["split"].cast(pa.string()).combine_chunks().take(place.combine_chunks()))

@@ -1,0 +1,462 @@
+"""DenseTrainer: the transformers Trainer on adjacent notes, with an exact dense objective for any cut of the batch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_densefeat.arguments import DenseTrainingArguments
+from hf_densefeat.collator import DensePairCollator, tokenize_notes
+from hf_densefeat.modeling import AutoDenseModel, as_dense
+from hf_densefeat.moments import Moments, mean_over_ranks, sum_over_ranks
+from hf_densefeat.objective import DenseObjective
+from hf_densefeat.pairs import PairBatchSampler, TokenPairs, adjacent_pairs
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVE_STATE = "densefeat_state.safetensors"
+TERMS = ("spectral_spreading", "subspace_consistency", "orthogonality")
+
+
+class PairDataLoader(DataLoader):
+    """A loader whose batch sampler is told the epoch, and which cuts batches over ranks itself."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the sampler."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class DenseTrainer(Trainer):
+    """Continued pretraining with loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth).
+
+    The same global batch gives the same loss and the same gradient however it is cut into ranks and micro-batches. The
+    dense terms are functions of the moments of all embeddings of an update: these are summed over micro-batches and
+    ranks without gradient, and each row receives the gradient at the global moments (`DenseObjective.gradient`). With
+    gradient accumulation a pass without gradient over the update's micro-batches comes first, and each forward is
+    replayed with the same dropout. The language-modelling term is the mean over all predicted tokens of the update.
+
+    Args:
+        model: Hub name, folder, or model; `DenseFeatureMixin` is mixed into it.
+        args: `DenseTrainingArguments`.
+        train_dataset: notes as `load_notes` returns them (pairs and tokens are made here), or `TokenPairs`.
+        eval_dataset: the same, or a dict of such.
+        processing_class: the tokenizer; by default that of the model.
+        evaluator: called as `evaluator(model, tokenizer)` at each evaluation, on every rank; its dict of numbers joins
+            the metrics, where `metric_for_best_model` and early stopping see them.
+        kwargs: as for `Trainer`.
+
+    Raises ValueError before training for a model without the head that `mlm_weight > 0` needs, a `subspace_dim` that
+    the batch cannot support, and notes without pairs.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole update
+
+    def __init__(
+        self,
+        model,
+        args: DenseTrainingArguments | None = None,
+        data_collator=None,
+        train_dataset: Dataset | TokenPairs | None = None,
+        eval_dataset: Dataset | TokenPairs | dict | None = None,
+        processing_class=None,
+        evaluator=None,
+        **kwargs,
+    ):
+        args = args if args is not None else DenseTrainingArguments()
+        if isinstance(model, str):
+            model = AutoDenseModel.from_pretrained(model)
+        model = as_dense(model, args.pooling, args.max_length)
+        processing_class = processing_class or AutoTokenizer.from_pretrained(model.name_or_path)
+        model._densefeat_tokenizer = processing_class
+        self.evaluator = evaluator
+        self.objective = args.dense_objective()
+        _check_head(model, args)
+        data_collator = data_collator or DensePairCollator(
+            processing_class,
+            objective=model.language_modeling if args.mlm_weight else None,
+            mlm_probability=args.mlm_probability,
+            whole_word_mask=args.whole_word_mask and model.language_modeling == "mlm",
+        )
+        self.token_stats = {}
+        with args.main_process_first(desc="tokenising notes"):
+            if isinstance(train_dataset, Dataset):
+                train_dataset = self._token_pairs(train_dataset, "train", model, args, processing_class)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {
+                    name: self._token_pairs(notes, name, model, args, processing_class)
+                    for name, notes in eval_dataset.items()
+                }
+            elif isinstance(eval_dataset, Dataset):
+                eval_dataset = self._token_pairs(eval_dataset, "eval", model, args, processing_class)
+        if args.mlm_weight == 0:
+            body = {id(parameter) for parameter in model.base_model.parameters()}
+            for parameter in model.parameters():
+                if id(parameter) not in body:
+                    parameter.requires_grad_(False)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(f"One process sees {args.n_gpu} GPUs. Start one process a GPU: accelerate launch ...")
+        if train_dataset is not None and args.dense_weight:
+            _check_subspace(len(train_dataset), self.get_total_train_batch_size(args), model.config.hidden_size, args)
+        self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
+        self.skipped_updates = 0
+        self._micro_batches: list[dict] = []
+        self._update: _Update | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._updates_logged = 0
+
+    # ---- Data ----
+
+    def _token_pairs(self, notes, name, model, args, tokenizer) -> TokenPairs:
+        if isinstance(notes, TokenPairs):
+            return notes
+        pairs = adjacent_pairs(notes, max_gap=args.max_gap)
+        tokens, self.token_stats[name] = tokenize_notes(
+            notes,
+            tokenizer,
+            max_length=model.max_length,
+            num_proc=args.preprocessing_num_workers,
+            word_ids=args.whole_word_mask,
+        )
+        logger.info("%s: %s; %s", name, pairs, self.token_stats[name])
+        return TokenPairs(tokens, pairs)
+
+    def _pair_loader(self, dataset: TokenPairs, batch_size: int, **sampling) -> PairDataLoader:
+        sampler = PairBatchSampler(
+            dataset.pairs,
+            dataset.lengths,
+            batch_size=batch_size,
+            ranks=self.args.world_size,
+            rank=self.args.process_index,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            **sampling,
+        )
+        return PairDataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches of this rank. The sampler cuts the global batch, so accelerate must not shard it again."""
+        if self.train_dataset is None:
+            raise ValueError("Training needs a train_dataset: notes with patient_id, time and text.")
+        return self._pair_loader(
+            self.train_dataset,
+            self._train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            pairs_per_patient=self.args.pairs_per_patient,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """All pairs once, longest first, the same masks each time."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        eval_dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if eval_dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset: notes with patient_id, time and text.")
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = self._token_pairs(eval_dataset, "eval", self._dense_model, self.args, self.processing_class)
+        return self._pair_loader(eval_dataset, self.args.eval_batch_size, shuffle=False)
+
+    # ---- The loss ----
+
+    @property
+    def _dense_model(self):
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Also remember the update's micro-batches: `compute_loss` needs all of them before the first backward."""
+        micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro_batches, self._update = micro_batches, None
+        return micro_batches, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This micro-batch's share of the update's loss: shares add up over micro-batches and average over ranks."""
+        if self._update is None:
+            # here and not in get_batch_samples, after which a resumed Trainer restores the random state
+            self._update = self._window_pass(model) if len(self._micro_batches) > 1 else _Update()
+            self._update.micro_batches = len(self._micro_batches)
+        update, ranks = self._update, self.args.world_size
+        if update.random_states:
+            _set_random_state(update.random_states.pop(0), self.args.device)
+        outputs, z_a, z_b = self._forward(model, inputs)
+        if update.tokens is None:
+            with torch.no_grad():
+                shift = self._shift(torch.cat([z_a, z_b]))
+                tokens = inputs["labels"].ne(-100).sum()[None]
+                self._plan(update, Moments.of(z_a.detach(), shift), Moments.of(z_b.detach(), shift), tokens)
+        if update.expected:
+            _check_replay(update.expected.pop(0), torch.cat([z_a, z_b]).detach())
+        loss = 0.0
+        if self.args.mlm_weight:
+            mlm = _summed_cross_entropy(outputs.logits, inputs["labels"]) / update.tokens.clamp(min=1)
+            self._add("mlm_loss", mlm.detach() * ranks)
+            loss = loss + self.args.mlm_weight * ranks * mlm
+        if self.args.dense_weight:
+            surrogate = sum((g.pullback(z) * z).sum() for g, z in zip(update.gradients, (z_a, z_b), strict=True)) * ranks
+            value = update.terms["loss"] / update.micro_batches
+            loss = loss + self.args.dense_weight * (surrogate + (value - surrogate).detach())
+        self._add("tokens", inputs["attention_mask"].sum())
+        self._add("slots", torch.tensor(float(inputs["attention_mask"].numel())))
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model, inputs):
+        """One forward of both notes of each pair: outputs, Z_a and Z_b, both (pairs, d)."""
+        pairs = int(inputs["num_pairs"])
+        tokens = {name: value for name, value in inputs.items() if name not in ("labels", "num_pairs")}
+        dense = self._dense_model
+        with dense.capture_hidden():
+            outputs = model(**tokens)
+            z = dense.pooled(tokens["attention_mask"])
+        half = len(z) // 2
+        return outputs, z[:pairs], z[half : half + pairs]
+
+    @torch.no_grad()
+    def _window_pass(self, model) -> _Update:
+        """Moments of all micro-batches of the update, and the random state from which each forward is to be replayed."""
+        update = _Update()
+        model.train()
+        totals, tokens = None, 0
+        for micro_batch in self._micro_batches:
+            inputs = self._prepare_inputs(micro_batch)
+            update.random_states.append(_random_state(self.args.device))
+            _, z_a, z_b = self._forward(model, inputs)
+            shift = self._shift(torch.cat([z_a, z_b])) if totals is None else totals[0].shift
+            sides = Moments.of(z_a, shift), Moments.of(z_b, shift)
+            totals = sides if totals is None else tuple(x + y for x, y in zip(totals, sides, strict=True))
+            tokens = tokens + inputs["labels"].ne(-100).sum()[None]
+            if self.state.global_step == self._initial_global_step:
+                update.expected.append(torch.cat([z_a, z_b]))
+        self._plan(update, *totals, tokens)
+        return update
+
+    @torch.no_grad()
+    def _plan(self, update: _Update, a: Moments, b: Moments, tokens: Tensor) -> None:
+        """One all-reduce, then the terms and their gradient, the same on every rank."""
+        a, b, counts = sum_over_ranks(a, b, tokens)
+        update.tokens = counts[0]
+        if self.args.dense_weight:
+            update.terms, *update.gradients = self.objective.gradient(a, b)
+            for name, value in (update.terms | self.objective.diagnostics).items():
+                self._add(name, value)
+
+    def _shift(self, z: Tensor) -> Tensor:
+        return self.objective.shift if self.objective.shift is not None else mean_over_ranks(z)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Drop the gradients if they are not finite: reduced over ranks, they are so on all ranks or on none."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(grad_norm):
+            self.skipped_updates += 1
+            logger.warning("Step %d: non-finite gradient, update skipped.", self.state.global_step + 1)
+            model.zero_grad(set_to_none=True)
+        return grad_norm
+
+    # ---- Logs ----
+
+    def _add(self, name: str, value: Tensor) -> None:
+        """Sum for the next log, on the device and without waiting for it; what is not finite counts nothing."""
+        value = torch.nan_to_num(value.detach().float(), nan=0.0, posinf=0.0, neginf=0.0).to(self.args.device)
+        self._sums[name] = self._sums.get(name, 0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms, unweighted, and the state of the spectrum to the training log."""
+        if "loss" in logs and self._sums:
+            updates = max(self.state.global_step - self._updates_logged, 1)
+            logs |= self._mean_terms(updates)
+            self._sums, self._updates_logged = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def _mean_terms(self, updates: int) -> dict[str, float]:
+        sums = self.accelerator.reduce(self._sums, reduction="mean")
+        tokens, slots = sums.pop("tokens"), sums.pop("slots")
+        terms = {name: value.item() / updates for name, value in sums.items() if name != "loss"}
+        if self.objective.covariance is not None:
+            terms["effective_rank"] = _effective_rank(self.objective.covariance)
+        return terms | {"padding_waste": 1 - (tokens / slots).item(), "skipped_updates": self.skipped_updates}
+
+    # ---- Evaluation ----
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Terms of the whole evaluation set, from its moments, so that they do not depend on the batch size."""
+        model = self._evaluation_model()
+        model.eval()
+        a = b = None
+        sums = torch.zeros(2, device=self.args.device, dtype=torch.float64)
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            outputs, z_a, z_b = self._forward(model, inputs)
+            if a is None:
+                shift = mean_over_ranks(torch.cat([z_a, z_b]))
+                a, b = Moments.of(z_a, shift), Moments.of(z_b, shift)
+            else:
+                a, b = a + Moments.of(z_a, a.shift), b + Moments.of(z_b, b.shift)
+            if self.args.mlm_weight:
+                sums[0] += _summed_cross_entropy(outputs.logits, inputs["labels"])
+                sums[1] += inputs["labels"].ne(-100).sum()
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        a, b, sums = sum_over_ranks(a, b, sums)
+        args = self.args
+        objective = DenseObjective(args.lambda_sub, args.lambda_orth, args.subspace_dim, center=args.center)
+        terms = {name: value.item() for name, value in objective.terms(a, b).items()}
+        loss = args.dense_weight * terms.pop("loss")
+        if args.mlm_weight:
+            terms["mlm_loss"] = (sums[0] / sums[1].clamp(min=1)).item()
+            loss += args.mlm_weight * terms["mlm_loss"]
+        metrics = {"loss": loss, **terms, "effective_rank": _effective_rank(objective.covariance)}
+        if self.evaluator is not None:
+            metrics |= self.evaluator(self._dense_model, self.processing_class)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+
+    def _evaluation_model(self):
+        """The model as `train` wrapped it, or wrapped for evaluation alone."""
+        if self.is_in_train or self.model_wrapped is not self.model or self.accelerator._models:
+            return self.model_wrapped
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.model = self.model_wrapped = self.accelerator.prepare(self.model)
+            return self.model
+        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+
+    # ---- Checkpoints ----
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """The running covariances and bases belong to the optimisation: saved once, the same on all ranks."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state = {name: value.contiguous().cpu() for name, value in self.objective.state_dict().items()}
+            save_file(state, Path(output_dir) / OBJECTIVE_STATE, metadata={"skipped_updates": str(self.skipped_updates)})
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / OBJECTIVE_STATE
+        if not path.is_file():
+            raise ValueError(
+                f"The checkpoint has no {OBJECTIVE_STATE}: DenseTrainer did not write it. To start from its weights "
+                "alone, pass it as the model instead of resuming."
+            )
+        self.objective.load_state_dict(load_file(path, device=str(self.args.device)))
+        self._updates_logged = self.state.global_step
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Missing or unexpected weights on resume are an error: the stock Trainer would train on with the base model's."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", {}))
+        missing, unexpected = set(load_result.missing_keys) - tied, load_result.unexpected_keys
+        if missing or unexpected:
+            raise ValueError(
+                f"The checkpoint does not fit the model. Missing: {sorted(missing)[:5]}; unexpected: "
+                f"{sorted(unexpected)[:5]}. Resume with the model and the transformers version that wrote it."
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Mid-training pushes carry the files by which sentence-transformers pools."""
+        if self.is_world_process_zero():
+            for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling"):
+                source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
+                if source.is_dir():
+                    shutil.copytree(source, target, dirs_exist_ok=True)
+                elif source.is_file():
+                    shutil.copy(source, target)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+class _Update:
+    """What is known of an optimizer update before its first backward."""
+
+    def __init__(self):
+        self.micro_batches = 1
+        self.tokens: Tensor | None = None
+        self.terms: dict[str, Tensor] = {}
+        self.gradients: list[Moments] = []
+        self.random_states: list = []
+        self.expected: list[Tensor] = []
+
+
+def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed over the predicted tokens, in float32 or wider. Labels stand where their logits are, for decoders too.
+
+    Not the model's own loss: some classes ignore the number of tokens of the update, and a batch without any is NaN.
+    """
+    predicted = labels.ne(-100)
+    logits = logits[predicted]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, labels[predicted], reduction="sum")
+
+
+def _effective_rank(covariance: Tensor) -> float:
+    """exp of the entropy of the normalised eigenvalues (paper 5.2)."""
+    p = torch.linalg.eigvalsh(torch.nan_to_num(covariance.double().cpu())).clamp(min=0)
+    return torch.special.entr(p / p.sum()).sum().exp().item()
+
+
+def _random_state(device: torch.device):
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state, device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def _check_replay(expected: Tensor, z: Tensor) -> None:
+    if not torch.allclose(expected.float(), z.float(), rtol=1e-2, atol=1e-2 * expected.float().std().item()):
+        logger.warning(
+            "The replayed forward differs from the first: dropout was not reproduced, and the dense gradient is that of "
+            "another dropout mask. Set the model's dropout to 0 for exact accumulation."
+        )
+
+
+def _check_head(model, args: DenseTrainingArguments) -> None:
+    if args.mlm_weight and model.language_modeling is None:
+        raise ValueError(
+            f"mlm_weight is {args.mlm_weight} but {type(model).__name__} has no language-modelling head. Load the model "
+            "by name, AutoDenseModel.from_pretrained(...), which adds one where its family has it, or set mlm_weight=0 "
+            "to train with the dense objective alone."
+        )
+    if not hasattr(model.config, "hidden_size"):
+        raise ValueError(f"{type(model).__name__} is not a text encoder: its config has no hidden_size.")
+
+
+def _check_subspace(pairs: int, batch: int, d: int, args: DenseTrainingArguments) -> None:
+    """k must be below the rank that the samples behind a covariance can have."""
+    window = {"none": 0, "auto": d}.get(args.window) if isinstance(args.window, str) else args.window
+    window = float(args.window) if window is None else window
+    samples = min(max(batch, window), pairs)
+    rank = min(d, int(samples) - args.center)
+    if args.subspace_dim > rank:
+        raise ValueError(
+            f"subspace_dim is {args.subspace_dim}, but the covariance of {int(samples)} pairs (batch of {batch}, window "
+            f"{args.window}, {pairs} in all) in {d} dimensions has rank {max(rank, 0)} at most. Lower subspace_dim, or "
+            "raise the batch size or the window."
+        )
