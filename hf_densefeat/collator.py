@@ -237,7 +237,9 @@ class DensePairCollator:
 class _Masking(DataCollatorForLanguageModeling):
     """The library's masks for one row from its own generator, with words given by the tokenizer's word ids."""
 
-    def row(self, ids: np.ndarray, words: Sequence[int] | None, seed: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def row(
+        self, ids: np.ndarray, words: Sequence[int] | None, seed: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return (input ids, labels) of one row of token ids."""
         self.generator = np.random.default_rng(seed)
         special = np.isin(ids, self.tokenizer.all_special_ids)[None]

@@ -14,6 +14,20 @@ def full_precision(z: Tensor) -> Tensor:
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
+class _Scatter(torch.autograd.Function):
+    """Y^T Y with a backward of one matrix product, y (G + G^T), where autograd takes two."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.save_for_backward(y)
+        return y.mT @ y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return y @ (grad + grad.mT)
+
+
 @dataclass(frozen=True)
 class Moments:
     """Sums over the rows y = z - shift of an embedding matrix Z (N, d), about a constant `shift`.
@@ -54,29 +68,32 @@ class Moments:
             y = z - shift
             square = y.square().sum(1)
             count = z.new_tensor(float(len(z)))
-            return cls(shift, count, y.sum(0), y.mT @ y, square @ y, square.square().sum())
+            return cls(shift, count, y.sum(0), _Scatter.apply(y), square @ y, square.square().sum())
 
     def about(self, shift: Tensor) -> Moments:
         """The same rows about another shift: y' = y + delta, expanded."""
-        n, delta = self.count, self.shift - shift
-        length = delta @ delta
-        along, trace = self.first @ delta, self.second.trace()
-        cross = torch.outer(self.first, delta)
-        return Moments(
-            shift,
-            n,
-            self.first + n * delta,
-            self.second + cross + cross.mT + n * torch.outer(delta, delta),
-            self.third + 2 * self.second @ delta + length * self.first + (trace + 2 * along + n * length) * delta,
-            self.fourth_about(shift),
-        )
+        with torch.autocast(shift.device.type, enabled=False):
+            n, delta = self.count, self.shift - shift
+            length = delta @ delta
+            along, trace = self.first @ delta, self.second.trace()
+            cross = torch.outer(self.first, delta)
+            third = 2 * self.second @ delta + length * self.first + (trace + 2 * along + n * length) * delta
+            return Moments(
+                shift,
+                n,
+                self.first + n * delta,
+                self.second + cross + cross.mT + n * torch.outer(delta, delta),
+                self.third + third,
+                self.fourth_about(shift),
+            )
 
     def fourth_about(self, shift: Tensor) -> Tensor:
         """Sum |z - shift|^4 over the rows."""
-        n, delta = self.count, self.shift - shift
-        length, along, trace = delta @ delta, self.first @ delta, self.second.trace()
-        quadratic = delta @ self.second @ delta
-        return self.fourth + 4 * (quadratic + self.third @ delta) + length * (2 * trace + 4 * along + n * length)
+        with torch.autocast(shift.device.type, enabled=False):
+            n, delta = self.count, self.shift - shift
+            length, along, trace = delta @ delta, self.first @ delta, self.second.trace()
+            quadratic = delta @ self.second @ delta
+            return self.fourth + 4 * (quadratic + self.third @ delta) + length * (2 * trace + 4 * along + n * length)
 
     def __add__(self, other: Moments) -> Moments:
         if other.shift is not self.shift:
@@ -97,11 +114,10 @@ class Moments:
         """Sigma (d, d): Z^T Z / N as the paper writes it (section 3), or about the mean. Equals `np.cov(z.T, ddof=0)`."""
         n = self.count.clamp(min=1)
         mean = self.first / n
-        about_mean = self.second / n - torch.outer(mean, mean)
         if center:
-            return about_mean
-        mean = mean + self.shift
-        return about_mean + torch.outer(mean, mean)
+            return torch.addr(self.second / n, mean, mean, alpha=-1)
+        total = mean + self.shift
+        return torch.addr(torch.addr(self.second / n, mean, mean, alpha=-1), total, total)
 
     def resolution(self, center: bool) -> Tensor:
         """Variance (d,) below which a column is constant to rounding, so that its direction is noise."""

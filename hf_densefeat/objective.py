@@ -18,12 +18,16 @@ COLD_ITERATIONS = 20  # power steps from a random basis, at the first call
 # ---- The three terms, of covariances -------------------------------------------------------------------------------
 
 
-def spectral_spreading(covariance: Tensor, dimension: int) -> Tensor:
-    """L_spec of Sigma, or of the Gram matrix Z Z^T, which has the same non-zero eigenvalues (paper 4.2, A.1).
+def spectral_spreading(covariance: Tensor, dimension: int, resolution: Tensor) -> Tensor:
+    """L_spec of Sigma, or of the Gram matrix Z Z^T / N, which has the same non-zero eigenvalues (paper 4.2, A.1).
 
-    ||Sigma / tr Sigma - I/d||_F^2 = ||Sigma||_F^2 / (tr Sigma)^2 - 1/d, in [0, 1 - 1/d].
+    ||Sigma / tr Sigma - I/d||_F^2 = ||Sigma||_F^2 / (tr Sigma)^2 - 1/d, in [0, 1 - 1/d]; the worst value, that of rank
+    one, where the trace is at most `resolution`: no variance, no spectrum.
     """
-    return covariance.square().sum() / covariance.trace().square() - 1 / dimension
+    trace = covariance.trace()
+    resolved = trace > resolution
+    normalised = covariance / torch.where(resolved, trace, 1)
+    return torch.where(trace <= resolution, 1, normalised.square().sum()) - 1 / dimension
 
 
 # L_sub of two covariances is `subspace.subspace_distance_squared`: ||P_a - P_b||_F^2 (paper 4.3)
@@ -32,12 +36,13 @@ def spectral_spreading(covariance: Tensor, dimension: int) -> Tensor:
 def orthogonality(covariance: Tensor, resolution: Tensor) -> Tensor:
     """L_orth of a centred Sigma (d, d): ||corr - I||_F^2 (paper 4.4), in [0, d (d - 1)].
 
-    A column whose variance is at most `resolution` (d,) standardises to zeros and adds the 1 of its missing diagonal.
+    corr_ij^2 = Sigma_ij^2 / (Sigma_ii Sigma_jj). A column whose variance is at most `resolution` (d,) standardises to
+    zeros and adds the 1 of its missing diagonal.
     """
     variance = covariance.diagonal()
     varies = variance > resolution
     scale = torch.where(varies, torch.where(varies, variance, 1).rsqrt(), 0)
-    correlation = covariance * torch.outer(scale, scale)
+    correlation = covariance * scale * scale[:, None]
     # corr_jj is 1 or 0, without gradient: ||corr - I||^2 = ||corr||^2 + d - 2 tr corr
     return correlation.square().sum() + len(variance) - 2 * varies.sum()
 
@@ -89,7 +94,7 @@ def spectral_spreading_loss(z: Tensor, center: bool = False) -> Tensor:
     resolution = Moments.of(z.detach()).resolution(center).sum()
     rows = z - z.mean(0) if center else z
     second = (rows @ rows.mT if len(z) < z.shape[1] else rows.mT @ rows) / len(z)
-    return spectral_spreading(_or_rank_one(second, second.trace() > resolution), z.shape[1])
+    return spectral_spreading(second, z.shape[1], resolution)
 
 
 @_of_rows
@@ -106,7 +111,7 @@ def subspace_consistency_loss(
     _check_dimension(k, z_a.shape[1])
     _warn_if_unsupported(k, min(len(z_a), len(z_b)) - center)
     if center:
-        z_a, z_b = z_a - z_a.mean(0), z_b - z_b.mean(0)
+        z_a, z_b = (torch.where(_varies(z), z - z.mean(0), 0) for z in (z_a, z_b))
     (cov_a, a), (cov_b, b) = ((z.mT @ z / len(z), eigenspace_of_rows(z.detach())) for z in (z_a, z_b))
     return subspace_distance_squared(cov_a, cov_b, a, b, k, broadening)
 
@@ -123,11 +128,10 @@ def orthogonality_loss(z: Tensor) -> Tensor:
     return orthogonality(m.covariance(center=True), m.resolution(center=True))
 
 
-def _or_rank_one(covariance: Tensor, resolved: Tensor) -> Tensor:
-    """The covariance, or where it has no variance a rank-one matrix, whose spectrum reads as the worst."""
-    one = torch.zeros_like(covariance)
-    one[0, 0] = 1
-    return torch.where(resolved, covariance, one)
+def _varies(z: Tensor) -> Tensor:
+    """Whether the rows differ by more than rounding."""
+    m = Moments.of(z.detach())
+    return m.covariance(center=True).trace() > m.resolution(center=True).sum()
 
 
 def _check_dimension(k: int, d: int) -> None:
@@ -185,6 +189,8 @@ class DenseObjective:
             raise ValueError(f"Expected subspace_dim >= 1 but got {subspace_dim}.")
         if not (window is None or window == "auto" or (not isinstance(window, str) and window > 0)):
             raise ValueError(f'Expected window to be None, "auto" or a number of samples but got {window!r}.')
+        if power_iterations is not None and power_iterations < 1:
+            raise ValueError(f"Expected power_iterations to be None or at least 1 but got {power_iterations}.")
         self.lambda_sub, self.lambda_orth, self.subspace_dim = lambda_sub, lambda_orth, subspace_dim
         self.window, self.center, self.unbiased = window, center, unbiased
         self.broadening, self.power_iterations = broadening, power_iterations
@@ -209,24 +215,25 @@ class DenseObjective:
         k, d = self.subspace_dim, len(a.shift)
         _check_dimension(k, d)
         with torch.autocast(a.shift.device.type, enabled=False):
-            cov_a, noise_a, trace_a, resolved_a = self._estimate(a, self.running[0])
-            cov_b, noise_b, trace_b, resolved_b = self._estimate(b, self.running[1])
-            resolved = resolved_a | resolved_b
-            share = trace_a / torch.where(resolved, trace_a + trace_b, 1)
-            pooled = _or_rank_one(share * cov_a + (1 - share) * cov_b, resolved)
+            cov_a, purity_a, trace_a = self._estimate(a, self.running[0])
+            cov_b, purity_b, trace_b = self._estimate(b, self.running[1])
+            pooled = (cov_a + cov_b) / 2
+            resolution = (a.resolution(self.center) + b.resolution(self.center)) / 2
             if self.unbiased:
-                purity = (cov_a.square().sum() - noise_a + cov_b.square().sum() - noise_b) / 2
-                spread = torch.where(resolved_a & resolved_b, purity, 1) - 1 / d
+                spread = (purity_a + purity_b) / 2 - 1 / d
             else:
-                spread = spectral_spreading(pooled, d)
+                spread = spectral_spreading(pooled, d, resolution.sum())
             space_a, space_b = self._eigenspace(0, cov_a.detach()), self._eigenspace(1, cov_b.detach())
             subspace = subspace_distance_squared(cov_a, cov_b, space_a, space_b, k, self.broadening)
-            orthogonal = orthogonality(*self._columns(a, b))
+            if self.center and self.window is None:
+                orthogonal = orthogonality(pooled, resolution)
+            else:
+                orthogonal = orthogonality(*self._columns(a, b))
             loss = spread + self.lambda_sub * subspace + self.lambda_orth * orthogonal
         self._remember_mean(a, b)
         self.covariance = pooled.detach()
         self.diagnostics = {
-            "trace": ((trace_a + trace_b) / 2).detach(),
+            "trace": ((trace_a + trace_b) / 2).detach(),  # of the batch
             "gap": torch.minimum(space_a.gap(k), space_b.gap(k)),
             "subspace_rank": torch.minimum(space_a.leading(k).sum(), space_b.leading(k).sum()),
         }
@@ -263,22 +270,24 @@ class DenseObjective:
             running.covariance, running.noise = state.get(f"{side}.covariance"), state.get(f"{side}.noise")
             running.drift = state.get(f"{side}.drift")
 
-    def _estimate(self, m: Moments, running: RunningCovariance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Trace-normalised covariance of one side, the noise in its purity, its trace, and whether it has any variance."""
+    def _estimate(self, m: Moments, running: RunningCovariance) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariance of one side, of the batch or its running average at the batch's trace; unbiased purity; trace."""
         covariance = m.covariance(self.center)
         trace = covariance.trace()
+        if self.window is None and not self.unbiased:
+            return covariance, trace.new_tensor(torch.nan), trace
         resolved = trace > m.resolution(self.center).sum()
-        noise = noise_of_purity(m, covariance, self.center)
         scale = torch.where(resolved, trace, 1)
-        covariance = torch.where(resolved, covariance / scale, 0)
-        noise = torch.where(resolved, noise / scale.square(), 0)
+        noise = noise_of_purity(m, covariance, self.center) / scale / scale
+        normalised = covariance / scale
         if self.window is not None:
             window = len(m.shift) if self.window == "auto" else self.window
-            covariance, noise = running.average(covariance, noise, m.count, window, resolved)
-        return covariance, noise, torch.where(resolved, trace, 0), resolved
+            normalised, noise = running.average(normalised, noise, m.count, window, resolved)
+        purity = torch.where(trace > m.resolution(self.center).sum(), normalised.square().sum() - noise, 1)
+        return normalised * trace, purity, trace
 
     def _eigenspace(self, side: int, covariance: Tensor) -> Eigenspace:
-        finite = covariance.isfinite().all()
+        finite = covariance.trace().isfinite()
         covariance = torch.where(finite, covariance, 0)  # LAPACK raises where the loss can say NaN and be skipped
         if self.power_iterations is None:
             return eigenspace(covariance)
@@ -303,5 +312,5 @@ class DenseObjective:
         """The next step's shift: near the mean, the same on all ranks, and finite."""
         mean = (a.mean + b.mean) / 2
         if self.shift is None:
-            self.shift = a.shift
+            self.shift = torch.where(a.shift.isfinite().all(), a.shift, 0)
         self.shift = torch.where(mean.isfinite().all() & (a.count > 0), mean, self.shift)

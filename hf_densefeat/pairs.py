@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from hf_densefeat.notes import column, order_of_notes, time_ticks
+from hf_densefeat.notes import column, dense_codes, order_of_notes, time_ticks
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,8 @@ def adjacent_pairs(
         ticks, ticks_per_day = time_ticks(notes)
         keep("max_gap", ticks[later] - ticks[earlier] <= max_gap * ticks_per_day)
     for name in [same] if isinstance(same, str) else same:
-        values = column(notes, name)
-        codes = values.dictionary_encode().combine_chunks().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        keep(f"same {name}", (codes[earlier] == codes[later]) & (codes[earlier] >= 0))
+        codes, known = dense_codes(notes, name), column(notes, name).is_valid().to_numpy()
+        keep(f"same {name}", (codes[earlier] == codes[later]) & known[earlier])
     if max_overlap is not None:
         keep("max_overlap", _overlap(notes, earlier, later) <= max_overlap)
     pairs = NotePairs(earlier, later, patient[earlier], len(notes), patients, removed)
@@ -96,8 +95,8 @@ def adjacent_pairs(
         gone = ", ".join(f"{count:,} by {name}" for name, count in removed.items()) or "none by filters"
         raise ValueError(
             f"No pair of adjacent notes: expected patients with at least two notes, got {len(notes):,} notes of "
-            f"{patients:,} patients, {adjacent:,} adjacent pairs of which were removed: {gone}. Loosen the filters, add "
-            "notes, or, where patients have one long note each, pair its sections: see `split_into_sections`."
+            f"{patients:,} patients, {adjacent:,} adjacent pairs of which were removed: {gone}. Loosen the filters, "
+            "add notes, or, where patients have one long note each, pair its sections: see `split_into_sections`."
         )
     return pairs
 
@@ -164,8 +163,8 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         lengths = np.asarray(lengths, dtype=np.int64)
         if len(lengths) != pairs.notes:
             raise ValueError(
-                f"Expected one length per note, {pairs.notes:,}, got {len(lengths):,}. Pass the `length` column of the "
-                "tokenised notes the pairs were made from."
+                f"Expected one length per note, {pairs.notes:,}, got {len(lengths):,}. Pass the `length` column of "
+                "the tokenised notes the pairs were made from."
             )
         for name, value in {"batch_size": batch_size, "ranks": ranks, "accumulation": accumulation}.items():
             if value < 1:

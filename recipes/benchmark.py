@@ -1,0 +1,314 @@
+"""What the objective costs and whether it is stable: each command prints JSON with the machine, versions and spread.
+
+    python recipes/benchmark.py objective                  # against autograd through SVD, and against VICReg's loss
+    python recipes/benchmark.py step [--device cuda]       # the dense step against the same MLM step
+    python recipes/benchmark.py running                    # no window of the running covariance runs away
+
+Timings are ratios of alternating runs in one process: medians, with the 10th and 90th percentile.
+"""
+
+import argparse
+import json
+import platform
+import time
+from itertools import cycle, islice
+from statistics import median
+
+import accelerate
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+from transformers import BertConfig, ModernBertConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from hf_densefeat import AutoDenseModel, DenseObjective, DenseTrainer, DenseTrainingArguments, effective_rank
+
+
+def main():
+    """Run one benchmark and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    objective_parser = commands.add_parser("objective", help="loss and gradient of the objective alone")
+    objective_parser.add_argument("--rows", type=int, default=256)
+    objective_parser.add_argument("--width", type=int, default=768)
+    objective_parser.add_argument("--repeats", type=int, default=30)
+    step_parser = commands.add_parser("step", help="a training step, with and without the dense terms")
+    step_parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    step_parser.add_argument("--repeats", type=int, default=10)
+    running_parser = commands.add_parser("running", help="a small network trained by L_spec alone")
+    running_parser.add_argument("--steps", type=int, default=1500)
+    running_parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    result = {"objective": objective, "step": step, "running": running}[args.command](args)
+    print(json.dumps({"command": args.command, **machine(), **result}, indent=1))
+
+
+def machine() -> dict:
+    """Where and with what this ran."""
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate, datasets, np)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": device,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def alternate(functions: dict, repeats: int, device: str = "cpu") -> dict[str, np.ndarray]:
+    """Seconds of each function, the functions in turn, so that a drifting machine drifts for all."""
+    seconds = {name: [] for name in functions}
+    for i in tqdm(range(repeats + 2), desc="measuring", leave=False):
+        for name, function in functions.items():
+            synchronise(device)
+            start = time.perf_counter()
+            function()
+            synchronise(device)
+            if i >= 2:  # the first two warm up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def synchronise(device: str) -> None:
+    """Wait for the GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def spread(values) -> dict[str, float]:
+    """Median and the 10th and 90th percentile."""
+    low, high = np.percentile(values, [10, 90])
+    return {"median": round(float(np.median(values)), 5), "p10": round(float(low), 5), "p90": round(float(high), 5)}
+
+
+# ---- The objective alone --------------------------------------------------------------------------------------------
+
+
+def objective(args) -> dict:
+    """Forward and backward on (rows, width) embeddings of each side, k = 20."""
+    torch.manual_seed(0)
+    decay = torch.arange(1, args.width + 1) ** -0.5
+    z_a, z_b = ((torch.randn(args.rows, args.width) * decay).requires_grad_() for _ in range(2))
+    tracked = DenseObjective(1.0, 1.0, 20, center=True, power_iterations=2)
+    windowed = DenseObjective(1.0, 1.0, 20, center=True, window="auto", power_iterations=2)
+    exact = DenseObjective(1.0, 1.0, 20, center=True)
+
+    def run(loss):
+        return lambda: torch.autograd.grad(loss(z_a, z_b), (z_a, z_b))
+
+    seconds = alternate(
+        {
+            "tracked": run(lambda a, b: tracked(a, b)["loss"]),
+            "tracked, running window": run(lambda a, b: windowed(a, b)["loss"]),
+            "exact eigenspaces": run(lambda a, b: exact(a, b)["loss"]),
+            "literal SVD": run(literal_loss),
+            "VICReg": run(vicreg_loss),
+        },
+        args.repeats,
+    )
+    ours = seconds["tracked"]
+    return {
+        "rows": args.rows,
+        "width": args.width,
+        "milliseconds": {name: spread(1000 * values) for name, values in seconds.items()},
+        "literal SVD / tracked": spread(seconds["literal SVD"] / ours),
+        "tracked / VICReg": spread(ours / seconds["VICReg"]),
+        "tracked, running window / VICReg": spread(seconds["tracked, running window"] / seconds["VICReg"]),
+    }
+
+
+def literal_loss(z_a, z_b, k=20):
+    """The paper's formulas as they stand, centred, differentiated through SVD."""
+    sides = [z - z.mean(0) for z in (z_a, z_b)]
+    z = torch.cat(sides)
+    covariance = z.T @ z / len(z)
+    identity = torch.eye(z.shape[1])
+    spread_term = torch.linalg.norm(covariance / covariance.trace() - identity / z.shape[1]) ** 2
+    bases = [torch.linalg.svd(side, full_matrices=False).Vh[:k].T for side in sides]
+    subspace_term = torch.linalg.norm(bases[0] @ bases[0].T - bases[1] @ bases[1].T) ** 2
+    standard = z / z.std(0, unbiased=False)
+    return spread_term + subspace_term + torch.linalg.norm(standard.T @ standard / len(z) - identity) ** 2
+
+
+def vicreg_loss(x, y):
+    """VICReg (Bardes et al., 2022, algorithm 1), weights 25, 25, 1."""
+
+    def off_diagonal(c):
+        return c.square().sum() - c.diagonal().square().sum()
+
+    n, d = x.shape
+    invariance = nn.functional.mse_loss(x, y)
+    x, y = x - x.mean(0), y - y.mean(0)
+    variance = sum(torch.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() for z in (x, y)) / 2
+    covariance = sum(off_diagonal(z.T @ z / (n - 1)) for z in (x, y)) / d
+    return 25 * invariance + 25 * variance + covariance
+
+
+# ---- A training step ------------------------------------------------------------------------------------------------
+
+
+def step(args) -> dict:
+    """The same batch through the Trainer: MLM alone and MLM + dense, whole and accumulated."""
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    cuda = args.device == "cuda"
+    # MiniLM size on a CPU, ModernBERT-base on a GPU: random weights, the published shapes
+    length, pairs, cut = (512, 128, 8) if cuda else (128, 32, 4)
+    results = {}
+    for accumulation in (1, cut):
+        trainers = {
+            name: make_trainer(weight, length, pairs // accumulation, accumulation, cuda)
+            for name, weight in (("MLM", 0.0), ("MLM + dense", 1.0))
+        }
+        seconds, memory = {}, {}
+        for name, trainer in trainers.items():
+            trainer.run = one_update(trainer)
+        seconds = alternate({name: trainer.run for name, trainer in trainers.items()}, args.repeats, args.device)
+        if cuda:
+            for name, trainer in trainers.items():
+                torch.cuda.reset_peak_memory_stats()
+                trainer.run()
+                memory[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        tokens = 2 * pairs * length
+        results["whole batch" if accumulation == 1 else f"accumulated x {accumulation}"] = {
+            "seconds": {name: spread(values) for name, values in seconds.items()},
+            "tokens per second": {name: round(tokens / median(values)) for name, values in seconds.items()},
+            "MLM + dense / MLM": spread(seconds["MLM + dense"] / seconds["MLM"]),
+            **({"peak GiB": memory} if memory else {}),
+        }
+        del trainers
+    return {"device": args.device, "rows": 2 * pairs, "tokens a row": length, **results}
+
+
+def make_trainer(dense_weight, length, batch_size, accumulation, cuda) -> DenseTrainer:
+    """A trainer on notes that all have `length` tokens."""
+    config = ModernBertConfig() if cuda else BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    tokenizer = number_tokenizer(config.vocab_size, config.pad_token_id, length)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(10, config.vocab_size, length - 2))) for _ in range(600)]
+    notes = datasets.Dataset.from_dict(
+        {"patient_id": np.repeat(np.arange(200), 3), "time": list(range(3)) * 200, "text": texts}
+    )
+    args = DenseTrainingArguments(
+        output_dir="outputs/benchmark",
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        dense_weight=dense_weight,
+        max_length=length,
+        bf16=cuda,
+        use_cpu=not cuda,
+        save_strategy="no",
+        disable_tqdm=True,
+        max_steps=10**6,
+    )
+    return DenseTrainer(AutoDenseModel.from_config(config), args, train_dataset=notes, processing_class=tokenizer)
+
+
+def number_tokenizer(vocabulary: int, pad: int, length: int) -> PreTrainedTokenizerFast:
+    """A token a number: texts of any length in tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    ids = {str(i): i for i in range(vocabulary)}
+    special = {"pad_token": pad, "cls_token": 1 if pad != 1 else 2, "sep_token": 3, "mask_token": 4, "unk_token": 5}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="5"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    cls, sep = special["cls_token"], special["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}", special_tokens=[(str(cls), cls), (str(sep), sep)]
+    )
+    names = {name: str(i) for name, i in special.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, **names)
+
+
+def one_update(trainer: DenseTrainer):
+    """A function that does one optimizer update as `train` does."""
+    trainer.create_optimizer()
+    model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer._initial_global_step = -1  # no replay check: that is done in a run's first update alone
+    loader = cycle(list(islice(trainer.get_train_dataloader(), 4 * trainer.args.gradient_accumulation_steps)))
+
+    def update():
+        batches, items = trainer.get_batch_samples(loader, trainer.args.gradient_accumulation_steps, trainer.args.device)
+        for batch in batches:
+            trainer.training_step(model, batch, items)
+        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        optimizer.step()
+        model.zero_grad()
+
+    return update
+
+
+# ---- Stability of the running covariance ----------------------------------------------------------------------------
+
+
+def running(args) -> dict:
+    """Effective rank, of 128, that a 3-layer MLP reaches when trained by L_spec alone (Adam, 1e-3), by batch and window.
+
+    The last two columns are the field's usual exponential averages, for contrast: of the covariance as it is, and of the
+    trace-normalised one. `runaway` counts runs whose rank fell below half of that of the batch alone.
+    """
+    torch.set_num_threads(1)
+    windows = {"batch alone": None, "auto (128)": "auto", "256": 256, "2048": 2048}
+    rows, runaway = {}, dict.fromkeys(windows, 0)
+    for batch in (16, 32, 128, 1024):
+        ranks = {name: [] for name in (*windows, "plain average 0.99", "normalised average 0.99")}
+        for seed in tqdm(range(args.seeds), desc=f"batch {batch}"):
+            for name, window in windows.items():
+                loss = DenseObjective(0.0, 0.0, 4, window=window, center=True, power_iterations=1)
+                ranks[name].append(train_toy(lambda z, loss=loss: loss(*z.chunk(2))["loss"], batch, args.steps, seed))
+            for name, normalise in (("plain average 0.99", False), ("normalised average 0.99", True)):
+                ranks[name].append(train_toy(exponential_average(normalise), batch, args.steps, seed))
+        for name in windows:
+            runaway[name] += sum(r < b / 2 for r, b in zip(ranks[name], ranks["batch alone"], strict=True))
+        rows[f"batch {batch}"] = {name: [round(r, 1) for r in values] for name, values in ranks.items()}
+    return {"steps": args.steps, "dimension": 128, "effective rank by seed": rows, "runaway": runaway}
+
+
+def exponential_average(normalise: bool, beta: float = 0.99):
+    """L_spec of beta C + (1 - beta) C_t, the gradient through C_t."""
+    state = {}
+
+    def loss(z):
+        z = z - z.mean(0)
+        covariance = z.T @ z / len(z)
+        if normalise:
+            covariance = covariance / covariance.trace()
+        average = beta * state.get("C", covariance.detach()) + (1 - beta) * covariance
+        state["C"] = average.detach()
+        return average.square().sum() / average.trace().square()
+
+    return loss
+
+
+def train_toy(loss, batch: int, steps: int, seed: int, inputs: int = 64, width: int = 128) -> float:
+    """Centred effective rank on 4,096 fresh rows after training on Gaussian inputs with a 1/i spectrum."""
+    torch.manual_seed(seed)
+    mixing = torch.randn(inputs, inputs) / torch.arange(1, inputs + 1)[:, None]
+    layers = [nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, width)]
+    network = nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(network(torch.randn(batch, inputs) @ mixing)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return effective_rank(network(torch.randn(4096, inputs) @ mixing), center=True)
+
+
+if __name__ == "__main__":
+    main()
