@@ -10,7 +10,6 @@ progress, and the geometry and linear probes before and after, and writes to `ou
 `AutoModel` and `SentenceTransformer` open, `report.json`, `report.md` and `spectra.png`.
 """
 
-import argparse
 import difflib
 import json
 import sys
@@ -114,47 +113,47 @@ def main():
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, DenseTrainingArguments]:
     """Options of a YAML file, then those of the command line, through one parser that types both."""
-    parser = HfArgumentParser([RecipeArguments, DenseTrainingArguments])
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--notes")
-    chosen, _ = first.parse_known_args(argv)
-    config = chosen.config or (None if chosen.notes else COHORT)
-    rest = [word for i, word in enumerate(argv) if "--config" not in (word, argv[max(i - 1, 0)])]
-    rest = [word for word in rest if not word.startswith("--config=")]
-    if any(word in ("-h", "--help") for word in argv):
-        parser.print_help()
-        sys.exit()
-    recipe, args, unknown = parser.parse_args_into_dataclasses(
-        options_of(config, parser) + rest, return_remaining_strings=True
+    parser = HfArgumentParser(
+        [RecipeArguments, DenseTrainingArguments],
+        usage="pretrain.py [--config FILE.yaml] [--option value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file of options; default: the bundled cohort, if --notes is not given.")
+    given = parser.parse_known_args(argv)[0]
+    config = given.config or (None if given.notes else COHORT)
+    recipe, args, _, unknown = parser.parse_args_into_dataclasses(
+        options_of(config, parser) + argv, return_remaining_strings=True
     )
     if unknown:
-        raise SystemExit(f"Unknown options: {', '.join(map(repr, unknown))}. --help lists them all.")
+        parser.error(f"unknown: {' '.join(unknown)}. --help lists the options.")
     if not recipe.notes:
-        raise SystemExit("No notes: pass --notes, a file, folder or Hub name, or name them in the config.")
+        parser.error("no notes: pass --notes, a file, folder or Hub name, or name them in the config.")
     if not (recipe.model_name_or_path or recipe.config_name):
-        raise SystemExit("No model: pass --model_name_or_path, a Hub name or folder (or --config_name for a new one).")
+        parser.error("no model: pass --model_name_or_path, a Hub name or folder (or --config_name for a new one).")
     for task in recipe.probe:
         if task.count(":") != 1:
-            raise SystemExit(f"Expected --probe label_column:kind but got {task!r}, as in --probe died:binary.")
+            parser.error(f"expected --probe label_column:kind but got {task!r}, as in --probe died:binary.")
     return recipe, args
 
 
 def options_of(config: Path | str | None, parser: HfArgumentParser) -> list[str]:
-    """A YAML file as words of the command line; paths in it that start with ./ are relative to the file."""
+    """A YAML file as words of the command line; paths in it that start with ./ or ../ are relative to the file."""
     if config is None:
         return []
+    if not Path(config).is_file():
+        parser.error(f"--config: there is no file {config}.")
+    # as strings: the parser knows the types, YAML would read `no` as False and 1e-5 as text
+    values = yaml.load(Path(config).read_text(), Loader=yaml.BaseLoader) or {}
     known = {action.dest for action in parser._actions}
-    values = yaml.safe_load(Path(config).read_text()) or {}
     words = []
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 3)
-            hint = f" Did you mean {' or '.join(near)}?" if near else " --help lists the options."
-            raise SystemExit(f"{config}: unknown key {key!r}.{hint}")
+            near = " or ".join(difflib.get_close_matches(key, known, 3)) or "see --help"
+            parser.error(f"{config}: unknown key {key!r}. Did you mean {near}?")
         items = value if isinstance(value, list) else [value]
-        items = [str(Path(config).parent / item) if str(item).startswith(("./", "../")) else str(item) for item in items]
-        words += [f"--{key}", *items] if value is not None else []
+        items = [str(Path(config).parent / item) if item.startswith(("./", "../")) else item for item in items]
+        if items not in ([""], ["null"]):
+            words += [f"--{key}", *items]
     return words
 
 
