@@ -90,6 +90,10 @@ def condition_number(z: Tensor, center: bool = False, floor: float = CONDITION_F
     The floor of 1e-10 relative to ``λ_1`` is well above what rounding to float32 leaves (1e-14), so 1/floor says
     "singular as far as can be measured"; it is also the value without any variance. Equals
     ``numpy.linalg.cond(z) ** 2`` where that is below 1/floor (paper, Table 1).
+
+    An encoder whose last layer is a LayerNorm, ``z = g · x̂ + b`` with ``Σ_i x̂_i = 0``, has one exactly singular direction,
+    centred, and is at the floor whatever it learned; compare such encoders by ``condition_resolved`` of
+    `geometry_report`.
     """
     n, d = z.shape
     return _condition(spectrum(z, center), min(n - int(center), d), floor)[0]
@@ -225,10 +229,13 @@ def _side(z: Tensor, center: bool) -> dict[str, float]:
     values = spectrum(z, center)
     condition, over_median = _condition(values, min(len(z) - int(center), z.shape[1]), CONDITION_FLOOR)
     total = float(values.sum())
+    resolved = int((values > CONDITION_FLOOR * values[0]).sum())
     return {
         "effective_rank": _effective_rank(values),
         "condition_number": condition,
         "condition_over_median": over_median,
+        "condition_resolved": float(values[0] / values[resolved - 1]) if resolved else 1 / CONDITION_FLOOR,
+        "resolved_rank": resolved,
         "top_eigenvalue_share": float(values[0]) / total if total > 0 else 1.0,
         "total_variance": total,
     }
@@ -268,7 +275,8 @@ def geometry_report(
     Always there: ``n``, ``d``, ``attainable_rank = min(N - 1, d)``, ``condition_floor``, ``mean_cosine``; and, plain
     and
     centred: ``effective_rank``, ``condition_number`` (largest over smallest attainable eigenvalue),
-    ``condition_over_median`` (largest over median), ``top_eigenvalue_share``, ``total_variance``.
+    ``condition_over_median`` (largest over median), ``condition_resolved`` (largest over the smallest above the floor)
+    and the number of these, ``resolved_rank``; ``top_eigenvalue_share``, ``total_variance``.
 
     With at least two directions also ``k`` and ``subspace_noise_floor`` (see there; raw in ``[0, 2k]`` and
     ``_normalized`` in ``[0, 1]``); and with ``z_next`` ``subspace_distance`` at all N rows, ``subspace_distance_half``

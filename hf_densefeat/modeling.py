@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_densefeat.pooling import POOLINGS, pool
 
 SENTENCE_TRANSFORMERS_POOLING = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 
 class DenseFeatureMixin:
@@ -95,7 +96,7 @@ class DenseFeatureMixin:
             max_length: tokens kept of a text; by default `max_length` of the model.
             show_progress: show a progress bar.
         """
-        training = self.training
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             if not isinstance(texts, list):
@@ -109,7 +110,7 @@ class DenseFeatureMixin:
                 return torch.empty(0, self.config.hidden_size)
             tokenizer = tokenizer or self._default_tokenizer()
             limit = max_length or self.max_length or tokenizer.model_max_length
-            tokens = tokenizer(texts, truncation=True, max_length=min(limit, tokenizer.model_max_length))
+            tokens = tokenizer(texts, truncation=True, max_length=limit)
             order = sorted(range(len(texts)), key=lambda i: -len(tokens["input_ids"][i]))
             out = []
             for start in tqdm(range(0, len(order), batch_size), desc="Encoding", disable=not show_progress):
@@ -119,7 +120,8 @@ class DenseFeatureMixin:
             out = torch.cat(out)
             return torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
         finally:
-            self.train(training)
+            for module in training:
+                module.training = True
 
     def _embed(self, tokens) -> Tensor:
         tokens = {name: values.to(self.device) for name, values in tokens.items()}
@@ -190,8 +192,9 @@ class AutoDenseModel:
             kwargs: passed on.
         """
         kwargs.setdefault("dtype", torch.float32)
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path)
-        loaded = _auto_class(config).from_pretrained(name_or_path, config=config, **kwargs)
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
+        loaded = _auto_class(config).from_pretrained(name_or_path, **kwargs)
         if kwargs.get("output_loading_info"):
             return as_dense(loaded[0], pooling, max_length), loaded[1]
         return as_dense(loaded, pooling, max_length)

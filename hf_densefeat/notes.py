@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_densefeat.tables import FORMATS, SourceTable, read_files
+from hf_densefeat.tables import FORMATS, NAME, SourceTable, read_files, shown
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,9 @@ def column(notes: datasets.Dataset, name: str) -> pa.ChunkedArray:
         ValueError: If the column does not exist.
     """
     if name not in notes.column_names:
-        raise ValueError(f"Expected a column `{name}`, got {notes.column_names}{_close(name, notes.column_names)}.")
+        raise ValueError(
+            f"Expected a column `{name}`, got {shown(notes.column_names)}{_close(name, notes.column_names)}."
+        )
     values = notes.data.column(name)
     if notes._indices is None:
         return values
@@ -96,17 +98,45 @@ def time_ticks(notes: datasets.Dataset) -> tuple[np.ndarray, float]:
     return time.to_numpy(), 1.0
 
 
+def dense_codes(notes: datasets.Dataset, name: str) -> np.ndarray:
+    """Return int64 codes 0, 1, … of a column's values, which sort as the values do; empty cells share the first code.
+
+    Raises:
+        ValueError: If the column does not exist, or holds lists or objects.
+    """
+    values = column(notes, name)
+    if pa.types.is_integer(values.type) and values.null_count == 0:
+        return np.unique(values.to_numpy(), return_inverse=True)[1].astype(np.int64)
+    if pa.types.is_null(values.type):
+        return np.zeros(len(values), dtype=np.int64)
+    if pa.types.is_nested(values.type):
+        raise ValueError(
+            f"Column {name} holds {values.type}: expected numbers, strings or times. Remove or rename it."
+        )
+    encoded = values.dictionary_encode().unify_dictionaries().combine_chunks()
+    rank = np.zeros(len(encoded.dictionary) + 1, dtype=np.int64)
+    order = pc.array_sort_indices(encoded.dictionary).to_numpy()
+    rank[1:][order] = np.arange(len(order)) + (encoded.null_count > 0)
+    return rank[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False) + 1]
+
+
 def order_of_notes(notes: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Return (order, patient): the rows sorted by (patient, time, `note_seq`), and every row's patient code.
 
     Codes are dense and follow the order of the patient ids. Both are int64, in the order of rows they index.
     """
-    patient = _codes(column(notes, "patient_id"))
+    patient = dense_codes(notes, "patient_id")
     keys = [time_ticks(notes)[0], patient]
     for name in ("note_seq", "section_index"):
         if name in notes.column_names:
-            keys.insert(0, _codes(column(notes, name)))
-    return np.lexsort(keys), patient
+            keys.insert(0, dense_codes(notes, name))
+    later, tied = np.zeros(len(patient) - 1, dtype=bool), np.ones(len(patient) - 1, dtype=bool)
+    for key in reversed(keys):
+        step = np.diff(key)
+        later |= tied & (step < 0)
+        tied &= step == 0
+    # Sorting notes that are sorted, as all that `load_notes` returns are, would take most of the time of pairing.
+    return np.lexsort(keys) if later.any() else np.arange(len(patient)), patient
 
 
 def split_into_sections(notes: datasets.Dataset, header: str = SECTION_HEADER) -> datasets.Dataset:
@@ -123,7 +153,7 @@ def split_into_sections(notes: datasets.Dataset, header: str = SECTION_HEADER) -
     Returns:
         The notes and sections with a column `section_index`, sorted by (patient, time, section).
     """
-    patient = _codes(column(notes, "patient_id"))
+    patient = dense_codes(notes, "patient_id")
     single = np.bincount(patient)[patient] == 1
     return notes.map(
         _sections,
@@ -136,9 +166,7 @@ def split_into_sections(notes: datasets.Dataset, header: str = SECTION_HEADER) -
 
 def _sections(batch: dict[str, list], rows: list[int], single: np.ndarray, header: re.Pattern) -> dict[str, list]:
     """Cut the texts of single notes, and repeat the other columns."""
-    found = [
-        _cut(text, header) if single[row] else [text] for text, row in zip(batch["text"], rows, strict=True)
-    ]
+    found = [_cut(text, header) if single[row] else [text] for text, row in zip(batch["text"], rows, strict=True)]
     columns = {
         name: [value for value, pieces in zip(values, found, strict=True) for _ in pieces]
         for name, values in batch.items()
@@ -208,7 +236,7 @@ def split_by_patient(
     Raises:
         ValueError: If a split would be empty, if the table's own splits share a patient, or lack a name we know.
     """
-    patient = _codes(column(notes, "patient_id"))
+    patient = dense_codes(notes, "patient_id")
     if split_column is not None and split_column in notes.column_names:
         return _own_splits(notes, patient, split_column)
     names = list(SPLITS)[: len(fractions)]
@@ -227,7 +255,7 @@ def split_by_patient(
     while sum(sizes) >= len(ids):
         sizes[int(np.argmax(sizes))] -= 1
     group = np.zeros(len(ids), dtype=np.int64)
-    for number, size in enumerate(sizes, start=1):
+    for number in range(1, len(fractions)):
         group[by_hash[sum(sizes[: number - 1]) : sum(sizes[:number])]] = number
     parts = {name: notes.select(np.flatnonzero(group[patient] == number)) for number, name in enumerate(names)}
     return _without_overlap(datasets.DatasetDict(parts))
@@ -241,8 +269,8 @@ def _own_splits(notes: datasets.Dataset, patient: np.ndarray, split_column: str)
     unknown = [str(label) for label in labels if label not in known]
     if values.null_count or unknown:
         raise ValueError(
-            f"Expected splits {list(known)} in column `{split_column}`, got {values.null_count:,} notes without a split "
-            f"and the names {unknown}. Rename them, or pass `split_column=None` to split anew."
+            f"Expected splits {list(known)} in column `{split_column}`, got {values.null_count:,} notes without a "
+            f"split and the names {unknown}. Rename them, or pass `split_column=None` to split anew."
         )
     names = np.array([known[label] for label in labels])[values.indices.to_numpy()]
     parts = {name: notes.select(np.flatnonzero(names == name)) for name in SPLITS if (names == name).any()}
@@ -257,8 +285,8 @@ def _without_overlap(parts: datasets.DatasetDict) -> datasets.DatasetDict:
             shared = len(seen[one] & seen[other])
             if one < other and shared:
                 raise ValueError(
-                    f"{shared:,} patients have notes both in `{one}` and in `{other}`: what is learnt there would leak. "
-                    "Mend the split column, or pass `split_column=None` to split by patient anew."
+                    f"{shared:,} patients have notes both in `{one}` and in `{other}`: what is learnt there would "
+                    "leak. Mend the split column, or pass `split_column=None` to split by patient anew."
                 )
     return parts
 
@@ -293,7 +321,7 @@ class NotesSummary:
 
 def describe_notes(notes: datasets.Dataset) -> NotesSummary:
     """Count patients, notes and adjacent pairs."""
-    counts = np.bincount(_codes(column(notes, "patient_id")))
+    counts = np.bincount(dense_codes(notes, "patient_id"))
     return NotesSummary(
         patients=len(counts),
         notes=len(notes),
@@ -304,18 +332,6 @@ def describe_notes(notes: datasets.Dataset) -> NotesSummary:
     )
 
 
-def _codes(values: pa.ChunkedArray) -> np.ndarray:
-    """Return dense int64 codes that sort as the values do; empty cells come first."""
-    if pa.types.is_integer(values.type) and values.null_count == 0:
-        return np.unique(values.to_numpy(), return_inverse=True)[1].astype(np.int64)
-    encoded = values.dictionary_encode().unify_dictionaries().combine_chunks()
-    rank = np.empty(len(encoded.dictionary) + 1, dtype=np.int64)
-    rank[0] = 0
-    order = pc.array_sort_indices(encoded.dictionary).to_numpy()
-    rank[1:][order] = np.arange(len(order)) + (encoded.null_count > 0)
-    return rank[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False) + 1]
-
-
 def _zone(kind: pa.DataType) -> str | None:
     """Return the time zone of a timestamp type."""
     return kind.tz if pa.types.is_timestamp(kind) else None
@@ -323,8 +339,8 @@ def _zone(kind: pa.DataType) -> str | None:
 
 def _close(name: str, names: Sequence[str]) -> str:
     """Say which names come close, if any."""
-    close = difflib.get_close_matches(name.lower(), [other.lower() for other in names], n=3, cutoff=0.5)
-    close = [other for other in names if other.lower() in close]
+    close = difflib.get_close_matches(name.lower(), [other.lower() for other in names], n=3, cutoff=0.6)
+    close = [other for other in names if other.lower() in close and NAME.fullmatch(other)]
     return f" (did you mean {' or '.join(f'`{other}`' for other in close)}?)" if close else ""
 
 
@@ -342,7 +358,8 @@ def _open(source: object, columns: str | Mapping[str, str], split: str | None) -
             return _open(datasets.load_from_disk(str(path)), columns, split)
         except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path.name} was written by `save_to_disk`, but cannot be read ({type(error).__name__}): write it anew."
+                f"{path.name} was written by `save_to_disk`, but cannot be read ({type(error).__name__}): write it "
+                "anew."
             ) from None
     if path.exists():
         meds = (path / "data").is_dir() and (path / "metadata").is_dir()
@@ -353,8 +370,8 @@ def _open(source: object, columns: str | Mapping[str, str], split: str | None) -
         return _open(datasets.load_dataset(str(source)), columns, split)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f'"{source}" is no file or folder here, and could not be loaded from the Hub ({type(error).__name__}). Check '
-            "the name, the network (HF_HUB_OFFLINE) and your login, or pass a path."
+            f'"{source}" is no file or folder here, and could not be loaded from the Hub ({type(error).__name__}). '
+            "Check the name, the network (HF_HUB_OFFLINE) and your login, or pass a path."
         ) from None
 
 
@@ -386,7 +403,7 @@ def _match_columns(
     nearest = min(tried.values(), key=lambda roles: len(set(roles.values()) - set(names)))
     lacking = [f"`{theirs}`{_close(theirs, names)}" for theirs in nearest.values() if theirs not in names]
     raise ValueError(
-        f"Missing column {', '.join(lacking)}: the table has {list(names)}. Name yours with "
+        f"Missing column {', '.join(lacking)}: the table has {shown(names)}. Name yours with "
         '`columns={"patient_id": ..., "time": ..., "text": ...}`.'
     )
 
@@ -397,7 +414,7 @@ def _renamed(table: datasets.Dataset, roles: Mapping[str, str]) -> datasets.Data
     hidden = sorted(set(names.values()) & set(table.column_names) - set(names))
     if hidden or len(set(roles.values())) < len(roles):
         raise ValueError(
-            f"Cannot take {dict(roles)}: {hidden or 'one column'} would be there twice. Rename or remove columns first."
+            f"Cannot take {dict(roles)}: {hidden or 'one column'} would be there twice. Rename or remove columns."
         )
     return table.rename_columns(names)
 
@@ -412,18 +429,18 @@ def _checked(source: SourceTable, preset: str, on_missing: str) -> datasets.Data
     dropped = {"other codes": _other_codes(table, preset), "no text": _no_text(column(table, "text"))}
     if dropped["no text"].all():
         raise ValueError(
-            f"All {total:,} texts are empty. Which column holds the text? The table has {table.column_names}."
+            f"All {total:,} texts are empty. Which column holds the text? The table has {shown(table.column_names)}."
         )
     for name, values in {"no patient": patient, "no time": time}.items():
         dropped[name] = values.is_null().to_numpy()
         missing = dropped[name] & ~dropped["no text"] & ~dropped["other codes"]
         if missing.any() and on_missing == "error":
             raise ValueError(
-                f"{int(missing.sum()):,} of {total:,} rows have {name}, first {source.place(int(missing.argmax()))}. Fill "
-                'them in, or pass `on_missing="drop"` to leave them out.'
+                f"{int(missing.sum()):,} of {total:,} rows have {name}, first {source.place(int(missing.argmax()))}. "
+                'Fill them in, or pass `on_missing="drop"` to leave them out.'
             )
     for name, values in {"patient_id": patient, "time": time}.items():
-        if values is not column(table, name) and values.type != table.data.schema.field(name).type:
+        if not values.equals(column(table, name)):
             table = table.remove_columns(name).add_column(name, values.combine_chunks())
     rows = np.flatnonzero(~np.logical_or.reduce(list(dropped.values())))
     if len(rows) == 0:
@@ -468,8 +485,8 @@ def _oddities(table: datasets.Dataset, rows: np.ndarray) -> dict[str, tuple[int,
         found = {"a time before 1800 or after 2300": (ticks < low) | (ticks > high)}
     else:
         found = {"a negative time": ticks < 0, "a time beyond 1,000,000 days": ticks > 1e6}
-    if "note_id" in table.column_names:
-        codes = _codes(column(table, "note_id"))
+    if "note_id" in table.column_names and pc.count_distinct(column(table, "note_id")).as_py() < len(table):
+        codes = dense_codes(table, "note_id")
         found["a note_id that another note has too"] = np.bincount(codes)[codes] > 1
     return {name: (int(mask.sum()), int(rows[mask].min())) for name, mask in found.items() if mask.any()}
 
@@ -481,11 +498,16 @@ def _patients(values: pa.ChunkedArray, source: SourceTable) -> pa.ChunkedArray:
         return values
     if pa.types.is_floating(kind):
         values = pc.if_else(pc.is_finite(values), values, None)
-        fraction = pc.not_equal(values, pc.floor(values)).fill_null(False).to_numpy()
-        if fraction.any():
+        # Beyond 2⁵³ a float no longer tells neighbouring integers apart.
+        odd = (
+            pc.or_(pc.not_equal(values, pc.floor(values)), pc.greater(pc.abs(values), 2**53))
+            .fill_null(False)
+            .to_numpy()
+        )
+        if odd.any():
             raise ValueError(
-                f"Column patient_id holds fractions, first {source.place(int(fraction.argmax()))}: expected integers or "
-                "strings. Which column holds the patient?"
+                f"Column patient_id holds floats that are no identifiers, first {source.place(int(odd.argmax()))}: "
+                "expected integers or strings. Which column holds the patient?"
             )
         return values.cast(pa.int64())
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
@@ -510,7 +532,9 @@ def _times(values: pa.ChunkedArray, source: SourceTable) -> tuple[pa.ChunkedArra
         safe = kind.unit in ("s", "ms")  # nanoseconds lose digits, seconds must not overflow
         return _parsed(values, lambda some: some.cast(zoned, safe=safe).cast(MICROSECONDS), source), "timestamps"
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise ValueError(f"Column time holds {kind}: expected timestamps, dates, ISO 8601 strings, or days as integers.")
+        raise ValueError(
+            f"Column time holds {kind}: expected timestamps, dates, ISO 8601 strings, or days as integers."
+        )
     values = _stripped(values)
     first = next((value.as_py() for value in values if value.is_valid), "")
     if first.lstrip("+-").replace(".", "", 1).isdigit():

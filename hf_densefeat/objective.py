@@ -273,17 +273,19 @@ class DenseObjective:
     def _estimate(self, m: Moments, running: RunningCovariance) -> tuple[Tensor, Tensor, Tensor]:
         """Covariance of one side, of the batch or its running average at the batch's trace; unbiased purity; trace."""
         covariance = m.covariance(self.center)
+        resolution = m.resolution(self.center).sum()
+        covariance = torch.where(covariance.trace() <= resolution, 0, covariance)  # rounding noise has no directions
         trace = covariance.trace()
         if self.window is None and not self.unbiased:
             return covariance, trace.new_tensor(torch.nan), trace
-        resolved = trace > m.resolution(self.center).sum()
+        resolved = trace > resolution
         scale = torch.where(resolved, trace, 1)
         noise = noise_of_purity(m, covariance, self.center) / scale / scale
         normalised = covariance / scale
         if self.window is not None:
             window = len(m.shift) if self.window == "auto" else self.window
             normalised, noise = running.average(normalised, noise, m.count, window, resolved)
-        purity = torch.where(trace > m.resolution(self.center).sum(), normalised.square().sum() - noise, 1)
+        purity = torch.where(resolved, normalised.square().sum() - noise, 1)
         return normalised * trace, purity, trace
 
     def _eigenspace(self, side: int, covariance: Tensor) -> Eigenspace:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from huggingface_hub.constants import HF_HOME
 from sklearn.cluster import KMeans
@@ -197,14 +198,15 @@ def _accepted(model: Any, **options: Any) -> dict[str, Any]:
 
 
 def encoder_key(model: Any, tokenizer: Any = None) -> str:
-    """SHA-256 over weights, architecture, config and tokenizer: equal keys mean equal embeddings."""
+    """SHA-256 over the weights below the head, architecture, config and tokenizer: equal keys, equal embeddings."""
     digest = hashlib.sha256(repr(model).encode())
     if hasattr(model, "config"):
         digest.update(model.config.to_json_string().encode())
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if tokenizer is not None:
         digest.update(repr(tokenizer).encode() + repr(sorted(tokenizer.get_vocab().items())).encode())
-    for name, weight in sorted(model.state_dict().items()):
+    # The body only: a language-modelling head has no part in embeddings, and is random where a checkpoint has none.
+    for name, weight in sorted(getattr(model, "base_model", model).state_dict().items()):
         digest.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -219,7 +221,7 @@ def embed(
     cache: str | Path | bool = False,
     key: str | None = None,
 ) -> np.ndarray:
-    """Embeddings (N, d) float32 of the texts, each different text encoded once, longest first.
+    """Embeddings (N, d) float32 of the texts, each different text encoded once, longest first; bf16 autocast on CUDA.
 
     Args:
         model: anything with ``encode(texts, ...)``: one of our encoders or a `SentenceTransformer`.
@@ -244,7 +246,8 @@ def embed(
             return np.load(path, allow_pickle=False)[inverse]
     order = np.argsort([-len(text) for text in unique], kind="stable")
     options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-    with torch.no_grad():
+    device = next(model.parameters()).device.type if isinstance(model, torch.nn.Module) else "cpu"
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         encoded = torch.as_tensor(model.encode([unique[i] for i in order], **options)).float().cpu().numpy()
     z = np.empty_like(encoded)
     z[order] = encoded
@@ -276,9 +279,10 @@ class Design:
     @classmethod
     def of(cls, x: np.ndarray, dtype: type = np.float64) -> "Design":
         """Scaler and axes of the training rows ``x`` (N, d); ``dtype`` is that of the large products."""
+        x = x.astype(dtype, copy=False)
         mean, deviation = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
         scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-6 * np.abs(mean))
-        standard = ((x - mean) * scale).astype(dtype)
+        standard = (x - mean.astype(dtype)) * scale.astype(dtype)
         if len(x) > x.shape[1]:
             axes = _eigenvectors(standard.T @ standard)[1]
         else:
@@ -294,7 +298,8 @@ class Design:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The same features of other rows."""
         dtype = self.rows.dtype
-        return np.column_stack([(x - self.mean).astype(dtype) @ self.axes.astype(dtype), np.ones(len(x), dtype)])
+        standard = x - self.mean.astype(dtype)
+        return np.column_stack([standard.astype(dtype) @ self.axes.astype(dtype), np.ones(len(x), dtype)])
 
 
 def _eigenvectors(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -613,7 +618,7 @@ def _estimate(value: float, replicates: np.ndarray) -> Estimate:
 
 def _fitted(x: np.ndarray, y: np.ndarray, kind: Kind, classes: int) -> tuple[Design, np.ndarray]:
     if kind == "regression":
-        design, mean = Design.of(x), y.mean()
+        design, mean = Design.of(x.astype(np.float64)), y.mean()
         path = ridge_path(design, y - mean).T
         path[:, -1] += mean
         return design, path[:, :, None]
@@ -630,12 +635,14 @@ def _output(features: np.ndarray, w: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def _chosen(features: np.ndarray, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
-    """Index into the path of the best RMSE or AUROC on the validation rows; ties go to the stronger penalty."""
+    """Index into the path of the best RMSE or AUROC on the validation rows; log-loss decides between equal AUROCs."""
     outputs = [_output(features, w, kind) for w in path]
     if kind == "regression":
-        errors = np.array([np.mean((y - output) ** 2) for output in outputs])
-        return len(errors) - 1 - int(np.argmin(errors[::-1]))
-    return int(np.nanargmax([_auroc(y, output, np.ones((1, len(y))))[0] for output in outputs]))
+        return int(np.argmin([np.mean((y - output) ** 2) for output in outputs]))
+    one, rows = np.ones((1, len(y))), np.arange(len(y))
+    area = [np.nan_to_num(_auroc(y, output, one)[0]) for output in outputs]
+    loss = [-np.log(np.maximum(output[rows, y], 1e-12)).mean() for output in outputs]
+    return int(np.lexsort((loss, -np.round(area, 9)))[0])
 
 
 def _nested_shots(y: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
@@ -689,7 +696,7 @@ def probe(
         draws: random draws of the few-shot samples.
         seed: seed of k-means, samples and bootstrap.
     """
-    z = np.asarray(z, dtype=np.float64)
+    z = np.asarray(z)
     if not np.isfinite(z).all():
         raise ValueError("Expected finite embeddings but got NaN or infinity; has the encoder diverged?")
     classes, strength, threshold = int(y.max()) + 1 if kind != "regression" else 0, None, 0.5
@@ -745,6 +752,34 @@ def paired_difference(ours: ProbeResult, theirs: ProbeResult) -> dict[str, Estim
     }
 
 
+def meds_predictions(task: ProbeTask, result: ProbeResult, time: str = "time") -> pa.Table:
+    """The test rows' predictions in the schema of meds-evaluation, one row a prediction. It holds patient ids.
+
+    Columns: ``subject_id`` int64, ``prediction_time`` timestamp[us], ``boolean_value``, ``predicted_boolean_value``
+    (at the validation rows' threshold), ``predicted_boolean_probability`` float32.
+
+    Raises:
+        ValueError: if the task is not binary, comes as a mapping of splits, or lacks integer patients or the time.
+    """
+    if task.kind != "binary" or isinstance(task.dataset, dict) or task.patient is None:
+        raise ValueError(
+            f"Probe {task.name!r}: MEDS predictions need a binary task on one table with a patient column."
+        )
+    columns = [np.asarray(_column(task.dataset, name, task)) for name in (task.patient, time)]
+    patients, times = (column[result.test_index] for column in columns)
+    if patients.dtype.kind not in "iu":
+        raise ValueError(f"Probe {task.name!r}: MEDS subject ids are integers; the column {task.patient!r} is not.")
+    return pa.table(
+        {
+            "subject_id": pa.array(patients, pa.int64()),
+            "prediction_time": pa.array(times.astype("datetime64[us]")),
+            "boolean_value": pa.array(result.y == 1),
+            "predicted_boolean_value": pa.array(result.output[:, 1] >= result.threshold),
+            "predicted_boolean_probability": pa.array(result.output[:, 1], pa.float32()),
+        }
+    )
+
+
 # ----------------------------------------------------------------------------------------------------- the evaluator
 
 
@@ -784,20 +819,20 @@ class ProbeEvaluator:
             raise ValueError(f"Expected at least one task, with different names, but got {names}.")
         self.tasks, self.bootstraps, self.shots = list(tasks), bootstraps, shots
         self.batch_size, self.max_length, self.cache, self.seed = batch_size, max_length, cache, seed
-        self._rows = {task.name: task_rows(task, seed) for task in tasks}
-        for name, rows in self._rows.items():
+        self.rows = {task.name: task_rows(task, seed) for task in tasks}
+        for name, rows in self.rows.items():
             if rows.unlabelled:
                 logger.info("Probe %s: %d rows without a label are left out.", name, rows.unlabelled)
 
     def _embeddings(self, model: Any, tokenizer: Any, cache: str | Path | bool) -> dict[str, np.ndarray]:
         key = encoder_key(model, tokenizer) if cache else None
-        texts = [text for rows in self._rows.values() for text in rows.texts]
+        texts = [text for rows in self.rows.values() for text in rows.texts]
         z = embed(model, texts, tokenizer, self.batch_size, self.max_length, cache, key)
-        ends = np.cumsum([len(rows.texts) for rows in self._rows.values()])
-        return dict(zip(self._rows, np.split(z, ends[:-1]), strict=True))
+        ends = np.cumsum([len(rows.texts) for rows in self.rows.values()])
+        return dict(zip(self.rows, np.split(z, ends[:-1]), strict=True))
 
     def _probe(self, name: str, z: np.ndarray, kind: Kind, bootstraps: int, shots: Sequence[int]) -> ProbeResult:
-        rows = self._rows[name]
+        rows = self.rows[name]
         result = probe(z, rows.y, rows.patient, rows.split, kind, bootstraps, shots, seed=self.seed)
         result.rows["unlabelled"] = rows.unlabelled
         result.test_index[:] = rows.index[result.test_index]

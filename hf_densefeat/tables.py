@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import logging
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +28,9 @@ FORMATS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.g
 BATCH_ROWS = 1000
 BLOCK_BYTES = 1 << 25  # a row of text must fit in a block
 CACHE_VERSION = 1
+NAME = re.compile(r"(?=.{1,40}$)[A-Za-z_][\w.\-]*( [\w.\-]+){0,2}")
 JSON_TIME = pa.timestamp("s")
-READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, ValueError, OverflowError)
+READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,14 @@ def read_files(path: Path, resolve: Callable[[Sequence[str]], Mapping[str, str]]
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     for (_, size, _), file in zip(stats, files, strict=True):
         if size == 0:
-            raise ValueError(f"{file.name} is empty (0 bytes): expected a table. Was it written, or copied, to its end?")
-    names = _column_names(files[0], meds)
+            raise ValueError(
+                f"{file.name} is empty (0 bytes): expected a table. Was it written, or copied, to its end?"
+            )
+    names = _column_names(files[0])
+    for file in files[1:] if meds and "text_value" not in names else ():
+        names = max(names, _column_names(file), key=lambda found: "text_value" in found)
     if len(set(names)) < len(names):
-        raise ValueError(f"{files[0].name} has two columns of one name: {names}. Rename one.")
+        raise ValueError(f"{files[0].name} has two columns of one name: {shown(names)}. Rename one.")
     roles = resolve(names)
     key = hashlib.sha256(json.dumps([CACHE_VERSION, stats, sorted(roles.items()), meds]).encode()).hexdigest()[:32]
     arrow = Path(datasets.config.HF_DATASETS_CACHE) / "hf_densefeat" / f"{key}.arrow"
@@ -103,6 +111,13 @@ def read_files(path: Path, resolve: Callable[[Sequence[str]], Mapping[str, str]]
     return SourceTable(data, record["files"], record["repaired"], meds, untyped=kinds[0] in (".csv", ".tsv"))
 
 
+def shown(names: Sequence[str]) -> str:
+    """List the names of columns, unless they may be a row: a table without a header has patient text for names."""
+    if all(NAME.fullmatch(name) for name in names):
+        return str(list(names))
+    return f"{len(names)} columns, some without a proper name (is the first row a header?)"
+
+
 def _format(file: Path) -> str:
     """Return the format by the file's name, or an empty string."""
     return next((end for end in sorted(FORMATS, key=len, reverse=True) if file.name.lower().endswith(end)), "")
@@ -111,17 +126,24 @@ def _format(file: Path) -> str:
 def _damaged(name: str, rows: int, error: Exception) -> ValueError:
     """Say where reading stopped. Arrow's own message is left out: it quotes the row, and the row is patient text."""
     return ValueError(
-        f"{name} could not be read after row {rows:,} ({type(error).__name__}): the file is cut short, damaged, or not what "
-        "its name says. In csv, look for a quote that is never closed; in jsonl, every line must be an object whose keys "
-        "keep their type. Text must be UTF-8."
+        f"{name} could not be read after row {rows:,} ({type(error).__name__}): the file is cut short, damaged or not "
+        "what its name says. In csv, look for a quote that is never closed; in jsonl, every line must be an object "
+        "whose keys keep their type. Text must be UTF-8."
     )
 
 
-def _column_names(file: Path, meds: bool) -> list[str]:
+def _column_names(file: Path) -> list[str]:
+    """Read the names of the columns, and as little else as possible."""
     try:
         if _format(file) == ".parquet":
             return pq.read_schema(file).names
-        return next(_batches(file, {})).schema.names
+        if _delimiter(file):
+            with io.TextIOWrapper(pa.input_stream(str(file)), "utf-8-sig", errors="replace", newline="") as lines:
+                names = next(row for row in csv.reader(lines, delimiter=_delimiter(file)) if row)
+            if "\ufffd" in "".join(names):
+                raise UnicodeError
+            return names
+        return next(_batches(file, (), {})).schema.names
     except StopIteration:
         raise ValueError(f"{file.name} has no rows: expected a table of notes.") from None
     except READ_ERRORS as error:
@@ -150,19 +172,29 @@ class _TypeChanged(Exception):
     """A csv column looked like numbers at first, and was not."""
 
 
-def _write(files, root, target, roles, names, meds, infer) -> dict[str, object]:
+def _write(
+    files: list[Path],
+    root: Path,
+    target: Path,
+    roles: Mapping[str, str],
+    names: list[str],
+    meds: bool,
+    infer: bool,
+) -> dict[str, object]:
+    """Write all rows once, with the types of csv columns inferred or all of them strings."""
     counts, repaired, total, schema = [], {}, 0, None
     with pa.OSFile(str(target), "wb") as sink:
         for file in files:
             name, rows = str(file.relative_to(root)), 0
-            batches = _batches(file, roles, infer)
+            batches = _batches(file, names, roles, infer)
             while True:
                 try:
                     batch = next(batches, None)
+                    found = [] if batch is None else batch.schema.names
                 except _UnclosedQuote as error:
                     raise ValueError(
-                        f"{name}: a quote is opened and never closed, so that its last row, row {rows:,}, runs to the end "
-                        "of the file. Close the quote, and write quotes within a text twice."
+                        f"{name}: a quote is opened and never closed, so that its last row, row {rows:,}, runs to the "
+                        "end of the file. Close the quote, and write quotes within a text twice."
                     ) from error
                 except READ_ERRORS as error:
                     if infer and "conversion error" in str(error):
@@ -170,12 +202,12 @@ def _write(files, root, target, roles, names, meds, infer) -> dict[str, object]:
                     raise _damaged(name, rows, error) from None
                 if batch is None:
                     break
-                if meds and roles["text"] not in batch.schema.names:
+                if meds and roles["text"] not in found:
                     break
-                if sorted(batch.schema.names) != sorted(names):
+                if sorted(found) != sorted(names):
                     raise ValueError(
-                        f"{name} has the columns {batch.schema.names}, but {files[0].name} has {names}: expected the same "
-                        "in every file of a folder."
+                        f"{name} has the columns {shown(found)}, but {files[0].name} has {shown(names)}: "
+                        "expected the same in every file of a folder."
                     )
                 if meds:
                     batch = batch.filter(pc.is_valid(batch[roles["text"]]))
@@ -203,13 +235,20 @@ def _write(files, root, target, roles, names, meds, infer) -> dict[str, object]:
     return {"files": counts, "repaired": repaired}
 
 
-def _batches(file: Path, roles: Mapping[str, str], infer: bool = True) -> Iterator[pa.RecordBatch]:
+def _delimiter(file: Path) -> str:
+    """Return what separates the cells of a csv or tsv file, by its name; nothing for other files."""
+    return {".csv": ",", ".tsv": "\t"}.get(_format(file).removesuffix(".gz"), "")
+
+
+def _batches(
+    file: Path, names: Sequence[str], roles: Mapping[str, str], infer: bool = True
+) -> Iterator[pa.RecordBatch]:
     """Yield the rows of one file; of a file without rows an empty batch, or nothing."""
     kind = _format(file).removesuffix(".gz")
     if kind == ".parquet":
         yield from pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
-    elif kind in (".csv", ".tsv"):
-        yield from _csv_batches(file, "\t" if kind == ".tsv" else ",", roles, infer)
+    elif _delimiter(file):
+        yield from _csv_batches(file, names, roles, infer)
     elif kind == ".json" and _first_character(file) == "[":
         rows = json.loads(file.read_text(encoding="utf-8"))
         if not all(isinstance(row, dict) for row in rows):
@@ -246,14 +285,12 @@ class _QuoteCounter:
         return block
 
 
-def _csv_batches(file: Path, delimiter: str, roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
-    parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    read = pa_csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
-    with pa_csv.open_csv(file, read, parse) as reader:
-        schema = reader.schema
-    types = {} if infer else dict.fromkeys(schema.names, pa.binary())
+def _csv_batches(file: Path, names: Sequence[str], roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
+    types = {} if infer else dict.fromkeys(names, pa.binary())
     # Bytes, not strings: one row that is not UTF-8 must not lose the file. And 007 is a patient, not the number 7.
     types |= dict.fromkeys(roles.values(), pa.binary())
+    read = pa_csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
+    parse = pa_csv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True)
     convert = pa_csv.ConvertOptions(column_types=types)
     counter, last = _QuoteCounter(file), None
     with pa_csv.open_csv(pa.PythonFile(counter, "r"), read, parse, convert) as reader:
@@ -283,15 +320,20 @@ def _mended(batch: pa.RecordBatch, roles: Mapping[str, str], offset: int, repair
         if not _is_text(values.type):
             columns.append(values)
             continue
+        large = "large" in str(values.type)
         try:
-            values = values.cast(pa.large_string() if pa.types.is_large_string(values.type) else pa.string())
+            # By way of bytes: Arrow checks that they are UTF-8 then, and only then.
+            values = values.cast(pa.large_binary() if large else pa.binary())
+            values = values.cast(pa.large_string() if large else pa.string())
         except pa.ArrowInvalid:
-            texts = [_decoded(cell) for cell in values.cast(pa.binary()).to_pylist()]
+            texts = [_decoded(cell) for cell in values.to_pylist()]
             _count(repaired, "bytes that are not UTF-8, read as Windows-1252", [odd for _, odd in texts], offset)
-            values = pa.array([text for text, _ in texts], pa.string())
+            values = pa.array([text for text, _ in texts], pa.large_string() if large else pa.string())
         if name in roles.values():
-            nul = pc.match_substring(values, "\0")
-            if pc.any(nul).as_py():
+            text = values.buffers()[2]
+            # A look at the bytes is ten times faster than a search in every row, and nearly always enough.
+            if text and not np.frombuffer(text, np.uint8).all():
+                nul = pc.match_substring(values, "\0")
                 _count(repaired, "NUL bytes, removed", nul.fill_null(False).to_pylist(), offset)
                 values = pc.replace_substring(values, "\0", "")
         columns.append(values)

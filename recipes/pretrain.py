@@ -68,35 +68,16 @@ def main():
     set_seed(args.seed)
     if not args.should_save:
         disable_progress_bars()
-    logging.set_verbosity_warning()
+    try:
+        trainer, measure, head_is_new = prepare(recipe, args)
+    except ValueError as error:  # what is wrong with the notes, the model or the options, before hours of training
+        sys.exit(f"pretrain.py: error: {error}")
 
-    # 1. Notes, split by patient
-    columns = {"patient_id": recipe.patient_column, "time": recipe.time_column, "text": recipe.text_column}
-    columns = {role: name for role, name in columns.items() if name} or "auto"
-    with args.main_process_first(desc="reading notes"):
-        notes = load_notes(recipe.notes, columns=columns)
-    parts = split_by_patient(notes, seed=args.seed)
-    say(args, f"notes      {notes.info.description}\n           {describe_notes(notes)}")
-
-    # 2. Model and tokenizer
-    source = recipe.model_name_or_path or recipe.config_name
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer_name or source)
-    model, head_is_new = load_model(recipe, args)
-    say(args, f"model      {type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling")
-
-    # 3. The trainer makes pairs and tokens, and refuses what cannot work
-    validation = parts["validation"] if args.eval_strategy != "no" else None
-    trainer = DenseTrainer(
-        model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
-    )
-    say(args, f"pairs      {trainer.train_dataset.pairs}\ntokens     {trainer.token_stats['train']}")
-    measure = Measurement(recipe, parts, args)
-
-    # 4. Measure, train, save, and measure what was saved
+    model, tokenizer = trainer.model, trainer.processing_class
     before = measure("before", model, tokenizer) if args.should_save else None
     if head_is_new and args.mlm_weight and recipe.head_warmup_steps and not args.resume_from_checkpoint:
+        say(args, f"head       new: it is trained alone first, for {recipe.head_warmup_steps} updates")
         warm_up_head(model, recipe, args, trainer.train_dataset, tokenizer)
-        say(args, f"head       new: trained alone for {recipe.head_warmup_steps} updates first")
     result = trainer.train(resume_from_checkpoint=last_checkpoint(args))
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -109,6 +90,29 @@ def main():
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.end_training()
+
+
+def prepare(recipe: RecipeArguments, args: DenseTrainingArguments):
+    """Notes split by patient, model, trainer and measurement, each checked; what was read is printed."""
+    columns = {"patient_id": recipe.patient_column, "time": recipe.time_column, "text": recipe.text_column}
+    columns = {role: name for role, name in columns.items() if name} or "auto"
+    with args.main_process_first(desc="reading notes"):
+        notes = load_notes(recipe.notes, columns=columns)
+    say(args, f"notes      {notes.info.description}\n           {describe_notes(notes)}")
+    parts = split_by_patient(notes, seed=args.seed)
+
+    source = recipe.model_name_or_path or recipe.config_name
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer_name or source)
+    model, head_is_new = load_model(recipe, args)
+    say(args, f"model      {type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling")
+
+    measure = Measurement(recipe, parts, args)
+    validation = parts["validation"] if args.eval_strategy != "no" else None
+    trainer = DenseTrainer(
+        model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
+    )
+    say(args, f"pairs      {trainer.train_dataset.pairs}\ntokens     {trainer.token_stats['train']}")
+    return trainer, measure, head_is_new
 
 
 def parse(argv: list[str]) -> tuple[RecipeArguments, DenseTrainingArguments]:
