@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,10 +42,11 @@ def orthogonality(covariance: Tensor, resolution: Tensor) -> Tensor:
     """
     variance = covariance.diagonal()
     varies = variance > resolution
-    scale = torch.where(varies, torch.where(varies, variance, 1).rsqrt(), 0)
-    correlation = covariance * scale * scale[:, None]
+    trace = torch.where(varies, variance, 0).sum()
+    unit = torch.where(varies.any(), trace, 1)  # squares of small numbers underflow
+    inverse = torch.where(varies, unit / torch.where(varies, variance, 1), 0)
     # corr_jj is 1 or 0, without gradient: ||corr - I||^2 = ||corr||^2 + d - 2 tr corr
-    return correlation.square().sum() + len(variance) - 2 * varies.sum()
+    return inverse @ (covariance / unit).square() @ inverse + len(variance) - 2 * varies.sum()
 
 
 def noise_of_purity(m: Moments, covariance: Tensor, center: bool) -> Tensor:
@@ -215,15 +217,16 @@ class DenseObjective:
         k, d = self.subspace_dim, len(a.shift)
         _check_dimension(k, d)
         with torch.autocast(a.shift.device.type, enabled=False):
-            cov_a, purity_a, trace_a = self._estimate(a, self.running[0])
-            cov_b, purity_b, trace_b = self._estimate(b, self.running[1])
+            cov_a, purity_a, trace_a, resolved_a = self._estimate(a, self.running[0])
+            cov_b, purity_b, trace_b, resolved_b = self._estimate(b, self.running[1])
             pooled = (cov_a + cov_b) / 2
             resolution = (a.resolution(self.center) + b.resolution(self.center)) / 2
             if self.unbiased:
                 spread = (purity_a + purity_b) / 2 - 1 / d
             else:
                 spread = spectral_spreading(pooled, d, resolution.sum())
-            space_a, space_b = self._eigenspace(0, cov_a.detach()), self._eigenspace(1, cov_b.detach())
+            space_a = self._eigenspace(0, cov_a.detach(), resolved_a)
+            space_b = self._eigenspace(1, cov_b.detach(), resolved_b)
             subspace = subspace_distance_squared(cov_a, cov_b, space_a, space_b, k, self.broadening)
             if self.center and self.window is None:
                 orthogonal = orthogonality(pooled, resolution)
@@ -270,15 +273,13 @@ class DenseObjective:
             running.covariance, running.noise = state.get(f"{side}.covariance"), state.get(f"{side}.noise")
             running.drift = state.get(f"{side}.drift")
 
-    def _estimate(self, m: Moments, running: RunningCovariance) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariance of one side, of the batch or its running average at the batch's trace; unbiased purity; trace."""
+    def _estimate(self, m: Moments, running: RunningCovariance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Covariance of one side, its running average at the batch's trace; unbiased purity; trace; has it variance."""
         covariance = m.covariance(self.center)
-        resolution = m.resolution(self.center).sum()
-        covariance = torch.where(covariance.trace() <= resolution, 0, covariance)  # rounding noise has no directions
         trace = covariance.trace()
+        resolved = trace > m.resolution(self.center).sum()
         if self.window is None and not self.unbiased:
-            return covariance, trace.new_tensor(torch.nan), trace
-        resolved = trace > resolution
+            return covariance, trace.new_tensor(torch.nan), trace, resolved
         scale = torch.where(resolved, trace, 1)
         noise = noise_of_purity(m, covariance, self.center) / scale / scale
         normalised = covariance / scale
@@ -286,21 +287,22 @@ class DenseObjective:
             window = len(m.shift) if self.window == "auto" else self.window
             normalised, noise = running.average(normalised, noise, m.count, window, resolved)
         purity = torch.where(resolved, normalised.square().sum() - noise, 1)
-        return normalised * trace, purity, trace
+        return normalised * trace, purity, trace, resolved
 
-    def _eigenspace(self, side: int, covariance: Tensor) -> Eigenspace:
-        finite = covariance.trace().isfinite()
-        covariance = torch.where(finite, covariance, 0)  # LAPACK raises where the loss can say NaN and be skipped
+    def _eigenspace(self, side: int, covariance: Tensor, resolved: Tensor) -> Eigenspace:
         if self.power_iterations is None:
-            return eigenspace(covariance)
-        basis, iterations = self.bases[side], self.power_iterations
-        if basis is None:
-            width = min(self.subspace_dim + OVERSAMPLING, len(covariance))
-            start = torch.randn(len(covariance), width, generator=torch.Generator().manual_seed(0))
-            basis, iterations = torch.linalg.qr(start.to(covariance)).Q, COLD_ITERATIONS
-        space = power_iteration(covariance, basis, iterations)
-        self.bases[side] = torch.where(finite & (covariance.trace() > 0), space.basis, basis)
-        return space
+            # LAPACK raises on NaN, where the loss can say NaN and be skipped
+            space = eigenspace(torch.where(covariance.trace().isfinite(), covariance, 0))
+        else:
+            basis, iterations = self.bases[side], self.power_iterations
+            if basis is None:
+                width = min(self.subspace_dim + OVERSAMPLING, len(covariance))
+                start = torch.randn(len(covariance), width, generator=torch.Generator().manual_seed(0))
+                basis, iterations = torch.linalg.qr(start.to(covariance)).Q, COLD_ITERATIONS
+            space = power_iteration(covariance, basis, iterations)
+            self.bases[side] = torch.where(resolved & space.basis.isfinite().all(), space.basis, basis)
+        # rounding noise has no directions
+        return replace(space, values=torch.where(resolved, space.values, 0))
 
     def _columns(self, a: Moments, b: Moments) -> tuple[Tensor, Tensor]:
         """Centred covariance and resolution of the columns of all 2N rows: one mean, or with `center` a mean a side."""

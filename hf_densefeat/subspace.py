@@ -54,7 +54,8 @@ def power_iteration(covariance: Tensor, basis: Tensor, iterations: int = 1) -> E
     """
     for _ in range(iterations):
         basis = torch.linalg.qr(covariance @ basis).Q
-    values, rotation = torch.linalg.eigh(basis.mT @ covariance @ basis)
+    small = basis.mT @ covariance @ basis
+    values, rotation = torch.linalg.eigh(torch.where(small.isfinite().all(), small, 0))  # LAPACK raises on NaN
     values = values.flip(0).clamp(min=0)
     d, m = basis.shape
     rest = (covariance.trace() - values.sum()).clamp(min=0) / max(d - m, 1)
