@@ -91,8 +91,8 @@ def condition_number(z: Tensor, center: bool = False, floor: float = CONDITION_F
     "singular as far as can be measured"; it is also the value without any variance. Equals
     ``numpy.linalg.cond(z) ** 2`` where that is below 1/floor (paper, Table 1).
 
-    An encoder whose last layer is a LayerNorm, ``z = g · x̂ + b`` with ``Σ_i x̂_i = 0``, has one exactly singular direction,
-    centred, and is at the floor whatever it learned; compare such encoders by ``condition_resolved`` of
+    An encoder that ends in a LayerNorm, ``z = g * x + b`` with ``Σ_i x_i = 0``, has one exactly singular direction
+    when centred, and is at the floor whatever it learned; compare such encoders by ``condition_resolved`` of
     `geometry_report`.
     """
     n, d = z.shape
@@ -273,22 +273,24 @@ def geometry_report(
     """Everything above in one flat dictionary; names ending in ``_centered`` are with each side's mean removed.
 
     Always there: ``n``, ``d``, ``attainable_rank = min(N - 1, d)``, ``condition_floor``, ``mean_cosine``; and, plain
-    and
-    centred: ``effective_rank``, ``condition_number`` (largest over smallest attainable eigenvalue),
+    and centred: ``effective_rank``, ``condition_number`` (largest over smallest attainable eigenvalue),
     ``condition_over_median`` (largest over median), ``condition_resolved`` (largest over the smallest above the floor)
     and the number of these, ``resolved_rank``; ``top_eigenvalue_share``, ``total_variance``.
 
     With at least two directions also ``k`` and ``subspace_noise_floor`` (see there; raw in ``[0, 2k]`` and
     ``_normalized`` in ``[0, 1]``); and with ``z_next`` ``subspace_distance`` at all N rows, ``subspace_distance_half``
     between disjoint halves of the two sides, which is what may be compared with the floor, and their difference
-    ``subspace_excess``. ``k_requested`` is the argument: where the halves do not support it, ``k`` is lowered for
-    every entry alike and a warning says so. If not even k = 1 is supported, ``k`` is 0 and no distance is given.
+    ``subspace_excess``. (In chains of adjacent notes the two sides share most of their rows, which makes the distance
+    at all N rows small by construction.) ``k_requested`` is the argument: where the halves do not support it, ``k`` is
+    lowered for every entry alike and a warning says so. If not even k = 1 is supported, ``k`` is 0 and no distance is
+    given.
 
     Args:
         z: embeddings (N, d).
         z_next: embeddings (N, d) of the notes that follow, row by row.
         k: subspace dimension.
-        groups: integer codes (N,) that keep, say, the pairs of a patient in one half of the noise-floor splits.
+        groups: integer codes (N,), of patients: a patient's pairs stay in one half of the splits, so that halves share
+            no row.
         seed: seed of these splits.
 
     Raises:

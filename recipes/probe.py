@@ -44,7 +44,7 @@ logger = logging.getLogger("probe")
 
 # The verdict, on the centred embeddings of all notes; `verdict` says how they are used.
 COLLAPSED_RANK = 0.03
-COLLAPSED_VARIANCE = 0.01
+COLLAPSED_VARIANCE = 0.05
 OVERSPREAD_RANK = 0.6
 PRIMARY = {"binary": "auroc", "multiclass": "auroc", "regression": "rmse", "clustering": "ari"}
 LOWER_IS_BETTER = {"rmse", "brier"}
@@ -83,8 +83,8 @@ class Lookup:
         return self.z[[self.rows[text] for text in texts]]
 
 
-def load_encoder(argument: str, names: set[str]) -> Encoder:
-    """A folder or Hub name, as `path` or `name=path`; never the path itself as a name."""
+def load_encoder(argument: str, names: set[str], max_length: int | None) -> Encoder:
+    """A folder or Hub name, as `path` or `name=path`, that sees `max_length` tokens; the path is never the name."""
     name, _, source = argument.rpartition("=")
     name = name or Path(source).name or Path(source).resolve().name
     if name in names:
@@ -94,11 +94,13 @@ def load_encoder(argument: str, names: set[str]) -> Encoder:
         from sentence_transformers import SentenceTransformer
 
         model = SentenceTransformer(source)
+        model.max_seq_length = min(max_length or model.max_seq_length, model.max_seq_length)
         return Encoder(name, model, model.tokenizer, model.max_seq_length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoDenseModel.from_pretrained(source).to(device).eval()
     tokenizer = model._default_tokenizer()
-    return Encoder(name, model, tokenizer, min(model.max_length or 10**9, tokenizer.model_max_length))
+    limits = (max_length, model.max_length, tokenizer.model_max_length)
+    return Encoder(name, model, tokenizer, min(limit for limit in limits if limit))
 
 
 def _file(source: str, name: str, needed: bool = True) -> str | None:
@@ -151,7 +153,7 @@ def truncated_share(encoder: Encoder, texts: Sequence[str]) -> float:
 def geometry_state(report: dict[str, float]) -> str:
     """collapsed, healthy or over-spread, from the centred geometry of the notes alone.
 
-    * collapsed: the centred effective rank is below 3 % of what is attainable (or below 3), or less than 1 % of the
+    * collapsed: the centred effective rank is below 3 % of what is attainable (or below 3), or less than 5 % of the
       squared length of the embeddings is variance about their mean;
     * over-spread: the centred effective rank is above 60 % of what is attainable;
     * healthy: between.
@@ -186,9 +188,10 @@ def verdict(
     other; "mixed" that both occur; "equal" that every interval holds zero, which is no proof of equality.
     """
     state = geometry_state(report)
+    variance = report["total_variance_centered"] / report["total_variance"] if report["total_variance"] else 0.0
     text = (
         f"{name} is {state} on these notes (centred effective rank {report['effective_rank_centered']:.0f} of "
-        f"{report['attainable_rank']:.0f} attainable)"
+        f"{report['attainable_rank']:.0f} attainable; {variance:.0%} of the squared length is variance)"
     )
     if not differences:
         return {"state": state, "against_base": None, "sentence": text + "."}
@@ -202,7 +205,10 @@ def verdict(
         "mixed": f"its probes are better on some tasks and worse on others than those of {base}",
         "equal": f"no difference to the probes of {base} is visible",
     }
-    first, metric = next(iter(metrics.items()))
+    # The task quoted is the first that shows the direction named.
+    wanted = {"better": "better", "mixed": "better", "worse": "worse", "equal": "equal"}[against]
+    first = list(metrics)[directions.index(wanted)]
+    metric = metrics[first]
     found = differences[first][metric]
     text += (
         f"; {words[against]} ({better} better, {equal} without a visible difference, {worse} worse; "
@@ -226,32 +232,22 @@ def _style(i: int) -> dict:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 2}
 
 
-def plot_spectrum(spectra: dict[str, np.ndarray], attainable: dict[str, int]):
-    """Share of the variance by eigenvalue number, log scale, and its cumulative sum."""
-    figure, (left, right) = _axes(9.6, 4.2, 2)
+def plot_spectrum(spectra: dict[str, np.ndarray], reports: dict[str, dict[str, float]]):
+    """Share of the variance by eigenvalue number, log scale, and its cumulative sum; down to the floor."""
+    figure, (left, right) = _axes(9.6, 4.4, 2)
     for i, (name, values) in enumerate(spectra.items()):
-        share = values[: attainable[name]] / values.sum()
+        share = values[: max(1, int(reports[name]["resolved_rank_centered"]))] / max(values.sum(), 1e-300)
         number = np.arange(1, len(share) + 1)
         left.plot(number, np.maximum(share, 1e-12), label=name, **_style(i))
-        right.plot(number, np.cumsum(share), label=name, **_style(i))
-    flat = 1 / max(attainable.values())
-    left.axhline(flat, color="0.45", linewidth=1)
-    left.annotate("isotropic", (1, flat), textcoords="offset points", xytext=(0, 4), color="0.35", fontsize=8)
-    left.set(
-        yscale="log",
-        ylim=(max(1e-9, left.get_ylim()[0]), 1.5),
-        xlabel="eigenvalue number",
-        ylabel="share of the variance",
-    )
-    left.set_title("Spectrum (centred)")
-    right.set(
-        ylim=(0, 1.02),
-        xscale="log",
-        xlabel="eigenvalues taken, largest first",
-        ylabel="cumulative share of the variance",
-    )
-    right.set_title("Cumulative variance")
-    left.legend(frameon=False, fontsize=8)
+        right.plot(number, np.cumsum(share), **_style(i))
+    most = max(report["attainable_rank"] for report in reports.values())
+    left.axhline(1 / max(most, 1), color="0.45", linewidth=1)
+    place = {"textcoords": "offset points", "xytext": (0, 4), "ha": "right", "color": "0.35", "fontsize": 8}
+    left.annotate("isotropic", (most, 1 / max(most, 1)), **place)
+    left.set(yscale="log", xlabel="eigenvalue number", ylabel="share of the variance", title="Spectrum (centred)")
+    right.set(ylim=(0, 1.02), xscale="log", xlabel="eigenvalues taken, largest first")
+    right.set(ylabel="cumulative share of the variance", title="Cumulative variance")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -298,7 +294,8 @@ def plot_shots(results: dict[str, dict[str, ProbeResult]], tasks: Sequence[str])
         one.set_xticks(ks, [*map(str, ks[:-1]), "all"])
         one.set(xlabel="training rows of each class", ylabel="AUROC", title=task)
         one.minorticks_off()
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -320,7 +317,7 @@ def plot_projection(z: dict[str, np.ndarray], y: np.ndarray, classes: list, labe
             for i, c in enumerate(sorted(shown)):
                 text = str(classes[c]) if len(str(classes[c])) <= 32 else f"class {c + 1}"
                 one.scatter(
-                    *x[y == c].T, color=COLOURS[i], marker=markers[i], s=12, alpha=0.7, linewidths=0, label=text
+                    *x[y == c].T, color=COLOURS[i], marker=markers[i], s=12, alpha=0.45, linewidths=0, label=text
                 )
         one.set(
             title=name, xlabel=f"component 1 ({share[0]:.0%} of the variance)", ylabel=f"component 2 ({share[1]:.0%})"
@@ -361,11 +358,16 @@ def geometry_table(reports: dict[str, dict[str, float]]) -> list[list[str]]:
         ("effective rank, uncentred", lambda r: _number(r["effective_rank"])),
         ("condition number, centred", lambda r: _condition(r, "condition_number_centered")),
         ("condition number, uncentred", lambda r: _condition(r, "condition_number")),
+        ("largest over smallest resolved eigenvalue, centred", _resolved),
         ("largest over median eigenvalue, centred", lambda r: _condition(r, "condition_over_median_centered")),
         ("mean cosine of two random notes", lambda r: _number(r["mean_cosine"])),
         ("notes longer than the window", lambda r: f"{r['truncated']:.1%}"),
     )
     return lines + [[name, *(cell(report) for report in reports.values())] for name, cell in rows]
+
+
+def _resolved(report: dict[str, float]) -> str:
+    return f"{_number(report['condition_resolved_centered'])} ({report['resolved_rank_centered']:.0f} resolved)"
 
 
 def _condition(report: dict[str, float], name: str) -> str:
@@ -378,7 +380,7 @@ def subspace_table(pairs: dict[str, dict[str, float]], patients: dict[str, dict[
     first = next(iter(pairs.values()))
     lines = [[f"subspaces of adjacent notes, k = {first['k']:.0f} (centred)", *pairs]]
     rows = (
-        ("distance, all pairs (0 to 2k)", "subspace_distance_centered"),
+        ("distance, all pairs, which share notes (0 to 2k)", "subspace_distance_centered"),
         ("the same, normalised", "subspace_distance_normalized_centered"),
         ("distance, disjoint halves, normalised", "subspace_distance_half_normalized_centered"),
         ("noise floor of halves, normalised", "subspace_noise_floor_normalized_centered"),
@@ -444,12 +446,13 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 figure { margin: 0 0 1.4rem; } figcaption { color: var(--soft); font-size: .92rem; }
-img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px; }
+img { max-width: 100%; min-width: 34rem; height: auto; background: #fff;
+  border: 1px solid var(--line); border-radius: 6px; }
 @media print { body { max-width: none; } figure, table { break-inside: avoid; } }
 """
 
 HOW_TO_READ = """
-Collapsed: the centred effective rank is below 3 % of the attainable min(N - 1, d) (or below 3), or less than 1
+Collapsed: the centred effective rank is below 3 % of the attainable min(N - 1, d) (or below 3), or less than 5
 % of the squared length of the embeddings is variance. Over-spread: above 60 % of the attainable rank. Healthy:
 between. These are rules of thumb for these notes: few or templated notes lower the rank of any encoder. Better
 and worse mean that a paired 95 % interval lies on one side of zero; a missing difference is no proof of
@@ -495,7 +498,8 @@ def render(
         caption = html.escape(CAPTIONS[name.split("_")[0]])
         data = base64.b64encode(png).decode()
         parts.append(
-            f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+            f'<figure><div class="wide"><img alt="{name}" src="data:image/png;base64,{data}"></div>'
+            f"<figcaption>{caption}</figcaption></figure>"
         )
     parts.append(f'<h2>Method</h2><p class="note">{html.escape(method)}</p></body></html>')
     return "".join(parts)
@@ -519,11 +523,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Angles between disjoint halves of the two sides, and between the halves of the first: equal row counts."""
-    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
-    a, b = order[: len(z) // 2], order[len(z) // 2 :]
-    return tuple(principal_angles(z[a], other[b], k, center=True).numpy() for other in (z_next, z))
+def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Tensor, k: int, seed: int):
+    """Angles between patients' halves, earlier against later, and earlier against earlier: equal row counts.
+
+    Halves are of patients, because a note is the later one of a pair and the earlier one of the next.
+    Means over four draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: tuple[list, list] = ([], [])
+    count = int(patients.max()) + 1
+    for _ in range(4):
+        first = torch.randperm(count, generator=generator)[: count // 2]
+        half = torch.isin(patients, first)
+        for angles, other in zip(found, (z_next, z), strict=True):
+            angles.append(principal_angles(z[half], other[~half], k, center=True).numpy())
+    return tuple(np.mean(angles, axis=0) for angles in found)
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -545,9 +559,9 @@ def run(arguments: argparse.Namespace) -> dict:
     embeddings: dict[str, np.ndarray] = {}
     geometry, subspaces, per_patient, spectra, angles, results, seconds = {}, {}, {}, {}, {}, {}, {}
     for argument in arguments.model:
-        encoder = load_encoder(argument, set(embeddings))
+        encoder = load_encoder(argument, set(embeddings), arguments.max_length)
         start = time.perf_counter()
-        options = (encoder.tokenizer, arguments.batch_size, arguments.max_length, not arguments.no_cache)
+        options = (encoder.tokenizer, arguments.batch_size, encoder.max_length, not arguments.no_cache)
         key = encoder_key(encoder.model, encoder.tokenizer)
         # Apart, so that another task does not cost another pass over the notes.
         z = embed(encoder.model, texts, *options, key)
@@ -558,7 +572,6 @@ def run(arguments: argparse.Namespace) -> dict:
         logger.info("%s: %d texts in %.0f s", name, len(z), seconds[name])
         embeddings[name] = z
         geometry[name] = geometry_report(rows, k=arguments.k, seed=arguments.seed)
-        encoder.max_length = arguments.max_length or encoder.max_length
         geometry[name]["truncated"] = truncated_share(encoder, texts)
         spectra[name] = spectrum(rows, center=True).numpy()
         if len(pairs) > 3:
@@ -568,7 +581,7 @@ def run(arguments: argparse.Namespace) -> dict:
             codes = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
             per_patient[name] = patient_subspaces(rows, codes, arguments.k, seed=arguments.seed)
             if subspaces[name]["k"]:
-                angles[name] = _angles_with_floor(earlier, later, int(subspaces[name]["k"]), arguments.seed)
+                angles[name] = _angles_with_floor(earlier, later, groups, int(subspaces[name]["k"]), arguments.seed)
         if evaluator:
             results[name] = evaluator.evaluate(Lookup(texts + others, z))
 
@@ -586,9 +599,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if evaluator:
         tables["Probes"] = probe_table(results, differences)
         tables["Rows behind the probes"] = rows_table(results[base])
-    pictures = {
-        "spectrum": _png(plot_spectrum(spectra, {name: int(r["attainable_rank"]) for name, r in geometry.items()}))
-    }
+    pictures = {"spectrum": _png(plot_spectrum(spectra, geometry))}
     if angles:
         pictures["angles"] = _png(plot_angles(angles))
     curves = [task for task, found in results.get(base, {}).items() if found.shots]
