@@ -16,8 +16,8 @@ class DenseTrainingArguments(TrainingArguments):
     """
 
     mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss; 0 freezes its head."})
-    dense_weight: float = field(default=1.0, metadata={"help": "Weight of the dense objective; 0 is plain MLM."})
-    lambda_sub: float = field(default=0.01, metadata={"help": "Weight of L_sub, in [0, 2 subspace_dim]."})
+    dense_weight: float = field(default=3.0, metadata={"help": "Weight of the dense objective; 0 is plain MLM."})
+    lambda_sub: float = field(default=0.003, metadata={"help": "Weight of L_sub, in [0, 2 subspace_dim]."})
     lambda_orth: float = field(default=0.0, metadata={"help": "Weight of L_orth, in [0, d (d - 1)]."})
     subspace_dim: int = field(default=20, metadata={"help": "k, the dimension of the leading subspaces."})
     window: str = field(
