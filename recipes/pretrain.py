@@ -99,6 +99,7 @@ def prepare(recipe: RecipeArguments, args: DenseTrainingArguments):
     with args.main_process_first(desc="reading notes"):
         notes = load_notes(recipe.notes, columns=columns)
     say(args, f"notes      {notes.info.description}\n           {describe_notes(notes)}")
+    adjacent_pairs(notes, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     parts = split_by_patient(notes, seed=args.seed)
 
     source = recipe.model_name_or_path or recipe.config_name

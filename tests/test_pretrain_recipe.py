@@ -135,7 +135,7 @@ MISTAKES = {
     "no patient with two notes": (
         {"patient_id": list(range(8)), "time": [1] * 8, "text": list("abcdefgh")},
         [],
-        ["two notes", "8"],
+        ["two notes", "got 8 notes of 8 patients"],
     ),
     "texts all empty": (GOOD | {"text": [""] * 8}, [], ["text", "8"]),
     "times that are none": (GOOD | {"time": ["yesterday"] * 8}, [], ["time", "row"]),
