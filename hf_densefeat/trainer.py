@@ -244,11 +244,14 @@ class DenseTrainer(Trainer):
     @torch.no_grad()
     def _window_pass(self, model, update: _Update) -> None:
         """Moments of all micro-batches of the update, and the random state from which each forward is to be replayed."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile):
+            model = self._dense_model.base_model  # no logits; the wrappers are for gradients, and for these three
         totals, tokens = None, 0
         for micro_batch in self._micro_batches:
             inputs = self._prepare_inputs(micro_batch)
             update.random_states.append(_random_state(self.args.device))
-            _, z_a, z_b = self._forward(model, inputs)
+            with self.accelerator.autocast():
+                _, z_a, z_b = self._forward(model, inputs)
             shift = self._shift(torch.cat([z_a, z_b])) if totals is None else totals[0].shift
             sides = Moments.of(z_a, shift), Moments.of(z_b, shift)
             totals = sides if totals is None else tuple(x + y for x, y in zip(totals, sides, strict=True))
