@@ -15,7 +15,9 @@ class DenseTrainingArguments(TrainingArguments):
     repositories are private, buffers are not broadcast, `logging_steps` is 10.
     """
 
-    mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss; 0 freezes its head."})
+    mlm_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the language-modelling loss; 0 freezes its head."}
+    )
     dense_weight: float = field(default=3.0, metadata={"help": "Weight of the dense objective; 0 is plain MLM."})
     lambda_sub: float = field(default=0.003, metadata={"help": "Weight of L_sub, in [0, 2 subspace_dim]."})
     lambda_orth: float = field(default=0.0, metadata={"help": "Weight of L_orth, in [0, d (d - 1)]."})
@@ -31,11 +33,17 @@ class DenseTrainingArguments(TrainingArguments):
     max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a note; default: the model's."})
     mlm_probability: float = field(default=0.30, metadata={"help": "Share of tokens to predict."})
     whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words."})
-    pairs_per_patient: int = field(default=1, metadata={"help": "Adjacent pairs of a patient kept together in a batch."})
-    max_gap: float | None = field(default=None, metadata={"help": "Largest time between the notes of a pair, in days."})
+    pairs_per_patient: int = field(
+        default=1, metadata={"help": "Adjacent pairs of a patient kept together in a batch."}
+    )
+    max_gap: float | None = field(
+        default=None, metadata={"help": "Largest time between the notes of a pair, in days."}
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
-    hub_private_repo: bool | None = field(default=True, metadata={"help": "Patient text trained it: private unless said."})
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "Patient text trained it: private unless said."}
+    )
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Buffers are constants here."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates (or a share, below 1)."})
 
@@ -55,7 +63,9 @@ class DenseTrainingArguments(TrainingArguments):
             try:
                 window = float(window)
             except ValueError:
-                raise ValueError(f"Expected window 'none', 'auto' or a number of samples but got {window!r}.") from None
+                raise ValueError(
+                    f"Expected window 'none', 'auto' or a number of samples but got {window!r}."
+                ) from None
         return DenseObjective(
             self.lambda_sub,
             self.lambda_orth,

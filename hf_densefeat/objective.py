@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from hf_densefeat.moments import Moments, RunningCovariance, full_precision
-from hf_densefeat.subspace import Eigenspace, eigenspace, eigenspace_of_rows, power_iteration, subspace_distance_squared
+from hf_densefeat.subspace import (
+    Eigenspace,
+    eigenspace,
+    eigenspace_of_rows,
+    power_iteration,
+    subspace_distance_squared,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +315,9 @@ class DenseObjective:
         if not self.center:
             both = a + b
             return both.covariance(center=True), both.resolution(center=True)
-        return tuple((x + y) / 2 for x, y in zip(*((m.covariance(True), m.resolution(True)) for m in (a, b)), strict=True))
+        return tuple(
+            (x + y) / 2 for x, y in zip(*((m.covariance(True), m.resolution(True)) for m in (a, b)), strict=True)
+        )
 
     @torch.no_grad()
     def _remember_mean(self, a: Moments, b: Moments) -> None:

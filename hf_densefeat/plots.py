@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 (the backend comes first: a training node has no screen)
+from matplotlib import pyplot as plt
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles tell them apart in grey print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,7 +37,9 @@ def plot_spectra(spectra: dict[str, NDArray[np.float64]], path: Path | str) -> N
         top = max(len(values), 2)
     axes.axhline(1 / top, color="grey", linewidth=1)
     axes.annotate("isotropic", (top, 1 / top), ha="right", va="bottom", color="grey")
-    axes.set(yscale="log", xlabel="eigenvalue number", ylabel="share of the variance", title="Spectrum of the embeddings")
+    axes.set(
+        yscale="log", xlabel="eigenvalue number", ylabel="share of the variance", title="Spectrum of the embeddings"
+    )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

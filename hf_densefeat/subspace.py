@@ -76,7 +76,10 @@ class _SubspaceDistanceSquared(torch.autograd.Function):
         # L = const - 2 tr(P_a P_b): the gradient with respect to one projector is -2 times the other
         grads = [
             _projector_gradient(side, top, other @ (other.mT @ top), ctx.k, ctx.broadening) if needed else None
-            for side, top, other, needed in ((a, top_a, top_b, ctx.needs_input_grad[0]), (b, top_b, top_a, ctx.needs_input_grad[1]))
+            for side, top, other, needed in (
+                (a, top_a, top_b, ctx.needs_input_grad[0]),
+                (b, top_b, top_a, ctx.needs_input_grad[1]),
+            )
         ]
         return *(None if g is None else -2 * grad * g for g in grads), None, None, None, None
 

@@ -223,7 +223,9 @@ class DenseTrainer(Trainer):
             update.add("mlm_loss", mlm * ranks)
             loss = loss + self.args.mlm_weight * ranks * mlm
         if self.args.dense_weight:
-            surrogate = sum((g.pullback(z) * z).sum() for g, z in zip(update.gradients, (z_a, z_b), strict=True)) * ranks
+            surrogate = (
+                sum((g.pullback(z) * z).sum() for g, z in zip(update.gradients, (z_a, z_b), strict=True)) * ranks
+            )
             value = update.terms["loss"] / update.micro_batches
             loss = loss + self.args.dense_weight * (surrogate + (value - surrogate).detach())
         update.add("tokens", inputs["attention_mask"].sum())
@@ -358,7 +360,9 @@ class DenseTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             state = {name: value.contiguous().cpu() for name, value in self.objective.state_dict().items()}
-            save_file(state, Path(output_dir) / OBJECTIVE_STATE, metadata={"skipped_updates": str(self.skipped_updates)})
+            save_file(
+                state, Path(output_dir) / OBJECTIVE_STATE, metadata={"skipped_updates": str(self.skipped_updates)}
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -388,7 +392,12 @@ class DenseTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder):
         """Mid-training pushes carry the files by which sentence-transformers pools."""
         if self.is_world_process_zero():
-            for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling"):
+            for name in (
+                "modules.json",
+                "sentence_bert_config.json",
+                "config_sentence_transformers.json",
+                "1_Pooling",
+            ):
                 source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
                 if source.is_dir():
                     shutil.copytree(source, target, dirs_exist_ok=True)
@@ -426,7 +435,7 @@ def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _effective_rank(covariance: Tensor) -> float:
-    """exp of the entropy of the normalised eigenvalues (paper 5.2)."""
+    """Exp of the entropy of the normalised eigenvalues (paper 5.2)."""
     p = torch.linalg.eigvalsh(torch.nan_to_num(covariance)).clamp(min=0)
     return torch.special.entr(p / p.sum()).sum().exp().item()
 
@@ -461,7 +470,7 @@ def _check_head(model, args: DenseTrainingArguments) -> None:
 
 
 def _check_subspace(pairs: int, batch: int, d: int, args: DenseTrainingArguments) -> None:
-    """k must be below the rank that the samples behind a covariance can have."""
+    """K must be below the rank that the samples behind a covariance can have."""
     window = {"none": 0, "auto": d}.get(args.window) if isinstance(args.window, str) else args.window
     window = float(args.window) if window is None else window
     samples = min(max(batch, window), pairs)

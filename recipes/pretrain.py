@@ -22,7 +22,6 @@ import yaml
 from datasets import disable_progress_bars
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 from hf_densefeat import (
     AutoDenseModel,
@@ -57,7 +56,8 @@ class RecipeArguments:
     probe: list[str] = field(default_factory=list, metadata={"help": "Linear probes, label_column:kind each."})
     max_measured_notes: int = field(default=4000, metadata={"help": "Notes, of whole patients, to measure on."})
     head_warmup_steps: int = field(
-        default=100, metadata={"help": "If the language-modelling head is new, train it alone for so many updates first."}
+        default=100,
+        metadata={"help": "If the language-modelling head is new, train it alone for so many updates first."},
     )
     head_warmup_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of that warm-up."})
 
@@ -191,7 +191,9 @@ def warm_up_head(model, recipe, args, train_dataset, tokenizer) -> None:
     }
     values = {name: value for name, value in args.to_dict().items() if name in args.__dataclass_fields__} | changed
     values = {name: value for name, value in values.items() if args.__dataclass_fields__[name].init}
-    DenseTrainer(model, DenseTrainingArguments(**values), train_dataset=train_dataset, processing_class=tokenizer).train()
+    DenseTrainer(
+        model, DenseTrainingArguments(**values), train_dataset=train_dataset, processing_class=tokenizer
+    ).train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 

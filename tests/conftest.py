@@ -19,11 +19,12 @@ from transformers import (
 from hf_densefeat import AutoDenseModel
 
 WORDS = (
-    "patient admitted with chest pain fever cough sepsis diabetes insulin metformin lisinopril stable unstable "
-    "discharged home hospice lab sodium potassium creatinine elevated normal low high blood pressure heart rate "
-    "left right lung effusion pneumonia antibiotics given improved worsened denies reports history of chronic kidney "
-    "disease failure follow up in clinic weeks days year old male female smoker alcohol family mother father"
-).split()
+    "patient admitted with chest pain fever cough sepsis diabetes insulin metformin lisinopril stable "
+    "unstable discharged home hospice lab sodium potassium creatinine elevated normal low high blood "
+    "pressure heart rate left right lung effusion pneumonia antibiotics given improved worsened denies "
+    "reports history of chronic kidney disease failure follow up in clinic weeks days year old male "
+    "female smoker alcohol family mother father "
+).split()  # noqa: SIM905 (a list of words reads worse)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +34,11 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer():
+    """A token a word of WORDS."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: i for i, word in enumerate(special + sorted(set(WORDS)))}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))

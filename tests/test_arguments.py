@@ -13,7 +13,7 @@ def arguments(tmp_path, **kwargs):
 
 
 def test_defaults_are_those_of_the_design(tmp_path):
-    """Centred, MLM and dense of weight 1, private repositories, and an objective with exactly these settings."""
+    """Centred, MLM of weight 1 and dense of weight 3, private repositories, and an objective with exactly these settings."""
     args = arguments(tmp_path)
     assert (args.mlm_weight, args.dense_weight, args.center, args.unbiased) == (1.0, 3.0, True, False)
     assert args.hub_private_repo is True

@@ -112,7 +112,9 @@ def test_pullback_is_autograd(shift):
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in Moments.of(z, at).sums]
 
     def function(m):
-        return sum((w * x).sum().sin() for w, x in zip(weights[1:], m.sums[1:], strict=True)) + m.covariance(True).norm()
+        return (
+            sum((w * x).sum().sin() for w, x in zip(weights[1:], m.sums[1:], strict=True)) + m.covariance(True).norm()
+        )
 
     (whole,) = torch.autograd.grad(function(Moments.of(z, at)), z)
     leaves = Moments.of(z, at).detached(requires_grad=True)
@@ -133,7 +135,12 @@ def test_bfloat16_autocast_changes_nothing():
         both = m + other
         running = RunningCovariance()
         out = [*both.sums, *m.about(far).sums, m.fourth_about(far), both.mean, both.covariance(True)]
-        out += [both.covariance(False), both.resolution(True), both.pullback(a), noise_of_purity(m, m.covariance(True), True)]
+        out += [
+            both.covariance(False),
+            both.resolution(True),
+            both.pullback(a),
+            noise_of_purity(m, m.covariance(True), True),
+        ]
         sigma = m.covariance(True) / m.covariance(True).trace()
         return out + list(running.average(sigma, sigma.new_tensor(0.01), m.count, 20, torch.tensor(True)))
 

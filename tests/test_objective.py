@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_densefeat import DenseObjective, Moments, orthogonality_loss, spectral_spreading_loss, subspace_consistency_loss
+from hf_densefeat import (
+    DenseObjective,
+    Moments,
+    orthogonality_loss,
+    spectral_spreading_loss,
+    subspace_consistency_loss,
+)
 from hf_densefeat.objective import _warn_if_unsupported, noise_of_purity
 
 TERMS = ("spectral_spreading", "subspace_consistency", "orthogonality", "loss")
@@ -290,7 +296,8 @@ def test_autocast_and_half_precision_change_nothing():
         inside = everything(z_a, z_b)
     narrow = z_a.bfloat16(), z_b.bfloat16()
     for x, y in itertools.chain(
-        zip(outside, inside, strict=True), zip(everything(*narrow), everything(*(z.float() for z in narrow)), strict=True)
+        zip(outside, inside, strict=True),
+        zip(everything(*narrow), everything(*(z.float() for z in narrow)), strict=True),
     ):
         assert x.dtype == y.dtype == torch.float32
         assert torch.equal(x, y)
