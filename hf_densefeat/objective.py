@@ -227,10 +227,8 @@ class DenseObjective:
             cov_b, purity_b, trace_b, resolved_b = self._estimate(b, self.running[1])
             pooled = (cov_a + cov_b) / 2
             resolution = (a.resolution(self.center) + b.resolution(self.center)) / 2
-            if self.unbiased:
-                spread = (purity_a + purity_b) / 2 - 1 / d
-            else:
-                spread = spectral_spreading(pooled, d, resolution.sum())
+            plug_in = spectral_spreading(pooled, d, resolution.sum())
+            spread = (purity_a + purity_b) / 2 - 1 / d if self.unbiased else plug_in
             space_a = self._eigenspace(0, cov_a.detach(), resolved_a)
             space_b = self._eigenspace(1, cov_b.detach(), resolved_b)
             subspace = subspace_distance_squared(cov_a, cov_b, space_a, space_b, k, self.broadening)

@@ -174,7 +174,7 @@ def step(args) -> dict:
             for name, weight in (("MLM", 0.0), ("MLM + dense", 1.0))
         }
         seconds, memory = {}, {}
-        for name, trainer in trainers.items():
+        for trainer in trainers.values():
             trainer.run = one_update(trainer)
         seconds = alternate({name: trainer.run for name, trainer in trainers.items()}, args.repeats, args.device)
         if cuda:
@@ -195,8 +195,10 @@ def step(args) -> dict:
 
 def make_trainer(dense_weight, length, batch_size, accumulation, cuda) -> DenseTrainer:
     """A trainer on notes that all have `length` tokens."""
-    config = ModernBertConfig() if cuda else BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    config = (
+        ModernBertConfig()
+        if cuda
+        else BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     )
     tokenizer = number_tokenizer(config.vocab_size, config.pad_token_id, length)
     rng = np.random.default_rng(0)
@@ -243,7 +245,9 @@ def one_update(trainer: DenseTrainer):
     loader = cycle(list(islice(trainer.get_train_dataloader(), 4 * trainer.args.gradient_accumulation_steps)))
 
     def update():
-        batches, items = trainer.get_batch_samples(loader, trainer.args.gradient_accumulation_steps, trainer.args.device)
+        batches, items = trainer.get_batch_samples(
+            loader, trainer.args.gradient_accumulation_steps, trainer.args.device
+        )
         for batch in batches:
             trainer.training_step(model, batch, items)
         trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)

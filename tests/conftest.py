@@ -24,7 +24,7 @@ WORDS = (
     "pressure heart rate left right lung effusion pneumonia antibiotics given improved worsened denies "
     "reports history of chronic kidney disease failure follow up in clinic weeks days year old male "
     "female smoker alcohol family mother father "
-).split()  # noqa: SIM905 (a list of words reads worse)
+).split()
 
 
 @pytest.fixture(scope="session", autouse=True)

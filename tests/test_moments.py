@@ -222,7 +222,7 @@ def test_gradient_flows_through_the_batch_at_full_strength():
 @pytest.mark.parametrize("bad", ["nan", "inf", "constant", "zeros"])
 @pytest.mark.parametrize("when", [0, 1, 5])
 def test_bad_batch_leaves_the_state_alone(bad, when):
-    """A non-finite or constant batch, first or later, changes no bit of the running state, and the next is as if it had not been."""
+    """A non-finite or constant batch, first or later, changes no bit of the running state, nor the next average."""
     shape = (16, 6)
     batch = {
         "nan": torch.full(shape, math.nan, dtype=torch.float64),

@@ -1,323 +1,696 @@
-"""The trainer: exact accumulation with dropout, the stock trajectory without dense terms, logs, and nothing lost."""
+"""The trainer: exact under accumulation, equal to the stock one where that is right, and resumable to the bit."""
 
 import json
+import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_model, make_notes
-from transformers import Trainer, TrainerCallback
-
-from hf_densefeat import (
-    DenseTrainer,
-    DenseTrainingArguments,
-    orthogonality_loss,
-    spectral_spreading_loss,
-    subspace_consistency_loss,
+from transformers import (
+    AutoModelForMaskedLM,
+    BertModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
 )
-from hf_densefeat.pooling import mean_pooling
 
-TERMS = {"mlm_weight": 1.0, "dense_weight": 2.0, "lambda_sub": 0.1, "lambda_orth": 0.01, "subspace_dim": 4}
-LITERAL = {"window": "none", "center": False, "power_iterations": 0}
+from hf_densefeat import DenseFeatureMixin, DenseObjective, DenseTrainer, DenseTrainingArguments, Moments, adjacent_pairs
+from hf_densefeat.collator import tokenize_notes
+from hf_densefeat.modeling import as_dense
+from hf_densefeat.pairs import TokenPairs
+from hf_densefeat.trainer import OBJECTIVE_STATE
+
+LAMBDA_SUB, LAMBDA_ORTH, K = 0.1, 0.01, 3
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer):
+    """45 pairs of 12 patients, tokenised once."""
+    notes = make_notes()
+    assert len(adjacent_pairs(notes)) == 45
+    return TokenPairs(tokenize_notes(notes, tokenizer, max_length=64)[0], adjacent_pairs(notes))
 
 
 def arguments(folder, **kwargs):
-    defaults = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "max_steps": 2}
-    return DenseTrainingArguments(str(folder), **{**defaults, **TERMS, **kwargs})
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 3,
+        "num_train_epochs": 1,
+        "lambda_sub": LAMBDA_SUB,
+        "lambda_orth": LAMBDA_ORTH,
+        "subspace_dim": K,
+        "per_device_train_batch_size": 16,
+    }
+    return DenseTrainingArguments(**settings | kwargs)
 
 
-class Gradients(TrainerCallback):
-    """Keep the gradients of every update."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
-def relative(a, b):
-    """Norm of the difference of all gradients, over the norm of one."""
-    return (sum((a[n] - b[n]).square().sum() for n in b) / sum(b[n].square().sum() for n in b)).sqrt().item()
+def make_trainer(folder, tokenizer, pairs, family="bert", dropout=0.1, cls=DenseTrainer, model=None, extra=None, **kwargs):
+    model = model if model is not None else make_model(family, tokenizer, dropout)
+    trainer = cls(
+        model, arguments(folder, **kwargs), train_dataset=pairs, processing_class=tokenizer, **extra or {}
+    )
+    trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
+    return trainer
 
 
-def reference(trainer, model, batches, states):
-    """The paper's formulas on the concatenated Z of all micro-batches, and the mean over all predicted tokens."""
-    z_a, z_b, summed, tokens = [], [], 0.0, 0
-    model.train()
-    model.zero_grad()
-    for batch, state in zip(batches, states, strict=True):
-        torch.set_rng_state(state)
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "num_pairs")}
-        outputs = model(**inputs, output_hidden_states=True)
-        a, b = mean_pooling(model.base_model_last, batch["attention_mask"]).chunk(2)
-        z_a, z_b = [*z_a, a], [*z_b, b]
-        keep = batch["labels"] != -100
-        summed = summed + F.cross_entropy(outputs.logits[keep], batch["labels"][keep], reduction="sum")
-        tokens += keep.sum()
-    z_a, z_b = torch.cat(z_a), torch.cat(z_b)
-    z = torch.cat([z_a, z_b])
-    dense = spectral_spreading_loss(z) + 0.1 * subspace_consistency_loss(z_a, z_b, 4, broadening=1.0)
-    (summed / tokens + 2.0 * (dense + 0.01 * orthogonality_loss(z))).backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters()}
+def logs(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ---- Accumulation ----
+
+
+class Recorder(DenseTrainer):
+    """Keeps of every update its micro-batches, the random state before them, and the gradients before the step."""
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.updates = getattr(self, "updates", [])
+        out = super().get_batch_samples(*args, **kwargs)
+        self.updates.append({"micro_batches": out[0], "random": None})
+        return out
+
+    def training_step(self, *args, **kwargs):
+        if self.updates[-1]["random"] is None:
+            self.updates[-1]["random"] = torch.get_rng_state()
+        return super().training_step(*args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.updates[-1]["gradients"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return super()._get_grad_norm(model, grad_norm)
+
+
+def recorded(folder, tokenizer, pairs, objective=None, **kwargs):
+    """The updates of one epoch, with a learning rate of 0 so that all are of the same weights."""
+    trainer = make_trainer(
+        folder, tokenizer, pairs, cls=Recorder, learning_rate=0.0, optim="sgd", max_grad_norm=0.0, **kwargs
+    )
+    if objective is not None:
+        trainer.objective = objective
+    trainer.train()
+    return trainer
+
+
+def distance(found, expected):
+    """Norm of the difference of all gradients together, relative to the expected norm."""
+    assert found.keys() == expected.keys()
+    difference = sum((found[n].double() - expected[n].double()).square().sum() for n in found).sqrt()
+    return float(difference / sum(g.double().square().sum() for g in expected.values()).sqrt())
+
+
+# 45 pairs: updates of 32 and 13 pairs, the second in windows of 1, 1, 2 and 4 with one pair in the last
+EVEN = [(32, 1), (16, 2), (8, 4), (4, 8)]
+# updates of 24 and 21 pairs: 12 + 9, 8 + 8 + 5, 5 windows of 5 of which the last has 1 after 20
+UNEVEN = [(24, 1), (12, 2), (8, 3), (3, 8)]
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(32, 1), (16, 2), (8, 4), (4, 8), (6, 5)])
-def test_accumulation_is_exact_with_dropout(family, batch_size, accumulation, tokenizer, tmp_path):
-    """Every cut has the gradient of one graph over all of it, dropout as drawn; without the window pass it has not."""
-    model = make_model(family, tokenizer, dropout=0.1)
-    args = arguments(
-        tmp_path,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_steps=1,
-        max_grad_norm=0,
-        learning_rate=0.0,
-        **LITERAL,
-    )
-    gradients = Gradients()
-    notes = make_notes(12)  # 45 pairs: a whole update of 30 to 32
-    trainer = DenseTrainer(model, args, train_dataset=notes, processing_class=tokenizer, callbacks=[gradients])
-    batches, states = [], []
-    original = trainer._forward
+@pytest.mark.parametrize("cuts", [EVEN, UNEVEN], ids=["32", "24"])
+@pytest.mark.parametrize("settings", [{}, {"window": "none", "power_iterations": 0, "unbiased": True, "center": False}])
+def test_gradients_do_not_depend_on_the_cut(tmp_path, tokenizer, pairs, family, cuts, settings):
+    """Without dropout every cut of an update, short last windows included, gives the gradients of the whole to 1e-5."""
+    runs = [
+        recorded(
+            tmp_path,
+            tokenizer,
+            pairs,
+            family=family,
+            dropout=0.0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            **settings,
+        )
+        for size, accumulation in cuts
+    ]
+    whole = runs[0]
+    assert len(whole.updates) == 2
+    for run, (size, _) in zip(runs, cuts, strict=True):
+        sizes = [[int(batch["num_pairs"]) for batch in update["micro_batches"]] for update in run.updates]
+        assert sum(sizes[1]) == 45 - sum(sizes[0])
+        assert len(sizes[1]) == math.ceil(sum(sizes[1]) / size)
+        for update, expected in zip(run.updates, whole.updates, strict=True):
+            assert distance(update["gradients"], expected["gradients"]) < 1e-5
+        for entry, expected in zip(logs(run), logs(whole), strict=True):
+            for name in ("loss", "mlm_loss", "spectral_spreading", "subspace_consistency", "orthogonality", "trace"):
+                assert entry[name] == pytest.approx(expected[name], rel=2e-5, abs=1e-6)
 
-    def watched(forward_model, inputs):
-        if torch.is_grad_enabled():
-            states.append(torch.get_rng_state())
-            batches.append({k: v for k, v in inputs.items()})
-        return original(forward_model, inputs)
 
-    trainer._forward = watched
-    trainer.train()
-    assert len(batches) == accumulation
+def paper_loss(z_a, z_b):
+    """The paper's formulas on Z itself, each side about its mean, differentiated by autograd through eigh."""
+    z_a, z_b = (z.double() - z.double().mean(0) for z in (z_a, z_b))
+    z, d = torch.cat([z_a, z_b]), z_a.shape[1]
+    sigma = z.mT @ z / len(z)
+    spectral = (sigma / sigma.trace() - torch.eye(d) / d).square().sum()
+    tops = [torch.linalg.eigh(x.mT @ x / len(x)).eigenvectors[:, -K:] for x in (z_a, z_b)]
+    subspace = (tops[0] @ tops[0].mT - tops[1] @ tops[1].mT).square().sum()
+    columns = z / z.std(0, correction=0)
+    orthogonal = (columns.mT @ columns / len(z) - torch.eye(d)).square().sum()
+    return spectral + LAMBDA_SUB * subspace + LAMBDA_ORTH * orthogonal
 
-    def keep(module, inputs, output):
-        model.base_model_last = output[0]
 
-    handle = model.base_model.register_forward_hook(keep)
-    expected = reference(trainer, model, batches, states)
-    assert relative(gradients.seen[0], expected) <= 1e-5
-    other = reference(trainer, model, batches, [torch.get_rng_state() for _ in states])
-    assert relative(other, expected) > 1e-2, "dropout is not active: the test would show nothing"
+def reference_gradients(trainer, update):
+    """Of the whole update with all graphs kept, and of the naive mean over micro-batches, from the same forwards."""
+    model, seen = trainer.model.train(), []
+    handle = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    state = torch.get_rng_state()
+    torch.set_rng_state(update["random"])
+    sides, cross_entropies = [], []
+    for batch in update["micro_batches"]:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        weight = batch["attention_mask"].unsqueeze(-1).float()
+        sides.append(((seen.pop() * weight).sum(1) / weight.sum(1)).chunk(2))
+        keep = batch["labels"] != -100
+        cross_entropies.append(torch.nn.functional.cross_entropy(logits[keep], batch["labels"][keep], reduction="none"))
+    torch.set_rng_state(state)
     handle.remove()
-    if accumulation > 1:
-        naive = {}
-        for batch, state in zip(batches, states, strict=True):
-            handle = model.base_model.register_forward_hook(keep)
-            part = reference(trainer, model, [batch], [state])
-            handle.remove()
-            naive = {n: naive.get(n, 0) + g / accumulation for n, g in part.items()}
-        assert relative(naive, expected) > 1e-2
-
-
-def test_without_dense_terms_it_is_the_stock_trainer(tokenizer, notes, tmp_path):
-    """dense_weight 0 follows the stock Trainer's trajectory for a model that the stock Trainer scales right."""
-    finals, losses = [], []
-    for stock in (False, True):
-        model = make_model("modernbert", tokenizer, dropout=0.0)
-        args = arguments(
-            tmp_path, dense_weight=0.0, per_device_train_batch_size=5, gradient_accumulation_steps=2, max_steps=6
+    whole = paper_loss(*(torch.cat(side) for side in zip(*sides, strict=True))) + torch.cat(cross_entropies).mean()
+    naive = sum(paper_loss(*side) for side in sides) + sum(loss.mean() for loss in cross_entropies)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return [
+        {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, grads, strict=True) if g is not None}
+        for grads in (
+            torch.autograd.grad(loss, named.values(), retain_graph=True, allow_unused=True)
+            for loss in (whole, naive / len(sides))
         )
-        ours = DenseTrainer(model, args, train_dataset=notes, processing_class=tokenizer)
-        trainer = ours
-        if stock:
-
-            class Stock(Trainer):
-                def get_train_dataloader(self, ours=ours):
-                    return ours.get_train_dataloader()
-
-            def collate(batch, collator=ours.data_collator):
-                tokens = collator(batch)
-                tokens.pop("num_pairs")
-                return tokens
-
-            ours.data_collator = collate
-            trainer = Stock(model, args, train_dataset=ours.train_dataset, processing_class=tokenizer)
-        trainer.train()
-        finals.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    torch.testing.assert_close(finals[0], finals[1], rtol=1e-5, atol=1e-6)
+    ]
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_logged_terms_add_up_to_the_logged_loss(accumulation, tokenizer, notes, tmp_path):
-    """loss = mlm_weight mlm_loss + dense_weight (spread + lambda_sub subspace + lambda_orth orth)."""
-    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=accumulation, max_steps=5)
-    trainer = DenseTrainer(make_model("bert", tokenizer), args, train_dataset=notes, processing_class=tokenizer)
-    trainer.train()
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logs) == 5
-    for log in logs:
-        dense = log["spectral_spreading"] + 0.1 * log["subspace_consistency"] + 0.01 * log["orthogonality"]
-        assert log["loss"] == pytest.approx(log["mlm_loss"] + 2.0 * dense, rel=1e-4)
-        assert 1 <= log["effective_rank"] <= 24
-        assert 0 <= log["padding_waste"] < 1
-        assert log["skipped_updates"] == 0
-
-
-def test_evaluation_does_not_depend_on_the_batch_size(tokenizer, notes, tmp_path):
-    """The terms are those of all pairs together, and the evaluator's numbers stand beside them."""
-    metrics = []
-    for size in (3, 64):
-        args = arguments(tmp_path, per_device_eval_batch_size=size)
-        trainer = DenseTrainer(
-            make_model("bert", tokenizer),
-            args,
-            eval_dataset=notes,
-            processing_class=tokenizer,
-            evaluator=lambda model, tokenizer: {"width": model.encode(["fever"], tokenizer).shape[1]},
-        )
-        metrics.append({k: v for k, v in trainer.evaluate().items() if "second" not in k and "time" not in k})
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
-    assert metrics[0]["eval_width"] == 24
-    dense = metrics[0]["eval_spectral_spreading"] + 0.1 * metrics[0]["eval_subspace_consistency"]
-    dense += 0.01 * metrics[0]["eval_orthogonality"]
-    assert metrics[0]["eval_loss"] == pytest.approx(metrics[0]["eval_mlm_loss"] + 2 * dense, rel=1e-5)
-
-
-def test_the_best_model_can_be_chosen_by_the_evaluator(tokenizer, notes, tmp_path):
-    """metric_for_best_model sees the evaluator's metrics, and the best checkpoint is loaded at the end."""
-    scores = iter([0.1, 0.9, 0.5])
-    args = arguments(
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize(("size", "accumulation"), [*EVEN, (8, 3), (7, 3)])
+def test_gradients_with_dropout_equal_one_graph_of_all_micro_batches(tmp_path, tokenizer, pairs, family, size, accumulation):
+    """With dropout the gradients are those of one backward through the paper's loss on all rows, same masks, to 1e-5."""
+    objective = DenseObjective(LAMBDA_SUB, LAMBDA_ORTH, K, center=True, broadening=0.0)
+    trainer = recorded(
         tmp_path,
-        per_device_train_batch_size=8,
-        max_steps=6,
+        tokenizer,
+        pairs,
+        objective,
+        family=family,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        window="none",
+        power_iterations=0,
+    )
+    # the first update has full windows; the second may be short
+    update = trainer.updates[0]
+    assert len(update["micro_batches"]) == accumulation
+    whole, naive = reference_gradients(trainer, update)
+    assert distance(update["gradients"], whole) < 1e-5
+    if accumulation > 1:
+        assert distance(naive, whole) > 1e-2, "the test would not see a missing window pass"
+    other = reference_gradients(trainer, update | {"random": trainer.updates[1]["random"]})[0]
+    assert distance(other, whole) > 1e-2, "dropout is not active"
+    last = trainer.updates[-1]
+    assert distance(last["gradients"], reference_gradients(trainer, last)[0]) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, pairs):
+    """With dropout and accumulation the gradients are the same with gradient checkpointing."""
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    plain = recorded(tmp_path, tokenizer, pairs, **settings)
+    kept = recorded(tmp_path, tokenizer, pairs, gradient_checkpointing=True, **settings)
+    for x, y in zip(plain.updates, kept.updates, strict=True):
+        assert distance(y["gradients"], x["gradients"]) < 1e-5
+
+
+# ---- Beside the stock Trainer ----
+
+
+def test_without_dense_weight_it_is_the_stock_trainer(tmp_path, tokenizer, pairs):
+    """dense_weight 0: weights after two epochs equal those of transformers' Trainer on the same batches, accumulated."""
+    common = {"learning_rate": 1e-3, "num_train_epochs": 2, "gradient_accumulation_steps": 3}
+    ours = make_trainer(
+        tmp_path, tokenizer, pairs, family="modernbert", dense_weight=0.0, per_device_train_batch_size=4, **common
+    )
+    model = AutoModelForMaskedLM.from_config(ours.model.config)
+    model.load_state_dict(ours.model.state_dict())
+    args = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        seed=3,
+        per_device_train_batch_size=4,
+        **common,
+    )
+
+    class Stock(Trainer):
+        def get_train_dataloader(self):
+            loader = ours.get_train_dataloader()
+            collate = loader.collate_fn
+            loader.collate_fn = lambda rows: {n: v for n, v in collate(rows).items() if n != "num_pairs"}
+            return loader
+
+    stock = Stock(model, args)
+    for trainer in (ours, stock):
+        set_seed(7)
+        trainer.train()
+    assert ours.state.global_step == stock.state.global_step == 8
+    for (name, x), y in zip(ours.model.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=name)
+    for x, y in zip(logs(ours), logs(stock), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+        assert x["loss"] == pytest.approx(x["mlm_loss"], rel=1e-5)
+        assert "spectral_spreading" not in x
+
+
+# ---- Logs and evaluation ----
+
+
+def weighted_sum(entry, mlm_weight, dense_weight, prefix=""):
+    dense = entry[prefix + "spectral_spreading"] + LAMBDA_SUB * entry[prefix + "subspace_consistency"]
+    dense += LAMBDA_ORTH * entry[prefix + "orthogonality"]
+    return mlm_weight * entry[prefix + "mlm_loss"] + dense_weight * dense
+
+
+@pytest.mark.parametrize(("size", "accumulation", "steps"), [(16, 1, 1), (4, 2, 4), (3, 3, 2)])
+def test_logged_terms_add_up_to_the_loss(tmp_path, tokenizer, pairs, size, accumulation, steps):
+    """The weighted terms of each log entry add up to its `loss`, over several updates, and again in a second run."""
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        pairs,
+        mlm_weight=0.7,
+        dense_weight=2.5,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=steps,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+    )
+    for _ in range(2):
+        trainer.train()
+        entries = logs(trainer)
+        assert len(entries) == trainer.state.max_steps // steps
+        for entry in entries:
+            assert entry["loss"] == pytest.approx(weighted_sum(entry, 0.7, 2.5), rel=1e-5)
+            assert 1 <= entry["effective_rank"] <= 24
+            assert 0 <= entry["padding_waste"] < 1
+            assert entry["skipped_updates"] == 0
+            assert {"trace", "gap", "subspace_rank", "grad_norm", "learning_rate"} <= entry.keys()
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, tokenizer, pairs):
+    """Terms, loss and effective rank of an evaluation set are the same in batches of 4, 7 and 45, and add up."""
+    results = []
+    for size in (45, 7, 4):
+        trainer = make_trainer(
+            tmp_path, tokenizer, pairs, extra={"eval_dataset": pairs}, per_device_eval_batch_size=size, dense_weight=2.0
+        )
+        trainer.model.train()
+        results.append({n: v for n, v in trainer.evaluate().items() if "per_second" not in n and "time" not in n})
+    assert results[0]["eval_loss"] == pytest.approx(weighted_sum(results[0], 1.0, 2.0, "eval_"), rel=1e-6)
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=2e-5)
+
+
+def test_evaluation_is_the_objective_of_the_whole_set(tmp_path, tokenizer, pairs):
+    """The eval terms are those of `DenseObjective` on the embeddings of all masked pairs, without dropout."""
+    trainer = make_trainer(tmp_path, tokenizer, pairs, extra={"eval_dataset": pairs}, per_device_eval_batch_size=7)
+    metrics = trainer.evaluate()
+    model, sides = trainer.model.eval(), []
+    for batch in trainer.get_eval_dataloader():
+        z = model.encode({n: batch[n] for n in ("input_ids", "attention_mask")})
+        sides.append(z.chunk(2))
+    terms = DenseObjective(LAMBDA_SUB, LAMBDA_ORTH, K, center=True)(*(torch.cat(s) for s in zip(*sides, strict=True)))
+    for name in ("spectral_spreading", "subspace_consistency", "orthogonality"):
+        assert metrics[f"eval_{name}"] == pytest.approx(terms[name].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["loss", "probe_auroc"])
+def test_best_model_is_chosen_by_terms_and_by_the_evaluator(tmp_path, tokenizer, pairs, metric):
+    """metric_for_best_model sees eval_loss and what the evaluator returns; the best checkpoint is loaded at the end."""
+    scores, seen = iter([0.2, 0.9, 0.4]), []
+
+    def evaluator(model, processor):
+        assert isinstance(model, DenseFeatureMixin)
+        assert processor is tokenizer
+        assert not model.training
+        seen.append({n: v.clone() for n, v in model.state_dict().items()})
+        return {"probe_auroc": next(scores)}
+
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        pairs,
+        extra={"eval_dataset": pairs, "evaluator": evaluator},
+        learning_rate=1e-2,
         eval_strategy="steps",
-        eval_steps=2,
+        eval_steps=1,
         save_strategy="steps",
-        save_steps=2,
+        save_steps=1,
+        metric_for_best_model=metric,
+        greater_is_better=metric == "probe_auroc",
         load_best_model_at_end=True,
-        metric_for_best_model="probe",
-        greater_is_better=True,
-    )
-    trainer = DenseTrainer(
-        make_model("bert", tokenizer),
-        args,
-        train_dataset=notes,
-        eval_dataset=notes,
-        processing_class=tokenizer,
-        evaluator=lambda model, tokenizer: {"probe": next(scores)},
     )
     trainer.train()
-    assert trainer.state.best_metric == 0.9
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    values = [entry[f"eval_{metric}"] for entry in trainer.state.log_history if f"eval_{metric}" in entry]
+    best = int(np.argmax(values) if metric == "probe_auroc" else np.argmin(values))
+    assert len(values) == 3
+    assert trainer.state.best_metric == pytest.approx(values[best])
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best + 1}")
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, seen[best][name], rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_a_non_finite_batch_is_skipped_and_counted(clip, tokenizer, notes, tmp_path):
-    """The weights stay as they were, the running state stays finite, and the run ends well."""
-    model = make_model("bert", tokenizer)
-    args = arguments(tmp_path, per_device_train_batch_size=8, max_steps=5, max_grad_norm=clip)
-    weights = []
+# ---- Batches that are not finite ----
 
-    class Watch(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            weights.append(model.bert.embeddings.word_embeddings.weight.detach().clone())
 
-    trainer = DenseTrainer(model, args, train_dataset=notes, processing_class=tokenizer, callbacks=[Watch()])
-    forwards = iter(range(100))
-    model.bert.encoder.layer[1].output.LayerNorm.register_forward_hook(
-        lambda module, inputs, output: output * torch.nan if next(forwards) == 2 else None
+class Weights(TrainerCallback):
+    """Keeps the weights after every update."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("bad", [0, 2])
+def test_non_finite_update_is_skipped(tmp_path, tokenizer, pairs, max_grad_norm, accumulation, bad):
+    """A NaN in one micro-batch leaves the weights of that update as they are, is counted, and training goes on."""
+    weights = Weights()
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        pairs,
+        extra={"callbacks": [weights]},
+        max_grad_norm=max_grad_norm,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-2,
+        weight_decay=0.1,
     )
+    calls = []
+
+    def poison(module, args, output):
+        if trainer.state.global_step == bad:
+            calls.append(1)
+            # the last micro-batch alone, in both passes over an accumulated update
+            return output * math.nan if len(calls) % accumulation == 0 else output
+        return None
+
+    start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    trainer.model.bert.embeddings.register_forward_hook(poison)
     trainer.train()
-    assert torch.equal(weights[2], weights[3])
-    assert not torch.equal(weights[3], weights[4])
+    steps = [start, *weights.after]
+    assert len(weights.after) == 6
+    for i in range(6):
+        assert torch.equal(steps[i], steps[i + 1]) == (i == bad), i
+    assert steps[-1].isfinite().all()
     assert trainer.skipped_updates == 1
-    assert [log["skipped_updates"] for log in trainer.state.log_history if "loss" in log] == [0, 0, 1, 1, 1]
+    assert [entry["skipped_updates"] for entry in logs(trainer)] == [int(i >= bad) for i in range(6)]
     assert all(value.isfinite().all() for value in trainer.objective.state_dict().values())
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    for i, entry in enumerate(logs(trainer)):
+        if i != bad:
+            assert entry["loss"] == pytest.approx(weighted_sum(entry, 1, 1), rel=1e-5), i
 
 
-def test_dense_terms_alone_leave_the_head_as_it_is(tokenizer, notes, tmp_path):
-    """mlm_weight 0 trains the encoder and freezes the language-modelling head."""
-    model = make_model("bert", tokenizer)
-    head = model.cls.predictions.transform.dense.weight.detach().clone()
-    body = model.bert.encoder.layer[0].output.dense.weight.detach().clone()
-    args = arguments(tmp_path, mlm_weight=0.0, per_device_train_batch_size=8)
-    DenseTrainer(model, args, train_dataset=notes, processing_class=tokenizer).train()
-    assert torch.equal(head, model.cls.predictions.transform.dense.weight)
-    assert not torch.equal(body, model.bert.encoder.layer[0].output.dense.weight)
+# ---- Checkpoints ----
 
+RESUME = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-3,
+    "save_strategy": "steps",
+    "save_steps": 4,
+}
 
-RUN = """
-import sys
-sys.path.insert(0, {tests!r})
+# Trains as the test does, and is killed after update 6 of 12 or resumes; writes its log when it ends.
+WORKER = """
+import json, os, signal, sys
 import torch
-from conftest import make_model, make_notes, make_tokenizer
-from hf_densefeat import DenseTrainer
-from test_trainer import arguments
 torch.set_num_threads(1)
-tokenizer = make_tokenizer()
-args = arguments({folder!r}, max_steps=9, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-                 save_strategy="steps", save_steps=4, learning_rate=1e-3, window="auto")
-trainer = DenseTrainer(make_model("bert", tokenizer), args, train_dataset=make_notes(), processing_class=tokenizer)
-if {stop!r}:
-    from transformers import TrainerCallback
-    class Stop(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                import os, signal
-                os.kill(os.getpid(), signal.SIGKILL)
-    trainer.add_callback(Stop())
-trainer.train(resume_from_checkpoint={resume!r})
-import json
-print("LOGS", json.dumps([log for log in trainer.state.log_history if "loss" in log]))
+from conftest import make_model, make_notes
+from test_trainer import RESUME, logs, make_trainer
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+folder, tokenizer, job = sys.argv[1], PreTrainedTokenizerFast.from_pretrained(sys.argv[2]), sys.argv[3]
+extra = {"callbacks": [Kill()]} if job == "kill" else {}
+trainer = make_trainer(folder, tokenizer, make_notes(), extra=extra, **RESUME)
+trainer.train(resume_from_checkpoint=job == "resume")
+json.dump(logs(trainer), open(os.path.join(folder, "log.json"), "w"))
 """
 
 
-def logs_of(folder, stop=False, resume=None):
-    """Training logs of a run in a process of its own; None if it was killed."""
-    code = RUN.format(tests=str(Path(__file__).parent), folder=str(folder), stop=stop, resume=resume)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if stop:
-        assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
-        return None
-    line = next((line for line in result.stdout.splitlines() if line.startswith("LOGS")), None)
-    assert line, result.stderr[-2000:]
-    return json.loads(line[5:])
-
-
-def test_killed_and_resumed_it_goes_on_bit_for_bit(tmp_path):
-    """SIGKILL after a checkpoint in mid-epoch: the next losses, into the second epoch, are those of a run in one go."""
-    whole = logs_of(tmp_path / "whole")
-    assert logs_of(tmp_path / "cut", stop=True) is None
-    resumed = logs_of(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-4"))
-    assert len(whole) == len(resumed) == 9
-    assert whole[-1]["epoch"] > 1
-    for before, after in zip(whole[4:], resumed[4:], strict=True):
-        assert before == after
-
-
-def test_a_foreign_checkpoint_is_refused(tokenizer, notes, tmp_path):
-    """Missing state or missing weights are an error on resume, not a warning."""
-    args = arguments(tmp_path, per_device_train_batch_size=8, save_strategy="steps", save_steps=2)
-    trainer = DenseTrainer(make_model("bert", tokenizer), args, train_dataset=notes, processing_class=tokenizer)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tokenizer, pairs):
+    """12 updates of two epochs with dropout, window "auto" and accumulation, checkpoints at 4, 8 and 12."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = make_trainer(folder, tokenizer, pairs, **RESUME)
     trainer.train()
-    checkpoint = tmp_path / "checkpoint-2"
-    other = DenseTrainer(make_model("modernbert", tokenizer), args, train_dataset=notes, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="does not fit the model"):
-        other.train(resume_from_checkpoint=str(checkpoint))
-    (checkpoint / "densefeat_state.safetensors").unlink()
-    again = DenseTrainer(make_model("bert", tokenizer), args, train_dataset=notes, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="DenseTrainer did not write it"):
-        again.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 12
+    return folder, logs(trainer), trainer
 
 
-def test_what_cannot_work_is_refused_before_training(tokenizer, notes, tmp_path):
-    """A model without a head, k above the rank, notes without pairs: one error that says what to do."""
-    bare = make_model("bert", tokenizer).bert
-    with pytest.raises(ValueError, match=r"no language-modelling head.*mlm_weight=0"):
-        DenseTrainer(bare, arguments(tmp_path), train_dataset=notes, processing_class=tokenizer)
-    DenseTrainer(bare, arguments(tmp_path, mlm_weight=0.0), train_dataset=notes, processing_class=tokenizer).train()
-    model = make_model("bert", tokenizer)
-    few = arguments(tmp_path, window="none", subspace_dim=8, per_device_train_batch_size=8)
-    with pytest.raises(ValueError, match=r"subspace_dim is 8.*batch of 8.*rank 7.*raise the batch size"):
-        DenseTrainer(model, few, train_dataset=notes, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="two notes"):
-        DenseTrainer(model, arguments(tmp_path), train_dataset=notes.select([0]), processing_class=tokenizer)
+def assert_same_log(found, expected, start):
+    found = [entry for entry in found if entry["step"] > start]
+    expected = [entry for entry in expected if entry["step"] > start]
+    assert len(found) == 12 - start
+    for entry, other in zip(found, expected, strict=True):
+        for name in entry.keys() | other.keys():
+            assert entry[name] == other[name], (entry["step"], name)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, tokenizer, uninterrupted):
+    """SIGKILL after a mid-epoch checkpoint, resumed by a new process: every later log entry is equal to the bit."""
+    _, expected, _ = uninterrupted
+    worker, saved = tmp_path / "worker.py", tmp_path / "tokenizer"
+    worker.write_text(WORKER)
+    tokenizer.save_pretrained(saved)
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    out = tmp_path / "out"
+    for job, code in (("kill", -signal.SIGKILL), ("resume", 0)):
+        done = subprocess.run(
+            [sys.executable, str(worker), str(out), str(saved), job],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr[-3000:]
+        assert (out / "checkpoint-4" / OBJECTIVE_STATE).is_file()
+        assert (out / "log.json").is_file() == (job == "resume")
+    found = json.loads((out / "log.json").read_text())
+    assert_same_log([entry for entry in found if entry["step"] > 4], expected, 4)
+
+
+def test_resumed_in_the_second_epoch_equals_uninterrupted(tmp_path, tokenizer, pairs, uninterrupted):
+    """From a checkpoint inside the second epoch the log and the final weights are equal to the bit, skips remembered."""
+    folder, expected, whole = uninterrupted
+    trainer = make_trainer(tmp_path, tokenizer, pairs, **RESUME)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    assert_same_log(logs(trainer), expected, 8)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+    for name, value in trainer.objective.state_dict().items():
+        assert torch.equal(value, whole.objective.state_dict()[name]), name
+
+
+def test_skipped_updates_survive_a_resume(tmp_path, tokenizer, pairs):
+    """The count of skipped updates is saved with the checkpoint and restored."""
+    first = make_trainer(tmp_path, tokenizer, pairs, **RESUME | {"max_steps": 4})
+    first.skipped_updates = 5
+    first.train()
+    second = make_trainer(tmp_path, tokenizer, pairs, **RESUME | {"max_steps": 5})
+    second.train(resume_from_checkpoint=True)
+    assert second.skipped_updates == 5
+
+
+def test_checkpoint_of_someone_else_is_refused(tmp_path, tokenizer, pairs, uninterrupted):
+    """A checkpoint without our state, or of another model, is one clear error and not a silent restart."""
+    folder, _, _ = uninterrupted
+    foreign = tmp_path / "checkpoint-4"
+    shutil.copytree(folder / "checkpoint-4", foreign)
+    (foreign / OBJECTIVE_STATE).unlink()
+    with pytest.raises(ValueError, match=f"no {OBJECTIVE_STATE}: DenseTrainer did not write it.*pass it as the model"):
+        make_trainer(tmp_path, tokenizer, pairs, **RESUME).train(resume_from_checkpoint=str(foreign))
+    with pytest.raises(ValueError, match=r"does not fit the model\. Missing: .*Resume with the model"):
+        make_trainer(tmp_path, tokenizer, pairs, family="modernbert", **RESUME).train(
+            resume_from_checkpoint=str(folder / "checkpoint-4")
+        )
+
+
+def test_checkpoints_open_as_models(uninterrupted, tokenizer):
+    """A checkpoint is a native folder with tokenizer and pooling: AutoModelForMaskedLM and SentenceTransformer open it."""
+    from sentence_transformers import SentenceTransformer
+
+    folder, _, trainer = uninterrupted
+    texts = make_notes(patients=2)["text"][:5]
+    expected = trainer.model.encode(texts, tokenizer)
+    found = SentenceTransformer(str(folder / "checkpoint-12"), device="cpu").encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    native = AutoModelForMaskedLM.from_pretrained(folder / "checkpoint-12")
+    assert type(native).__name__ == "BertForMaskedLM"
+    for path in (folder / "checkpoint-12").rglob("*"):
+        assert path.suffix not in (".bin", ".pkl"), path
+
+
+# ---- Either loss alone ----
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_dense_alone_freezes_the_head_and_trains_the_body(tmp_path, tokenizer, pairs, accumulation):
+    """mlm_weight 0: no parameter of the head moves, the body does, and the log has no mlm_loss."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, pairs, mlm_weight=0.0, learning_rate=1e-2, gradient_accumulation_steps=accumulation
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        if name.startswith("cls."):
+            assert torch.equal(parameter, before[name]), name
+            assert not parameter.requires_grad
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n.startswith("bert.encoder"))
+    for entry in logs(trainer):
+        assert "mlm_loss" not in entry
+        assert entry["loss"] == pytest.approx(weighted_sum(entry | {"mlm_loss": 0}, 0, 1), rel=1e-5)
+
+
+def test_dense_alone_needs_no_head_and_raises_the_rank(tmp_path, tokenizer, pairs):
+    """A bare BertModel trains with mlm_weight 0, and its effective rank on the evaluation set rises."""
+    model = as_dense(BertModel(make_model("bert", tokenizer, 0.0).config, add_pooling_layer=False))
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        pairs,
+        model=model,
+        extra={"eval_dataset": pairs},
+        mlm_weight=0.0,
+        learning_rate=3e-3,
+        num_train_epochs=6,
+    )
+    before = trainer.evaluate()["eval_effective_rank"]
+    trainer.train()
+    assert trainer.evaluate()["eval_effective_rank"] > 1.2 * before
+
+
+def test_bfloat16_autocast_keeps_the_objective_in_float32(tmp_path, tokenizer, pairs):
+    """With bf16=True the running state is float32 and the terms of the first update are near the float32 run's."""
+    entries = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tmp_path, tokenizer, pairs, bf16=bf16, dropout=0.0, gradient_accumulation_steps=2)
+        trainer.train()
+        assert {value.dtype for value in trainer.objective.state_dict().values()} == {torch.float32}
+        entries.append(logs(trainer)[0])
+    for name in ("mlm_loss", "spectral_spreading", "orthogonality"):
+        assert entries[1][name] == pytest.approx(entries[0][name], rel=0.05)
+
+
+# ---- Bad input ----
+
+
+def refusal(folder, tokenizer, notes, model=None, **settings):
+    """The message with which the trainer refuses, before any training."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the callers look at the words)
+        make_trainer(folder, tokenizer, notes, model=model, **settings)
+    return str(error.value)
+
+
+def test_model_without_a_head_is_refused(tmp_path, tokenizer, pairs):
+    """What: mlm_weight without a head; where: the class; what to do: load by name or set mlm_weight=0."""
+    model = BertModel(make_model("bert", tokenizer).config)
+    message = refusal(tmp_path, tokenizer, pairs, model=model)
+    for word in ("mlm_weight is 1.0", "BertModel has no language-modelling head", "from_pretrained", "mlm_weight=0"):
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"subspace_dim": 24}, ("subspace_dim is 24", "16", "Lower subspace_dim")),
+        ({"subspace_dim": 16, "window": "none"}, ("subspace_dim is 16", "batch of 16", "rank 15", "raise the batch size")),
+        ({"subspace_dim": 16, "window": None}, ("subspace_dim is 16", "batch of 16", "rank 15", "raise the batch size")),
+        ({"subspace_dim": 20, "window": "18"}, ("subspace_dim is 20", "window", "18", "rank 17")),
+        ({"subspace_dim": 20, "window": 18}, ("subspace_dim is 20", "window", "18", "rank 17")),
+        ({"pooling": "average"}, ("pooling", "mean, cls, last, max", "'average'")),
+        ({"window": "sometimes"}, ("window", "'none', 'auto' or a number", "'sometimes'")),
+        ({"mlm_weight": 0.0, "dense_weight": 0.0}, ("mlm_weight and dense_weight are both 0",)),
+        ({"mlm_probability": 1.5}, ("mlm_probability", "[0, 1]", "1.5")),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, tokenizer, pairs, settings, words):
+    """A k that the samples cannot support, an unknown pooling, window or weight: named, with what came and what to do."""
+    message = refusal(tmp_path, tokenizer, pairs, **settings)
+    for word in words:
+        assert word in message, message
+
+
+def test_largest_k_that_the_batch_supports_is_taken(tmp_path, tokenizer, pairs):
+    """One less than what is refused trains: k = 15 of 16 centred pairs, counting the accumulated batch."""
+    make_trainer(tmp_path, tokenizer, pairs, subspace_dim=15, window="none").train()
+    make_trainer(
+        tmp_path, tokenizer, pairs, subspace_dim=15, window=None, per_device_train_batch_size=4, gradient_accumulation_steps=4
+    ).train()
+
+
+def test_notes_without_pairs_or_columns_are_refused(tmp_path, tokenizer):
+    """Notes of single-note patients, and notes without a needed column, are refused with counts and names, no text."""
+    notes = make_notes(patients=4)
+    single = notes.add_column("row", range(len(notes))).filter(lambda r: r == 0 or r == 3, input_columns="row")
+    message = refusal(tmp_path, tokenizer, single)
+    for word in ("No pair of adjacent notes", "2 notes", "2 patients", "at least two notes"):
+        assert word in message, message
+    for name in ("patient_id", "time", "text"):
+        message = refusal(tmp_path, tokenizer, notes.remove_columns(name))
+        assert f"`{name}`" in message or f"'{name}'" in message, message
+        assert notes[0]["text"][:20] not in message
+
+
+def test_training_without_data_is_refused(tmp_path, tokenizer):
+    """No train_dataset and no eval_dataset: each says which is needed."""
+    trainer = make_trainer(tmp_path, tokenizer, None)
+    with pytest.raises(ValueError, match="needs a train_dataset: notes with patient_id, time and text"):
+        trainer.train()
+    with pytest.raises(ValueError, match="needs an eval_dataset"):
+        trainer.evaluate()
+
+
+def test_notes_are_counted_and_paired_by_the_trainer(tmp_path, tokenizer):
+    """Notes go in as they are; pairs, tokens and what was cut are counted for each split."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, make_notes(), extra={"eval_dataset": {"held": make_notes(4, seed=9)}}, max_length=16
+    )
+    assert len(trainer.train_dataset) == 45
+    assert trainer.token_stats["train"].truncated > 0
+    assert trainer.token_stats["held"].max_length == 16
+    assert "eval_held_loss" in trainer.evaluate()
+
+
+def test_moments_are_all_that_an_update_keeps(tmp_path, tokenizer, pairs, monkeypatch):
+    """Under accumulation the objective is called once an update, with the moments of all its pairs."""
+    calls = []
+    gradient = DenseObjective.gradient
+
+    def counted(self, a: Moments, b: Moments):
+        calls.append((float(a.count), float(b.count)))
+        return gradient(self, a, b)
+
+    monkeypatch.setattr(DenseObjective, "gradient", counted)
+    make_trainer(tmp_path, tokenizer, pairs, per_device_train_batch_size=4, gradient_accumulation_steps=4).train()
+    assert calls == [(16, 16), (16, 16), (13, 13)]
