@@ -13,7 +13,8 @@ from hf_densefeat.objective import (
     subspace_consistency_loss,
 )
 from hf_densefeat.pairs import adjacent_pairs
-from hf_densefeat.probes import ProbeEvaluator, ProbeTask
+from hf_densefeat.probes import ProbeEvaluator
+from hf_densefeat.tasks import ProbeTask
 from hf_densefeat.trainer import DenseTrainer
 
 __all__ = [

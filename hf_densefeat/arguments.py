@@ -1,13 +1,14 @@
 """DenseTrainingArguments: TrainingArguments and what the dense objective, its pairs and its masks add."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import TrainingArguments
 
 from hf_densefeat.objective import DenseObjective
 
 
-@dataclass
+@dataclass(repr=False)  # the one of TrainingArguments hides tokens
 class DenseTrainingArguments(TrainingArguments):
     """`TrainingArguments` with `loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth)`.
 
@@ -55,6 +56,14 @@ class DenseTrainingArguments(TrainingArguments):
         if self.mlm_weight == self.dense_weight == 0:
             raise ValueError("mlm_weight and dense_weight are both 0: nothing would be trained.")
         self.dense_objective()
+
+    def __getstate__(self) -> dict:
+        """What pickles hold, without token and folders: `training_args.bin` is one, and goes to the Hub with the model."""
+        return self.__dict__ | {
+            "hub_token": None,
+            "output_dir": Path(self.output_dir).name,
+            "resume_from_checkpoint": None,
+        }
 
     def dense_objective(self) -> DenseObjective:
         """The objective that these arguments describe; ValueError names the one that is out of range."""

@@ -25,6 +25,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_densefeat.pooling import POOLINGS, pool
 
 SENTENCE_TRANSFORMERS_POOLING = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
+SENTENCE_TRANSFORMERS_FILES = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling",
+)
 HUB_OPTIONS = (
     "cache_dir",
     "force_download",
@@ -124,7 +130,8 @@ class DenseFeatureMixin:
             for start in tqdm(range(0, len(order), batch_size), desc="Encoding", disable=not show_progress):
                 rows = order[start : start + batch_size]
                 batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
-                out.append(self._embed(tokenizer.pad(batch, return_tensors="pt")))
+                # to the right, as in training: learned positions count from the left
+                out.append(self._embed(tokenizer.pad(batch, padding_side="right", return_tensors="pt")))
             out = torch.cat(out)
             return torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
         finally:
@@ -175,11 +182,23 @@ def as_dense(model: PreTrainedModel, pooling: str | None = None, max_length: int
     """
     if pooling not in (None, *POOLINGS):
         raise ValueError(f"Expected pooling to be one of {', '.join(POOLINGS)} but got {pooling!r}.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: it has no one embedding of a text. Use an encoder, or the "
+            "encoder alone, such as T5EncoderModel with mlm_weight=0."
+        )
     if not isinstance(model, DenseFeatureMixin):
         model.__class__ = _dense_class(type(model))
     block = dict(getattr(model.config, "densefeat", None) or {})
+    if model.language_modeling and model.base_model is model:
+        raise ValueError(f"{type(model).__name__} has no body apart from its head: no hidden states to pool.")
     default = "last" if model.language_modeling == "causal" else "mean"
     block["pooling"] = pooling or block.get("pooling", default)
+    if block["pooling"] == "cls" and model.language_modeling == "causal":
+        raise ValueError(
+            f"cls pooling takes the first token, which in {type(model).__name__}, a decoder, has seen nothing of the note. "
+            "Use last or mean."
+        )
     if max_length is not None:
         block["max_length"] = max_length
     model.config.densefeat = block

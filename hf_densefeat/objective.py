@@ -18,7 +18,7 @@ from hf_densefeat.subspace import (
 
 logger = logging.getLogger(__name__)
 
-OVERSAMPLING = 8  # directions tracked beyond k, so that the block power iteration converges at k
+OVERSAMPLING = 32  # directions tracked beyond k: the gradient sees those that are left only as a mean
 COLD_ITERATIONS = 20  # power steps from a random basis, at the first call
 
 

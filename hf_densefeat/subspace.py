@@ -102,8 +102,8 @@ def _projector_gradient(side: Eigenspace, top: Tensor, image: Tensor, k: int, br
     inside = below.mT @ image
     outside = image - top @ (top.mT @ image) - below @ inside
     moved = below @ (inside * inverse(upper - side.values[k:, None]))
-    if m < d:
-        moved = moved + outside * inverse(upper - side.rest)
+    # all other directions: those left out, and those of the leading k without variance, which are none of the subspace
+    moved = moved + outside * inverse(upper - side.rest)
     half = moved @ top.mT
     return half + half.mT
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,9 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_densefeat.adapters import ADAPTER, load_adapter, merged, save_adapter, with_adapter, without_adapter
 from hf_densefeat.arguments import DenseTrainingArguments
 from hf_densefeat.collator import DensePairCollator, tokenize_notes
-from hf_densefeat.modeling import AutoDenseModel, as_dense
+from hf_densefeat.export import PICTURE, model_card
+from hf_densefeat.modeling import SENTENCE_TRANSFORMERS_FILES, AutoDenseModel, as_dense
 from hf_densefeat.moments import Moments, mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective import DenseObjective
 from hf_densefeat.pairs import PairBatchSampler, TokenPairs, adjacent_pairs
@@ -27,6 +30,7 @@ from hf_densefeat.pairs import PairBatchSampler, TokenPairs, adjacent_pairs
 logger = logging.getLogger(__name__)
 
 OBJECTIVE_STATE = "densefeat_state.safetensors"
+WEIGHTS = ("mlm_weight", "dense_weight", "lambda_sub", "lambda_orth", "subspace_dim")
 TERMS = ("spectral_spreading", "subspace_consistency", "orthogonality")
 
 
@@ -53,6 +57,8 @@ class DenseTrainer(Trainer):
         train_dataset: notes as `load_notes` returns them (pairs and tokens are made here), or `TokenPairs`.
         eval_dataset: the same, or a dict of such.
         processing_class: the tokenizer; by default that of the model.
+        peft_config: train this adapter (LoRA and its kin) and freeze the rest. What is saved is the encoder with the adapter
+            merged in, and in `adapter/` the adapter, from which a run resumes. A `PeftModel` as `model` does the same.
         evaluator: called as `evaluator(model, tokenizer)` at each evaluation, on every rank; its dict of numbers joins
             the metrics, where `metric_for_best_model` and early stopping see them.
         kwargs: as for `Trainer`.
@@ -72,13 +78,15 @@ class DenseTrainer(Trainer):
         eval_dataset: Dataset | TokenPairs | dict | None = None,
         processing_class=None,
         evaluator=None,
+        peft_config: PeftConfig | None = None,
         **kwargs,
     ):
         args = args if args is not None else DenseTrainingArguments()
         if isinstance(model, str):
             model = AutoDenseModel.from_pretrained(model)
-        model = as_dense(model, args.pooling, args.max_length)
+        adapted, model = model, as_dense(without_adapter(model), args.pooling, args.max_length)
         processing_class = processing_class or AutoTokenizer.from_pretrained(model.name_or_path)
+        processing_class.padding_side = "right"  # as in training, wherever the saved one is used
         model._densefeat_tokenizer = processing_class
         self.evaluator = evaluator
         self.objective = args.dense_objective()
@@ -105,8 +113,10 @@ class DenseTrainer(Trainer):
             for parameter in model.parameters():
                 if id(parameter) not in body:
                     parameter.requires_grad_(False)
+        if peft_config is not None:
+            adapted = with_adapter(model, peft_config)
         super().__init__(
-            model=model,
+            model=adapted,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -116,9 +126,12 @@ class DenseTrainer(Trainer):
         )
         if args.n_gpu > 1:
             raise ValueError(f"One process sees {args.n_gpu} GPUs. Start one process a GPU: accelerate launch ...")
+        if isinstance(adapted, PeftModel) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("An adapter cannot be merged into sharded weights. Train it without FSDP and DeepSpeed.")
         if train_dataset is not None and args.dense_weight:
             _check_subspace(len(train_dataset), self.get_total_train_batch_size(args), model.config.hidden_size, args)
         self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
+        self.measured: list[dict] = []
         self.skipped_updates = 0
         self._micro_batches: list[dict] = []
         self._update: _Update | None = None
@@ -188,7 +201,7 @@ class DenseTrainer(Trainer):
 
     @property
     def _dense_model(self):
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return without_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also remember the update's micro-batches: `compute_loss` needs all of them before the first backward."""
@@ -389,15 +402,94 @@ class DenseTrainer(Trainer):
                 f"{sorted(unexpected)[:5]}. Resume with the model and the transformers version that wrote it."
             )
 
+    def _save(self, output_dir=None, state_dict=None):
+        """A run with an adapter saves the merged encoder, which opens anywhere, and the adapter, from which it resumes."""
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            adapted, self.model = self.model, merged(self.model)
+            try:
+                super()._save(output_dir)
+            finally:
+                self.model = adapted
+            save_adapter(adapted, Path(output_dir or self.args.output_dir) / ADAPTER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if isinstance(self.model, PeftModel):
+            load_adapter(self.model, Path(resume_from_checkpoint) / ADAPTER)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if isinstance(self.model, PeftModel):
+            load_adapter(self.model, Path(self.state.best_model_checkpoint) / ADAPTER)
+        else:
+            super()._load_best_model()
+
+    # ---- Hub ----
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] = (),
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset: str | None = None,
+    ) -> None:
+        """Write README.md: numbers, never text, and usage that runs as printed; see `export.model_card`.
+
+        `measured`, a list on the trainer, holds what was measured before and after, if anything was.
+        """
+        if not self.is_world_process_zero():
+            return
+        args, model, folder = self.args, self._dense_model, Path(self.args.output_dir)
+        counts = {}
+        if self.train_dataset is not None:
+            pairs = self.train_dataset.pairs
+            counts = {"patients": pairs.patients, "notes": pairs.notes, "pairs of adjacent notes": len(pairs)}
+        if "train" in self.token_stats:
+            stats = self.token_stats["train"]
+            counts |= {"tokens": stats.tokens, f"notes cut to {stats.max_length} tokens": stats.truncated}
+        training = {
+            "updates": self.state.global_step,
+            "pairs an update": self.get_total_train_batch_size(args),
+            "learning rate": args.learning_rate,
+            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "weight decay": args.weight_decay,
+            "language modelling": f"{args.mlm_probability:.0%} of tokens masked"
+            if model.language_modeling == "mlm"
+            else "next token",
+            "covariance window": args.window,
+            "centred": args.center,
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            "seed": args.seed,
+        }
+        if isinstance(self.model, PeftModel):
+            [adapter] = self.model.active_adapters
+            training["adapter"] = f"{self.model.peft_config[adapter].peft_type.value}, merged"
+        card = model_card(
+            self.hub_model_id or args.hub_model_id or model_name or folder.absolute().name,
+            model,
+            {name: getattr(args, name) for name in WEIGHTS},
+            training,
+            counts,
+            self.measured,
+            finetuned_from or model.name_or_path or None,
+            picture=(folder / PICTURE).is_file(),
+            language=language,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags,
+            dataset=dataset,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
     def _push_from_checkpoint(self, checkpoint_folder):
-        """Mid-training pushes carry the files by which sentence-transformers pools."""
+        """Mid-training pushes carry the card, and the files by which sentence-transformers pools."""
         if self.is_world_process_zero():
-            for name in (
-                "modules.json",
-                "sentence_bert_config.json",
-                "config_sentence_transformers.json",
-                "1_Pooling",
-            ):
+            self.create_model_card()
+            for name in (*SENTENCE_TRANSFORMERS_FILES, ADAPTER):
                 source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
                 if source.is_dir():
                     shutil.copytree(source, target, dirs_exist_ok=True)
@@ -471,8 +563,7 @@ def _check_head(model, args: DenseTrainingArguments) -> None:
 
 def _check_subspace(pairs: int, batch: int, d: int, args: DenseTrainingArguments) -> None:
     """K must be below the rank that the samples behind a covariance can have."""
-    window = {"none": 0, "auto": d}.get(args.window) if isinstance(args.window, str) else args.window
-    window = float(args.window) if window is None else window
+    window = {None: 0, "auto": d}.get(args.dense_objective().window, args.dense_objective().window)
     samples = min(max(batch, window), pairs)
     rank = min(d, int(samples) - args.center)
     if args.subspace_dim > rank:

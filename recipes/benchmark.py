@@ -3,28 +3,52 @@
     python recipes/benchmark.py objective                  # against autograd through SVD, and against VICReg's loss
     python recipes/benchmark.py step [--device cuda]       # the dense step against the same MLM step
     python recipes/benchmark.py running                    # no window of the running covariance runs away
+    python recipes/benchmark.py data [--notes 3000000]     # notes to batches, at the size of MIMIC-IV-Note
 
 Timings are ratios of alternating runs in one process: medians, with the 10th and 90th percentile.
 """
 
 import argparse
+import ctypes
 import json
 import platform
+import tempfile
+import threading
 import time
 from itertools import cycle, islice
+from pathlib import Path
 from statistics import median
 
 import accelerate
 import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import BertConfig, ModernBertConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, ModernBertConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from hf_densefeat import AutoDenseModel, DenseObjective, DenseTrainer, DenseTrainingArguments, effective_rank
+from hf_densefeat import (
+    AutoDenseModel,
+    DenseObjective,
+    DensePairCollator,
+    DenseTrainer,
+    DenseTrainingArguments,
+    adjacent_pairs,
+    effective_rank,
+    load_notes,
+    split_by_patient,
+)
+from hf_densefeat.collator import tokenize_notes
+from hf_densefeat.notes import column, order_of_notes
+from hf_densefeat.pairs import PairBatchSampler, TokenPairs
+
+BUNDLED = Path(__file__).resolve().parent / "data"
+KEYS = ["subject_id", "charttime", "note_seq"]
 
 
 def main():
@@ -41,8 +65,11 @@ def main():
     running_parser = commands.add_parser("running", help="a small network trained by L_spec alone")
     running_parser.add_argument("--steps", type=int, default=1500)
     running_parser.add_argument("--seeds", type=int, default=3)
+    data_parser = commands.add_parser("data", help="tables to notes, pairs, tokens and batches")
+    data_parser.add_argument("--notes", type=int, default=1_000_000)
+    data_parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    result = {"objective": objective, "step": step, "running": running}[args.command](args)
+    result = {"objective": objective, "step": step, "running": running, "data": data}[args.command](args)
     print(json.dumps({"command": args.command, **machine(), **result}, indent=1))
 
 
@@ -312,6 +339,204 @@ def train_toy(loss, batch: int, steps: int, seed: int, inputs: int = 64, width: 
         optimizer.step()
     with torch.no_grad():
         return effective_rank(network(torch.randn(4096, inputs) @ mixing), center=True)
+
+
+# ---- Tables to batches ----------------------------------------------------------------------------------------------
+
+
+def data(args) -> dict:
+    """Notes with the columns of MIMIC-IV-Note and the texts of the bundled cohort, ten a patient, in no order.
+
+    Every stage: wall-clock and processor seconds, and the largest anonymous memory above what the process had before,
+    which the memory-mapped table is no part of. Files go to a temporary folder that is removed.
+    """
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "encoder")
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder)
+        path, stages = Path(folder) / "notes.parquet", {}
+        write_notes(path, args.notes)
+
+        def stage(name, function):
+            result, stages[name] = measured(function)
+            return result
+
+        notes = stage("load, first time", lambda: load_notes(path))
+        del notes
+        notes = stage("load, converted before", lambda: load_notes(path))
+        keys = pq.read_table(path, columns=KEYS).rename_columns(["patient_id", "time", "note_seq"])
+        stage("sort", lambda: order_of_notes(datasets.Dataset(keys)))
+        stage("split", lambda: split_by_patient(notes))
+        against_pandas = {}
+        for name, table in {"unsorted": datasets.Dataset(keys), "sorted": notes}.items():
+            pairs = stage(f"pairs, {name}", lambda table=table: adjacent_pairs(table))
+            theirs = stage(f"pairs, {name}, by pandas", lambda table=table: pandas_pairs(table, table is not notes))
+            if not (np.array_equal(pairs.earlier, theirs[0]) and np.array_equal(pairs.later, theirs[1])):
+                raise SystemExit("pandas finds other pairs")
+            seconds = alternate(
+                {
+                    "ours": lambda table=table: adjacent_pairs(table),
+                    "pandas": lambda table=table: pandas_pairs(table, table is not notes),
+                },
+                args.repeats,
+            )
+            against_pandas[name] = spread(seconds["pandas"] / seconds["ours"])
+        mapped = stage("pairs, sorted, by naive datasets.map, with the text", lambda: mapped_pairs(notes))
+        lengths = np.random.default_rng(0).integers(16, 513, pairs.notes)
+        stage("sampler to its first batch", lambda: next(iter(PairBatchSampler(pairs, lengths, 32))))
+        some = notes.select(range(min(len(notes), 100_000)))
+        tokens, counts = stage("tokenise", lambda: tokenize_notes(some, tokenizer, 512))
+        stage("pairs, sampler and first batch of these", lambda: first_batch(some, tokens, tokenizer))
+        seconds = stages["tokenise"]["seconds"]
+        cohort = input_path(tokenizer, args.repeats)
+    return {
+        "notes": args.notes,
+        "pairs": len(pairs),
+        "stages": stages,
+        "pairs by pandas / ours": against_pandas,
+        "pairs lost at the borders of datasets.map's batches": len(pairs) - mapped,
+        "tokenise": {
+            "notes": counts.notes,
+            "tokens": counts.tokens + counts.cut,
+            "notes per second": round(counts.notes / seconds),
+            "tokens per second": round((counts.tokens + counts.cut) / seconds),
+        },
+        "bundled cohort": cohort,
+    }
+
+
+def write_notes(path: Path, notes: int) -> None:
+    """A table in no order, 50,000 rows at a time."""
+    rng = np.random.default_rng(0)
+    texts = pq.read_table(BUNDLED / "cohort" / "notes.parquet", columns=["text"])["text"].to_pylist()
+    with pq.ParquetWriter(path, some_notes(rng, texts, 1, 1).schema) as writer:
+        for start in range(0, notes, 50_000):
+            writer.write_table(some_notes(rng, texts, min(50_000, notes - start), notes))
+
+
+def some_notes(rng, texts: list[str], rows: int, notes: int) -> pa.Table:
+    """Rows of random patients; times are days, as MIMIC's discharge notes have them, so that some tie."""
+    seconds = rng.integers(4_000_000_000, 5_000_000_000, rows) // 86400 * 86400
+    numbers = rng.integers(10**9, size=rows)
+    return pa.table(
+        {
+            "note_id": [f"{number}-DS" for number in numbers],
+            "subject_id": rng.integers(10_000_000, 10_000_000 + max(1, notes // 10), rows),
+            "note_type": rng.choice(["DS", "RR"], rows),
+            "note_seq": rng.integers(0, 50, rows),
+            "charttime": pa.array(seconds, pa.int64()).cast(pa.timestamp("s")),
+            "text": [f"{texts[number % len(texts)]} {number}" for number in numbers],
+        }
+    )
+
+
+def measured(function):
+    """A function's result, and what it took."""
+    pa.default_memory_pool().release_unused()
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is kept for later would hide what comes next
+    before, peak, done = anonymous_megabytes(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.003):
+            peak[0] = max(peak[0], anonymous_megabytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        result = function()
+        took = {
+            "seconds": round(time.perf_counter() - wall, 3),
+            "processor seconds": round(time.process_time() - cpu, 3),
+        }
+    finally:
+        done.set()
+        watcher.join()
+    return result, took | {"peak MB above": round(max(0, max(peak[0], anonymous_megabytes()) - before))}
+
+
+def anonymous_megabytes() -> float:
+    """Memory of this process that belongs to no file (Linux)."""
+    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(resident) - int(shared)) * 4096 / 1e6
+
+
+def pandas_pairs(notes, sort: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What one would write: sort, then shift within each patient."""
+    keys = ["patient_id", "time", "note_seq"]
+    table = pd.DataFrame({name: column(notes, name).to_pandas() for name in keys})
+    table["row"] = np.arange(len(table))
+    if sort:
+        table = table.sort_values(keys, kind="stable")
+    table["next"] = table.groupby("patient_id")["row"].shift(-1)
+    table = table.dropna(subset="next")
+    return table["row"].to_numpy(), table["next"].to_numpy().astype(np.int64)
+
+
+def mapped_pairs(notes) -> int:
+    """What tutorials do: each batch of the sorted table to pairs of texts. Returns how many it finds."""
+
+    def to_pairs(batch):
+        patient, text = batch["patient_id"], batch["text"]
+        places = [i for i in range(len(text) - 1) if patient[i] == patient[i + 1]]
+        return {"earlier": [text[i] for i in places], "later": [text[i + 1] for i in places]}
+
+    return len(notes.map(to_pairs, batched=True, remove_columns=notes.column_names))
+
+
+def first_batch(notes, tokens, tokenizer) -> dict:
+    """From tokens to the first batch of 32 pairs."""
+    pairs = adjacent_pairs(notes)
+    rows = TokenPairs(tokens, pairs)
+    return DensePairCollator(tokenizer)(rows.__getitems__(next(iter(PairBatchSampler(pairs, rows.lengths, 32)))))
+
+
+def input_path(tokenizer, repeats: int) -> dict:
+    """Tokens per second that the loader gives and that a model of MiniLM's size takes, batches of 32 pairs.
+
+    One process: with `dataloader_num_workers` the loader works beside the model. `padding` is the share of the slots
+    that hold no token.
+    """
+    notes = split_by_patient(load_notes(BUNDLED / "cohort" / "notes.parquet"))["train"]
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    results = {}
+    for length, together in ((512, 1), (512, 4), (128, 4), (128, 1)):
+        args = DenseTrainingArguments(
+            output_dir="outputs/benchmark",
+            per_device_train_batch_size=32,
+            max_length=length,
+            pairs_per_patient=together,
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            max_steps=10**6,
+        )
+        trainer = DenseTrainer(
+            AutoDenseModel.from_config(config), args, train_dataset=notes, processing_class=tokenizer
+        )
+        start = time.perf_counter()
+        batches = list(trainer.get_train_dataloader())
+        loaded = time.perf_counter() - start
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        slots = sum(batch["attention_mask"].numel() for batch in batches)
+        results[f"max_length {length}, pairs_per_patient {together}"] = {
+            "padding": round(1 - tokens / slots, 4),
+            "tokens per second, loader": round(tokens / loaded),
+        }
+    update = one_update(trainer)
+    update()
+    seconds = [measured(update)[1]["seconds"] for _ in range(repeats)]
+    results["tokens per second, model, max_length 128"] = round(tokens / len(batches) / median(seconds))
+    return results
 
 
 if __name__ == "__main__":

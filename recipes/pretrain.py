@@ -7,7 +7,7 @@
 
 Every key of the YAML file is an option of the command line, and the command line wins. It prints what was read, the
 progress, and the geometry and linear probes before and after, and writes to `output_dir`: the encoder, as a folder that
-`AutoModel` and `SentenceTransformer` open, `report.json`, `report.md` and `spectra.png`.
+`AutoModel` and `SentenceTransformer` open, its model card, `report.json`, `report.md` and `spectra.png`.
 """
 
 import difflib
@@ -34,6 +34,7 @@ from hf_densefeat import (
     load_notes,
     split_by_patient,
 )
+from hf_densefeat.export import PICTURE, measured_table
 from hf_densefeat.geometry import spectrum
 from hf_densefeat.notes import describe_notes
 from hf_densefeat.plots import plot_spectra
@@ -247,43 +248,16 @@ def sample(notes, most: int, seed: int):
     return notes.select(np.flatnonzero(np.isin(codes, kept if len(kept) else order[:1])))
 
 
-GEOMETRY_ROWS = {
-    "effective_rank_centered": "effective rank, centred",
-    "effective_rank": "effective rank, uncentred",
-    "condition_over_median_centered": "largest / median eigenvalue, centred",
-    "mean_cosine": "mean cosine of random notes",
-    "subspace_distance_half_normalized_centered": "subspace distance to the next note, 0 to 1",
-    "subspace_noise_floor_normalized_centered": "its noise floor (equal halves)",
-}
-
-
 def report(before: dict, after: dict, trainer: DenseTrainer, args: DenseTrainingArguments) -> None:
-    """Print the table, and write it, the numbers and the spectra beside the model."""
-    shape = before["geometry"]
-    lines = [
-        f"N = {shape['n']:,} held-out pairs, d = {shape['d']}, attainable rank {shape['attainable_rank']}, k = {shape['k']}",
-        "",
-        "| | before | after |",
-        "|---|---:|---:|",
-    ]
-    for key, label in GEOMETRY_ROWS.items():
-        if key in before["geometry"]:
-            lines.append(f"| {label} | {number(before['geometry'][key])} | {number(after['geometry'][key])} |")
-    for name, old in before["probes"].items():
-        cells = [f"{v:.3f} ({low:.3f} to {high:.3f})" for v, low, high in (old, after["probes"][name])]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
-    table = "\n".join(lines)
-    folder = Path(args.output_dir)
+    """Print the table, and write it, the numbers, the spectra and the model card beside the model."""
+    table, folder = measured_table([before, after]), Path(args.output_dir)
     (folder / "report.md").write_text(table + "\n")
     numbers = {"before": before, "after": after, "updates": trainer.state.global_step}
     (folder / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    plot_spectra({part["name"]: np.array(part["spectrum"]) for part in (before, after)}, folder / "spectra.png")
+    plot_spectra({part["name"]: np.array(part["spectrum"]) for part in (before, after)}, folder / PICTURE)
+    trainer.measured = [before, after]
+    trainer.create_model_card()
     say(args, f"\n{table}\n\nSaved to {args.output_dir}: AutoModel and SentenceTransformer open it.")
-
-
-def number(value: float) -> str:
-    """Three significant digits, thousands in full."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def say(args: DenseTrainingArguments, text: str) -> None:

@@ -10,54 +10,43 @@ sentence-transformers folder, as `path` or `name=path`. A task is `label:kind` f
 clustering.
 
 Written to --output: `report.html` (one file that can be sent to a colleague), `report.json`, `report.md` and the PNGs.
-They hold numbers, names of columns and label values, and no note text, patient id or path.
+They hold numbers, names of columns and label values, and no note text, patient id or path. With --meds FOLDER, the test
+rows' predictions of binary tasks go to that folder in the schema of meds-evaluation, with patient ids.
 """
 
 import argparse
-import base64
-import html
-import io
 import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-import matplotlib
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask, adjacent_pairs, geometry_report, load_notes
 from hf_densefeat.geometry import patient_subspaces, principal_angles, spectrum
-from hf_densefeat.plots import COLOURS, STYLES
-from hf_densefeat.probes import SHOTS, Estimate, ProbeResult, embed, encoder_key, paired_difference
+from hf_densefeat.plots import plot_angles, plot_projection, plot_shots, plot_spectra
+from hf_densefeat.probes import SHOTS, ProbeResult, embed, encoder_key, meds_predictions, paired_difference
+from hf_densefeat.report import (
+    METHOD,
+    PRIMARY,
+    geometry_table,
+    markdown,
+    probe_table,
+    render,
+    rows_table,
+    subspace_table,
+    verdict,
+)
 
 logger = logging.getLogger("probe")
-
-# The verdict, on the centred embeddings of all notes; `verdict` says how they are used.
-COLLAPSED_RANK = 0.03
-COLLAPSED_VARIANCE = 0.05
-OVERSPREAD_RANK = 0.6
-PRIMARY = {"binary": "auroc", "multiclass": "auroc", "regression": "rmse", "clustering": "ari"}
-LOWER_IS_BETTER = {"rmse", "brier"}
-METRIC_NAMES = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "brier": "Brier",
-    "macro_f1": "macro-F1",
-    "rmse": "RMSE",
-    "r2": "R²",
-    "ari": "ARI",
-    "nmi": "NMI",
-}
 
 
 # ------------------------------------------------------------------------------------------------ reading and encoding
@@ -80,6 +69,7 @@ class Lookup:
         self.rows, self.z = {text: row for row, text in enumerate(texts)}, z
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Rows of the texts."""
         return self.z[[self.rows[text] for text in texts]]
 
 
@@ -124,13 +114,7 @@ def parse_tasks(arguments: Sequence[str], notes: datasets.Dataset) -> list[Probe
         tasks.append(ProbeTask(f"{Path(table).stem} {label}", data, label, kind, patient=patient))
     names = [task.name for task in tasks]
     # One column may be both predicted and clustered.
-    return [
-        task if names.count(task.name) == 1 else ProbeTask(f"{task.name} {task.kind}", *_rest(task)) for task in tasks
-    ]
-
-
-def _rest(task: ProbeTask) -> tuple:
-    return task.dataset, task.label, task.kind, task.patient, task.text, task.split
+    return [task if names.count(task.name) == 1 else replace(task, name=f"{task.name} {task.kind}") for task in tasks]
 
 
 def read_table(path: str) -> datasets.Dataset:
@@ -147,372 +131,7 @@ def truncated_share(encoder: Encoder, texts: Sequence[str]) -> float:
     return float(np.mean([len(ids) > encoder.max_length for ids in lengths]))
 
 
-# ----------------------------------------------------------------------------------------------------- the verdict
-
-
-def geometry_state(report: dict[str, float]) -> str:
-    """collapsed, healthy or over-spread, from the centred geometry of the notes alone.
-
-    * collapsed: the centred effective rank is below 3 % of what is attainable (or below 3), or less than 5 % of the
-      squared length of the embeddings is variance about their mean;
-    * over-spread: the centred effective rank is above 60 % of what is attainable;
-    * healthy: between.
-    """
-    attainable = max(report["attainable_rank"], 1)
-    rank = report["effective_rank_centered"]
-    variance = report["total_variance_centered"] / report["total_variance"] if report["total_variance"] else 0.0
-    if rank < max(3, COLLAPSED_RANK * attainable) or variance < COLLAPSED_VARIANCE:
-        return "collapsed"
-    return "over-spread" if rank > OVERSPREAD_RANK * attainable else "healthy"
-
-
-def direction(difference: Estimate, metric: str) -> str:
-    """better, worse or equal: an interval on one side of zero, or not."""
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    if difference.low <= 0 <= difference.high or not np.isfinite(difference.low):
-        return "equal"
-    return "better" if sign * difference.value > 0 else "worse"
-
-
-def compare(ours: dict[str, ProbeResult], base: dict[str, ProbeResult]) -> dict[str, dict[str, Estimate]]:
-    """Task to metric to the paired difference."""
-    return {task: paired_difference(result, base[task]) for task, result in ours.items()}
-
-
-def verdict(
-    name: str, report: dict, differences: dict[str, dict[str, Estimate]] | None, results: dict, base: str
-) -> dict:
-    """One sentence: the state of the geometry, and better, equal or worse than the base.
-
-    "better" and "worse" mean that at least one task's paired 95 % interval is on that side of zero and none on the
-    other; "mixed" that both occur; "equal" that every interval holds zero, which is no proof of equality.
-    """
-    state = geometry_state(report)
-    variance = report["total_variance_centered"] / report["total_variance"] if report["total_variance"] else 0.0
-    text = (
-        f"{name} is {state} on these notes (centred effective rank {report['effective_rank_centered']:.0f} of "
-        f"{report['attainable_rank']:.0f} attainable; {variance:.0%} of the squared length is variance)"
-    )
-    if not differences:
-        return {"state": state, "against_base": None, "sentence": text + "."}
-    metrics = {task: PRIMARY[results[task].kind] for task in differences}
-    directions = [direction(found[metrics[task]], metrics[task]) for task, found in differences.items()]
-    better, equal, worse = (directions.count(word) for word in ("better", "equal", "worse"))
-    against = ("mixed" if worse else "better") if better else ("worse" if worse else "equal")
-    words = {
-        "better": f"its probes are better than those of {base}",
-        "worse": f"its probes are worse than those of {base}",
-        "mixed": f"its probes are better on some tasks and worse on others than those of {base}",
-        "equal": f"no difference to the probes of {base} is visible",
-    }
-    # The task quoted is the first that shows the direction named.
-    wanted = {"better": "better", "mixed": "better", "worse": "worse", "equal": "equal"}[against]
-    first = list(metrics)[directions.index(wanted)]
-    metric = metrics[first]
-    found = differences[first][metric]
-    text += (
-        f"; {words[against]} ({better} better, {equal} without a visible difference, {worse} worse; "
-        f"{first}: {METRIC_NAMES[metric]} {found.value:+.3f}, 95 % interval {found.low:+.3f} to {found.high:+.3f})."
-    )
-    return {"state": state, "against_base": against, "sentence": text}
-
-
-# ------------------------------------------------------------------------------------------------------- pictures
-
-
-def _axes(width: float = 6.4, height: float = 4.2, columns: int = 1):
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), dpi=150, layout="constrained", squeeze=False)
-    for one in axes[0]:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(alpha=0.25, linewidth=0.6)
-    return figure, axes[0]
-
-
-def _style(i: int) -> dict:
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 2}
-
-
-def plot_spectrum(spectra: dict[str, np.ndarray], reports: dict[str, dict[str, float]]):
-    """Share of the variance by eigenvalue number, log scale, and its cumulative sum; down to the floor."""
-    figure, (left, right) = _axes(9.6, 4.4, 2)
-    for i, (name, values) in enumerate(spectra.items()):
-        share = values[: max(1, int(reports[name]["resolved_rank_centered"]))] / max(values.sum(), 1e-300)
-        number = np.arange(1, len(share) + 1)
-        left.plot(number, np.maximum(share, 1e-12), label=name, **_style(i))
-        right.plot(number, np.cumsum(share), **_style(i))
-    most = max(report["attainable_rank"] for report in reports.values())
-    left.axhline(1 / max(most, 1), color="0.45", linewidth=1)
-    place = {"textcoords": "offset points", "xytext": (0, 4), "ha": "right", "color": "0.35", "fontsize": 8}
-    left.annotate("isotropic", (most, 1 / max(most, 1)), **place)
-    left.set(yscale="log", xlabel="eigenvalue number", ylabel="share of the variance", title="Spectrum (centred)")
-    right.set(ylim=(0, 1.02), xscale="log", xlabel="eigenvalues taken, largest first")
-    right.set(ylabel="cumulative share of the variance", title="Cumulative variance")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return figure
-
-
-def plot_angles(angles: dict[str, tuple[np.ndarray, np.ndarray]]):
-    """Principal angles of adjacent windows, and those between random halves of one window."""
-    figure, (axes,) = _axes()
-    for i, (name, (found, floor)) in enumerate(angles.items()):
-        number, colour = np.arange(1, len(found) + 1), COLOURS[i % len(COLOURS)]
-        axes.plot(
-            number, np.degrees(found), marker="o", markersize=4, label=f"{name}: earlier against later", **_style(i)
-        )
-        axes.plot(
-            number,
-            np.degrees(floor),
-            color=colour,
-            linewidth=1,
-            marker="x",
-            markersize=4,
-            linestyle=":",
-            label=f"{name}: noise floor",
-        )
-    axes.set(ylim=(0, 92), xlabel="principal direction pair, closest first", ylabel="angle (degrees)")
-    axes.set_title("Subspaces of adjacent notes, halves of equal size")
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def plot_shots(results: dict[str, dict[str, ProbeResult]], tasks: Sequence[str]):
-    """AUROC by the number of training rows of each class, with intervals; the last point is all rows."""
-    figure, axes = _axes(max(4.8, 3.6 * len(tasks)), 3.9, len(tasks))
-    for one, task in zip(axes, tasks, strict=True):
-        for i, (name, found) in enumerate(results.items()):
-            curve = found[task].shots
-            ks = [*curve, 2 * max(curve)]
-            points = [*curve.values(), found[task].metrics["auroc"]]
-            # Side by side rather than on top of each other.
-            x = np.array(ks) * 1.05 ** (i - (len(results) - 1) / 2)
-            low, high = ([getattr(p, side) for p in points] for side in ("low", "high"))
-            one.vlines(x, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.6, linewidth=1.5)
-            one.plot(x, [p.value for p in points], marker="o", markersize=4, label=name, **_style(i))
-        one.axhline(0.5, color="0.45", linewidth=1)
-        one.set_xscale("log", base=2)
-        one.set_xticks(ks, [*map(str, ks[:-1]), "all"])
-        one.set(xlabel="training rows of each class", ylabel="AUROC", title=task)
-        one.minorticks_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return figure
-
-
-def plot_projection(z: dict[str, np.ndarray], y: np.ndarray, classes: list, label: str, kind: str):
-    """First two principal components of each encoder, coloured by one label."""
-    figure, axes = _axes(max(4.8, 4.0 * len(z)), 4.2, len(z))
-    markers = "osv^D<>"
-    for one, (name, rows) in zip(axes, z.items(), strict=True):
-        centred = rows - rows.mean(0)
-        u, s, _ = np.linalg.svd(centred, full_matrices=False)
-        x, share = u[:, :2] * s[:2], s**2 / (s**2).sum()
-        if kind == "regression":
-            points = one.scatter(*x.T, c=y, cmap="cividis", s=10, linewidths=0)
-        else:
-            counts = np.bincount(y, minlength=len(classes))
-            shown = np.argsort(-counts, kind="stable")[: len(COLOURS) - 1]
-            rest = ~np.isin(y, shown)
-            one.scatter(*x[rest].T, color="0.75", s=8, linewidths=0, label="others" if rest.any() else None)
-            for i, c in enumerate(sorted(shown)):
-                text = str(classes[c]) if len(str(classes[c])) <= 32 else f"class {c + 1}"
-                one.scatter(
-                    *x[y == c].T, color=COLOURS[i], marker=markers[i], s=12, alpha=0.45, linewidths=0, label=text
-                )
-        one.set(
-            title=name, xlabel=f"component 1 ({share[0]:.0%} of the variance)", ylabel=f"component 2 ({share[1]:.0%})"
-        )
-        one.grid(False)
-    if kind == "regression":
-        figure.colorbar(points, ax=axes[-1], label=label)
-    else:
-        axes[-1].legend(frameon=False, fontsize=8, title=label, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-# ------------------------------------------------------------------------------------------------------- tables
-
-
-def _number(value: float) -> str:
-    if value != value:
-        return "n/a"
-    if value and abs(value) < 0.01:
-        return f"{value:.1e}" if abs(value) < 0.0005 else f"{value:.4f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 20 else f"{value:.3f}"
-
-
-def _interval(estimate: Estimate, signed: bool = False) -> str:
-    if not np.isfinite(estimate.low):
-        return f"{estimate.value:+.3f}" if signed else _number(estimate.value)
-    if signed:
-        return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
-    return f"{_number(estimate.value)} [{_number(estimate.low)}, {_number(estimate.high)}]"
-
-
-def geometry_table(reports: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Header, then one line a quantity; uncentred and centred side by side."""
-    lines = [["geometry of all notes", *reports]]
-    rows = (
-        ("N, d, attainable rank", lambda r: f"{r['n']:,.0f}, {r['d']:.0f}, {r['attainable_rank']:.0f}"),
-        ("effective rank, centred", lambda r: _number(r["effective_rank_centered"])),
-        ("effective rank, uncentred", lambda r: _number(r["effective_rank"])),
-        ("condition number, centred", lambda r: _condition(r, "condition_number_centered")),
-        ("condition number, uncentred", lambda r: _condition(r, "condition_number")),
-        ("largest over smallest resolved eigenvalue, centred", _resolved),
-        ("largest over median eigenvalue, centred", lambda r: _condition(r, "condition_over_median_centered")),
-        ("mean cosine of two random notes", lambda r: _number(r["mean_cosine"])),
-        ("notes longer than the window", lambda r: f"{r['truncated']:.1%}"),
-    )
-    return lines + [[name, *(cell(report) for report in reports.values())] for name, cell in rows]
-
-
-def _resolved(report: dict[str, float]) -> str:
-    return f"{_number(report['condition_resolved_centered'])} ({report['resolved_rank_centered']:.0f} resolved)"
-
-
-def _condition(report: dict[str, float], name: str) -> str:
-    singular = report[name] >= 0.999 / report["condition_floor"]
-    return f"≥ {1 / report['condition_floor']:.0e} (floor)" if singular else _number(report[name])
-
-
-def subspace_table(pairs: dict[str, dict[str, float]], patients: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Adjacent notes pooled over patients, and within patients; always beside the noise floor."""
-    first = next(iter(pairs.values()))
-    lines = [[f"subspaces of adjacent notes, k = {first['k']:.0f} (centred)", *pairs]]
-    rows = (
-        ("distance, all pairs, which share notes (0 to 2k)", "subspace_distance_centered"),
-        ("the same, normalised", "subspace_distance_normalized_centered"),
-        ("distance, disjoint halves, normalised", "subspace_distance_half_normalized_centered"),
-        ("noise floor of halves, normalised", "subspace_noise_floor_normalized_centered"),
-        ("distance above the floor, normalised", "subspace_excess_normalized_centered"),
-    )
-    lines += [[name, *(_number(report[key]) for report in pairs.values())] for name, key in rows if key in first]
-    used = next(iter(patients.values()))
-    if used["patients"]:
-        count = f"{used['patients']:.0f} patients with notes enough"
-        lines.append(
-            [f"per patient, normalised ({count})", *(_number(r["distance_normalized"]) for r in patients.values())]
-        )
-        lines.append(["per patient: noise floor", *(_number(r["noise_floor_normalized"]) for r in patients.values())])
-    return lines
-
-
-def probe_table(results: dict[str, dict[str, ProbeResult]], differences: dict[str, dict]) -> list[list[str]]:
-    """One line a task and metric: each encoder with its interval, then differences to the first."""
-    lines = [["probe", "metric", *results, *(f"{name} - {next(iter(results))}" for name in differences)]]
-    for task, base in next(iter(results.values())).items():
-        for metric in base.metrics:
-            cells = [_interval(found[task].metrics[metric]) for found in results.values()]
-            gains = [_interval(found[task][metric], signed=True) for found in differences.values()]
-            arrow = " ↓" if metric in LOWER_IS_BETTER else " ↑"
-            lines.append([task, METRIC_NAMES[metric] + arrow, *cells, *gains])
-    return lines
-
-
-def rows_table(results: dict[str, ProbeResult]) -> list[list[str]]:
-    """How many rows and patients stand behind each probe."""
-    lines = [["probe", "kind", "train", "validation", "test", "patients in test", "rows without label"]]
-    for task, found in results.items():
-        counts = [found.rows[name] for name in ("train", "validation", "test", "patients", "unlabelled")]
-        lines.append([task, found.kind, *(f"{count:,}" for count in counts)])
-    return lines
-
-
-def markdown(table: list[list[str]]) -> str:
-    """A table as Markdown, padded so that it is legible as it is."""
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-# --------------------------------------------------------------------------------------------------------- the page
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #ffffff; --line: #d0d7de; --card: #f6f8fa;
-  --mark: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa5b1; --paper: #12161c; --line: #343b44;
-  --card: #1b2128; --mark: #56b4e9; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 1rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.verdict { border-left: 5px solid var(--mark); background: var(--card); padding: .8rem 1rem; margin: 0 0 .6rem;
-  font-size: 1.1rem; }
-.note { color: var(--soft); font-size: .92rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
-figure { margin: 0 0 1.4rem; } figcaption { color: var(--soft); font-size: .92rem; }
-img { max-width: 100%; min-width: 34rem; height: auto; background: #fff;
-  border: 1px solid var(--line); border-radius: 6px; }
-@media print { body { max-width: none; } figure, table { break-inside: avoid; } }
-"""
-
-HOW_TO_READ = """
-Collapsed: the centred effective rank is below 3 % of the attainable min(N - 1, d) (or below 3), or less than 5
-% of the squared length of the embeddings is variance. Over-spread: above 60 % of the attainable rank. Healthy:
-between. These are rules of thumb for these notes: few or templated notes lower the rank of any encoder. Better
-and worse mean that a paired 95 % interval lies on one side of zero; a missing difference is no proof of
-equality. Geometry is a means: what counts are the probes.
-"""
-METHOD = """
-Probes are linear, on frozen embeddings: logistic regression or ridge, standardised on the training rows,
-strength chosen on validation patients, scored once on test patients; ARI is k-means with k = number of classes
-on all rows. Intervals: 2.5 and 97.5 percentiles over {bootstraps} redraws of the test patients, the same
-redraws for every encoder, so differences are paired; they hold for these trained encoders and this split, not
-for another training run. Subspace distances are squared projector distances; the noise floor is the distance of
-random halves of one side, and is to be compared with the distance of disjoint halves, which has the same row
-count.
-"""
-CAPTIONS = {
-    "spectrum": "Flat is spread over many directions, steep is collapsed onto few.",
-    "angles": "Circles above crosses: from note to note the leading directions change by more than sampling explains.",
-    "shots": "Few labels: mean over three nested draws; bars are 95 % intervals over test patients.",
-    "projection": "Two of many dimensions: distance here says little about what a linear probe can find.",
-}
-
-
-def _html_table(table: list[list[str]]) -> str:
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line(cells, "td") for cells in table[1:])
-    return f'<div class="wide"><table><thead>{line(table[0], "th")}</thead><tbody>{body}</tbody></table></div>'
-
-
-def render(
-    verdicts: Sequence[str], tables: dict[str, list[list[str]]], pictures: dict[str, bytes], facts: str, method: str
-) -> str:
-    """The report as one HTML file without any outside reference."""
-    parts = ['<!doctype html><html lang="en"><head><meta charset="utf-8">']
-    parts.append('<meta name="viewport" content="width=device-width, initial-scale=1">')
-    parts.append(f"<title>Encoder report</title><style>{STYLE}</style></head><body><h1>Encoder report</h1>")
-    parts += [f'<p class="verdict">{html.escape(sentence)}</p>' for sentence in verdicts]
-    parts.append(f'<p class="note">{html.escape(facts)} {html.escape(HOW_TO_READ)}</p>')
-    parts += [f"<h2>{html.escape(title)}</h2>{_html_table(table)}" for title, table in tables.items()]
-    parts.append("<h2>Pictures</h2>")
-    for name, png in pictures.items():
-        caption = html.escape(CAPTIONS[name.split("_")[0]])
-        data = base64.b64encode(png).decode()
-        parts.append(
-            f'<figure><div class="wide"><img alt="{name}" src="data:image/png;base64,{data}"></div>'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    parts.append(f'<h2>Method</h2><p class="note">{html.escape(method)}</p></body></html>')
-    return "".join(parts)
-
-
 # ---------------------------------------------------------------------------------------------------------- the run
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 def _plain(value: Any) -> Any:
@@ -544,33 +163,30 @@ def run(arguments: argparse.Namespace) -> dict:
     """Encode, measure, write; returns what `report.json` holds."""
     notes = load_notes(arguments.notes)
     tasks = parse_tasks(arguments.task, notes)
-    evaluator = (
-        ProbeEvaluator(tasks, arguments.bootstraps, arguments.shots, cache=False, seed=arguments.seed)
-        if tasks
-        else None
-    )
+    options = {"bootstraps": arguments.bootstraps, "shots": arguments.shots, "cache": False, "seed": arguments.seed}
+    evaluator = ProbeEvaluator(tasks, **options) if tasks else None
     pairs = adjacent_pairs(notes)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     texts = list(notes["text"])
     own = set(texts)
     others = sorted({t for rows in (evaluator.rows.values() if evaluator else ()) for t in rows.texts if t not in own})
+    patients = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
 
-    embeddings: dict[str, np.ndarray] = {}
-    geometry, subspaces, per_patient, spectra, angles, results, seconds = {}, {}, {}, {}, {}, {}, {}
+    found, geometry, subspaces, per_patient, spectra, angles, results, seconds = ({} for _ in range(8))
     for argument in arguments.model:
-        encoder = load_encoder(argument, set(embeddings), arguments.max_length)
-        start = time.perf_counter()
-        options = (encoder.tokenizer, arguments.batch_size, encoder.max_length, not arguments.no_cache)
+        encoder = load_encoder(argument, set(found), arguments.max_length)
+        name, start = encoder.name, time.perf_counter()
+        how = (encoder.tokenizer, arguments.batch_size, encoder.max_length, not arguments.no_cache)
         key = encoder_key(encoder.model, encoder.tokenizer)
         # Apart, so that another task does not cost another pass over the notes.
-        z = embed(encoder.model, texts, *options, key)
+        z = embed(encoder.model, texts, *how, key)
+        rows = torch.from_numpy(z)
         if others:
-            z = np.concatenate([z, embed(encoder.model, others, *options, key)])
-        seconds[encoder.name] = time.perf_counter() - start
-        name, rows = encoder.name, torch.from_numpy(z[: len(texts)])
+            z = np.concatenate([z, embed(encoder.model, others, *how, key)])
+        seconds[name] = time.perf_counter() - start
         logger.info("%s: %d texts in %.0f s", name, len(z), seconds[name])
-        embeddings[name] = z
+        found[name] = Lookup(texts + others, z)
         geometry[name] = geometry_report(rows, k=arguments.k, seed=arguments.seed)
         geometry[name]["truncated"] = truncated_share(encoder, texts)
         spectra[name] = spectrum(rows, center=True).numpy()
@@ -578,17 +194,20 @@ def run(arguments: argparse.Namespace) -> dict:
             earlier, later = rows[pairs.earlier], rows[pairs.later]
             groups = torch.from_numpy(pairs.patient)
             subspaces[name] = geometry_report(earlier, later, arguments.k, groups, arguments.seed)
-            codes = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
-            per_patient[name] = patient_subspaces(rows, codes, arguments.k, seed=arguments.seed)
+            per_patient[name] = patient_subspaces(rows, patients, arguments.k, seed=arguments.seed)
             if subspaces[name]["k"]:
                 angles[name] = _angles_with_floor(earlier, later, groups, int(subspaces[name]["k"]), arguments.seed)
         if evaluator:
-            results[name] = evaluator.evaluate(Lookup(texts + others, z))
+            results[name] = evaluator.evaluate(found[name])
 
-    base, *compared = embeddings
-    differences = {name: compare(results[name], results[base]) for name in compared} if evaluator else {}
+    base, *compared = found
+    differences = {
+        name: {task: paired_difference(result, results[base][task]) for task, result in results[name].items()}
+        for name in compared
+        if evaluator
+    }
     verdicts = {
-        name: verdict(name, geometry[name], differences.get(name), results.get(name, {}), base) for name in embeddings
+        name: verdict(name, geometry[name], differences.get(name), results.get(name, {}), base) for name in found
     }
     # The newest encoder first: that is what the reader asks about.
     sentences = [verdicts[name]["sentence"] for name in reversed(verdicts)]
@@ -599,19 +218,6 @@ def run(arguments: argparse.Namespace) -> dict:
     if evaluator:
         tables["Probes"] = probe_table(results, differences)
         tables["Rows behind the probes"] = rows_table(results[base])
-    pictures = {"spectrum": _png(plot_spectrum(spectra, geometry))}
-    if angles:
-        pictures["angles"] = _png(plot_angles(angles))
-    curves = [task for task, found in results.get(base, {}).items() if found.shots]
-    if curves:
-        pictures["shots"] = _png(plot_shots(results, curves))
-    if evaluator:
-        task = tasks[0]
-        rows = evaluator.rows[task.name]
-        chosen = np.random.default_rng(arguments.seed).permutation(len(rows.y))[:2000]
-        sets = {name: Lookup(texts + others, z).encode(rows.texts)[chosen] for name, z in embeddings.items()}
-        pictures["projection"] = _png(plot_projection(sets, rows.y[chosen], rows.classes, task.label, task.kind))
-
     facts = f"{len(notes):,} notes of {pairs.patients:,} patients, {len(pairs):,} adjacent pairs."
     method = METHOD.format(bootstraps=f"{arguments.bootstraps:,}")
     text = "\n\n".join(
@@ -623,26 +229,56 @@ def run(arguments: argparse.Namespace) -> dict:
         "geometry": geometry,
         "adjacent": subspaces,
         "per_patient": per_patient,
-        "probes": {name: {task: _result(found) for task, found in tasks.items()} for name, tasks in results.items()},
+        "probes": {name: {task: _result(one) for task, one in tasks.items()} for name, tasks in results.items()},
         "differences": {
-            name: {task: {m: asdict(e) for m, e in found.items()} for task, found in tasks.items()}
+            name: {task: {m: asdict(e) for m, e in one.items()} for task, one in tasks.items()}
             for name, tasks in differences.items()
         },
         "encode_seconds": seconds,
-        "settings": {
-            "k": arguments.k,
-            "bootstraps": arguments.bootstraps,
-            "shots": list(arguments.shots),
-            "seed": arguments.seed,
-        },
+        "settings": {name: getattr(arguments, name) for name in ("k", "bootstraps", "shots", "seed")},
     }
+    pictures = [output / "spectrum.png"]
+    plot_spectra(spectra, pictures[0])
+    if angles:
+        pictures.append(output / "angles.png")
+        plot_angles(angles, pictures[-1])
+    if curves := few_shot_curves(results):
+        pictures.append(output / "shots.png")
+        plot_shots(curves, pictures[-1])
+    if evaluator:
+        pictures.append(output / "projection.png")
+        rows = evaluator.rows[tasks[0].name]
+        some = np.random.default_rng(arguments.seed).permutation(len(rows.y))[:2000]
+        sets = {name: known.encode(rows.texts)[some] for name, known in found.items()}
+        plot_projection(sets, rows.y[some], rows.classes, tasks[0].label, pictures[-1])
     (output / "report.md").write_text(text + "\n")
     (output / "report.json").write_text(json.dumps(_plain(report), indent=1) + "\n")
     (output / "report.html").write_text(render(sentences, tables, pictures, facts, method))
-    for name, png in pictures.items():
-        (output / f"{name}.png").write_bytes(png)
     print(text)
+    if arguments.meds:
+        write_predictions(Path(arguments.meds), tasks, results)
     return report
+
+
+def few_shot_curves(results: dict[str, dict[str, ProbeResult]]) -> dict:
+    """Task to encoder to number of rows of a class to `Estimate`, the last for all rows."""
+    curves: dict[str, dict] = {}
+    for name, tasks in results.items():
+        for task, one in tasks.items():
+            if one.shots:
+                curves.setdefault(task, {})[name] = one.shots | {"all": one.metrics["auroc"]}
+    return curves
+
+
+def write_predictions(folder: Path, tasks: Sequence[ProbeTask], results: dict[str, dict[str, ProbeResult]]) -> None:
+    """One parquet file an encoder and binary task, readable by the user alone: unlike the report, they hold patient ids."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, found in results.items():
+        for task in tasks:
+            if task.kind == "binary":
+                path = folder / f"{name} {task.name}.parquet"
+                path.touch(mode=0o600)
+                pq.write_table(meds_predictions(task, found[task.name]), path)
 
 
 def _result(found: ProbeResult) -> dict:
@@ -668,6 +304,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch_size", type=int, default=32)
     found.add_argument("--max_length", type=int, help="tokens of a note, default: what the encoder can see")
     found.add_argument("--no_cache", action="store_true", help="do not keep embeddings under HF_HOME/hf_densefeat")
+    found.add_argument("--meds", help="folder for binary tasks' predictions as MEDS tables; these hold patient ids")
     found.add_argument("--seed", type=int, default=0)
     return found
 

@@ -254,6 +254,8 @@ def test_fsdp2_trains_evaluates_encodes_and_saves(run, expected, notes, tmp_path
     common = {
         "family": "modernbert",
         "dtype": torch.float64,
+        "optim": "adamw_torch",
+        "adam_epsilon": 1e-4,
         "num_train_epochs": 2,
         "evaluation": notes,
         "encode": texts,
@@ -274,6 +276,8 @@ def test_fsdp2_trains_evaluates_encodes_and_saves(run, expected, notes, tmp_path
     weights = load_file(tmp_path / "saved" / "model.safetensors")
     saved = {name: weights[name] for name in whole["weights"]}  # FSDP2 also writes the tied decoder
     assert error([saved], [whole["weights"]]) <= TOLERANCE[torch.float64]
+    for answer in run(2, **fsdp, **cut(2, 4), resume=str(tmp_path / "checkpoint-4")):
+        assert error(answer["gradients"], whole["gradients"][4:]) <= TOLERANCE[torch.float64]
 
 
 class Width:

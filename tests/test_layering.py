@@ -24,8 +24,15 @@ ALLOWED = {
     "collator": {"notes", "pairs"},
     "modeling": {"pooling"},
     "arguments": {"objective"},
-    "probes": CORE | {"notes"},
-    "trainer": CORE | {"arguments", "collator", "modeling", "notes", "pairs"},
+    "linear": set(),
+    "scores": set(),
+    "tasks": set(),
+    "probes": {"linear", "scores", "tasks"},
+    "plots": {"scores"},
+    "report": {"probes", "scores"},
+    "export": set(),
+    "adapters": set(),
+    "trainer": CORE | {"adapters", "arguments", "collator", "export", "modeling", "notes", "pairs"},
 }
 
 

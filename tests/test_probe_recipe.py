@@ -11,13 +11,16 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_model, make_notes
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from hf_densefeat.geometry import geometry_report
-from hf_densefeat.probes import Estimate
+from hf_densefeat.report import direction, geometry_state
+from hf_densefeat.scores import Estimate
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "probe.py"
 SPEC = importlib.util.spec_from_file_location("probe_recipe", RECIPE)
@@ -125,6 +128,26 @@ def test_verdict_comes_first_and_markup_is_balanced(folder):
     assert not stack
 
 
+def test_predictions_are_written_for_meds_on_request(folder, tmp_path):
+    """One private file an encoder and binary task, beside the report and never in it."""
+    notes = sick_notes()
+    patient = [int(name.removeprefix(SENTINEL)) for name in notes["patient_id"]]
+    notes.remove_columns("patient_id").add_column("patient_id", patient).to_parquet(tmp_path / "notes.parquet")
+    model, tasks = f"base={folder.parent / 'small'}", ["--task", "sick:binary", "--task", "ward:multiclass"]
+    options = ["--notes", str(tmp_path / "notes.parquet"), "--bootstraps", "0", "--no_cache", "--shots"]
+    places = ["--output", str(tmp_path / "report"), "--meds", str(tmp_path / "meds")]
+    report = recipe.main(["--model", model, *tasks, *options, *places])
+    (path,) = (tmp_path / "meds").iterdir()
+    assert path.name == "base sick.parquet"
+    assert (path.parent.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+    table = pq.read_table(path)
+    assert len(table) == report["probes"]["base"]["sick"]["rows"]["test"]
+    assert set(table["subject_id"].to_pylist()) < set(patient)
+    area = roc_auc_score(table["boolean_value"], table["predicted_boolean_probability"])
+    assert area == pytest.approx(report["probes"]["base"]["sick"]["metrics"]["auroc"]["value"], abs=1e-6)
+    assert not list((tmp_path / "report").glob("*.parquet"))
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_browser_shows_the_page(folder, tmp_path, width, scheme):
@@ -186,15 +209,15 @@ def cloud(n, d, slope, mean=0.0):
 )
 def test_state_of_the_geometry(z, state):
     """Constant, few directions, and a mean that hides the rest are collapsed; white noise is over-spread."""
-    assert recipe.geometry_state(geometry_report(z, k=2)) == state
+    assert geometry_state(geometry_report(z, k=2)) == state
 
 
 def test_direction_of_a_difference():
     """The interval decides, and for RMSE lower is better."""
-    assert recipe.direction(Estimate(0.02, 0.01, 0.03), "auroc") == "better"
-    assert recipe.direction(Estimate(0.02, 0.01, 0.03), "rmse") == "worse"
-    assert recipe.direction(Estimate(0.02, -0.01, 0.05), "auroc") == "equal"
-    assert recipe.direction(Estimate(0.02), "auroc") == "equal"
+    assert direction(Estimate(0.02, 0.01, 0.03), "auroc") == "better"
+    assert direction(Estimate(0.02, 0.01, 0.03), "rmse") == "worse"
+    assert direction(Estimate(0.02, -0.01, 0.05), "auroc") == "equal"
+    assert direction(Estimate(0.02), "auroc") == "equal"
 
 
 @pytest.mark.parametrize("task", ["sick", "sick:ordinal", "sick:binary:letters.docx"])

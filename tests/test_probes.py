@@ -13,27 +13,17 @@ from sklearn import metrics
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from hf_densefeat.probes import (
-    ALPHAS,
-    CS,
-    Design,
-    ProbeEvaluator,
-    ProbeTask,
+from hf_densefeat.linear import ALPHAS, CS, Design, logistic_path, ridge_path
+from hf_densefeat.probes import ProbeEvaluator, embed, meds_predictions, paired_difference, probe
+from hf_densefeat.scores import (
     adjusted_rand,
     auroc,
     average_precision,
-    embed,
-    logistic_path,
     macro_f1,
-    meds_predictions,
     mutual_information,
-    paired_difference,
     patient_weights,
-    probe,
-    ridge_path,
-    split_patients,
-    task_rows,
 )
+from hf_densefeat.tasks import ProbeTask, split_patients, task_rows
 
 
 class LetterCounts(torch.nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from hf_densefeat.objective import COLD_ITERATIONS, OVERSAMPLING, subspace_consistency_loss
+from hf_densefeat.objective import COLD_ITERATIONS, OVERSAMPLING, DenseObjective, subspace_consistency_loss
 from hf_densefeat.subspace import (
     Eigenspace,
     eigenspace,
@@ -103,6 +103,19 @@ def test_unbroadened_gradient_passes_finite_differences(n, d, k, center):
     """gradcheck in float64: with broadening 0 the gradient is the projector's own, for N > d and N < d."""
     z_a, z_b = rows(n, d).requires_grad_(), (rows(n, d, seed=1) + 0.5).requires_grad_()
     torch.autograd.gradcheck(lambda a, b: subspace_consistency_loss(a, b, k, center), (z_a, z_b), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_gradient_of_fewer_directions_than_k_passes_finite_differences(n):
+    """With n centred rows below k = 5 the subspace is all they span; its gradient is exact from rows and from moments."""
+    z_a, z_b = rows(n, 9).requires_grad_(), rows(n, 9, seed=1).requires_grad_()
+    objective = DenseObjective(subspace_dim=5, center=True, broadening=0.0)
+    for loss in (
+        lambda a, b: subspace_consistency_loss(a, b, 5, center=True),
+        lambda a, b: objective(a, b)["subspace_consistency"],
+    ):
+        assert float(loss(z_a, z_b).detach()) <= 2 * (n - 1)
+        torch.autograd.gradcheck(loss, (z_a, z_b), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("broadening", [0.0, 0.1, 1.0, 10.0])

@@ -22,7 +22,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_densefeat import DenseFeatureMixin, DenseObjective, DenseTrainer, DenseTrainingArguments, Moments, adjacent_pairs
+from hf_densefeat import (
+    DenseFeatureMixin,
+    DenseObjective,
+    DenseTrainer,
+    DenseTrainingArguments,
+    Moments,
+    adjacent_pairs,
+)
 from hf_densefeat.collator import tokenize_notes
 from hf_densefeat.modeling import as_dense
 from hf_densefeat.pairs import TokenPairs
@@ -59,11 +66,11 @@ def arguments(folder, **kwargs):
     return DenseTrainingArguments(**settings | kwargs)
 
 
-def make_trainer(folder, tokenizer, pairs, family="bert", dropout=0.1, cls=DenseTrainer, model=None, extra=None, **kwargs):
+def make_trainer(
+    folder, tokenizer, pairs, family="bert", dropout=0.1, cls=DenseTrainer, model=None, extra=None, **kwargs
+):
     model = model if model is not None else make_model(family, tokenizer, dropout)
-    trainer = cls(
-        model, arguments(folder, **kwargs), train_dataset=pairs, processing_class=tokenizer, **extra or {}
-    )
+    trainer = cls(model, arguments(folder, **kwargs), train_dataset=pairs, processing_class=tokenizer, **extra or {})
     trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
     return trainer
 
@@ -120,7 +127,9 @@ UNEVEN = [(24, 1), (12, 2), (8, 3), (3, 8)]
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 @pytest.mark.parametrize("cuts", [EVEN, UNEVEN], ids=["32", "24"])
-@pytest.mark.parametrize("settings", [{}, {"window": "none", "power_iterations": 0, "unbiased": True, "center": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"window": "none", "power_iterations": 0, "unbiased": True, "center": False}]
+)
 def test_gradients_do_not_depend_on_the_cut(tmp_path, tokenizer, pairs, family, cuts, settings):
     """Without dropout every cut of an update, short last windows included, gives the gradients of the whole to 1e-5."""
     runs = [
@@ -150,12 +159,13 @@ def test_gradients_do_not_depend_on_the_cut(tmp_path, tokenizer, pairs, family, 
 
 
 def paper_loss(z_a, z_b):
-    """The paper's formulas on Z itself, each side about its mean, differentiated by autograd through eigh."""
+    """The paper's formulas on Z itself, each side about its mean, differentiated by autograd through the SVD."""
     z_a, z_b = (z.double() - z.double().mean(0) for z in (z_a, z_b))
     z, d = torch.cat([z_a, z_b]), z_a.shape[1]
     sigma = z.mT @ z / len(z)
     spectral = (sigma / sigma.trace() - torch.eye(d) / d).square().sum()
-    tops = [torch.linalg.eigh(x.mT @ x / len(x)).eigenvectors[:, -K:] for x in (z_a, z_b)]
+    k = min(K, len(z_a) - 1)  # centred rows have no more directions
+    tops = [torch.linalg.svd(x, full_matrices=False).Vh[:k].mT for x in (z_a, z_b)]
     subspace = (tops[0] @ tops[0].mT - tops[1] @ tops[1].mT).square().sum()
     columns = z / z.std(0, correction=0)
     orthogonal = (columns.mT @ columns / len(z) - torch.eye(d)).square().sum()
@@ -171,10 +181,12 @@ def reference_gradients(trainer, update):
     sides, cross_entropies = [], []
     for batch in update["micro_batches"]:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        weight = batch["attention_mask"].unsqueeze(-1).float()
+        weight = batch["attention_mask"].unsqueeze(-1).to(logits.dtype)
         sides.append(((seen.pop() * weight).sum(1) / weight.sum(1)).chunk(2))
         keep = batch["labels"] != -100
-        cross_entropies.append(torch.nn.functional.cross_entropy(logits[keep], batch["labels"][keep], reduction="none"))
+        cross_entropies.append(
+            torch.nn.functional.cross_entropy(logits[keep], batch["labels"][keep], reduction="none")
+        )
     torch.set_rng_state(state)
     handle.remove()
     whole = paper_loss(*(torch.cat(side) for side in zip(*sides, strict=True))) + torch.cat(cross_entropies).mean()
@@ -190,16 +202,19 @@ def reference_gradients(trainer, update):
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-@pytest.mark.parametrize(("size", "accumulation"), [*EVEN, (8, 3), (7, 3)])
-def test_gradients_with_dropout_equal_one_graph_of_all_micro_batches(tmp_path, tokenizer, pairs, family, size, accumulation):
-    """With dropout the gradients are those of one backward through the paper's loss on all rows, same masks, to 1e-5."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(("size", "accumulation"), [*EVEN, (8, 3), (7, 5)])
+def test_gradients_with_dropout_equal_one_graph_of_all_micro_batches(
+    tmp_path, tokenizer, pairs, family, size, accumulation, dtype, tolerance
+):
+    """With dropout the gradients are those of one backward through the paper's loss on all rows: 1e-5, 1e-10 in fp64."""
     objective = DenseObjective(LAMBDA_SUB, LAMBDA_ORTH, K, center=True, broadening=0.0)
     trainer = recorded(
         tmp_path,
         tokenizer,
         pairs,
         objective,
-        family=family,
+        model=make_model(family, tokenizer).to(dtype),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
         window="none",
@@ -209,13 +224,15 @@ def test_gradients_with_dropout_equal_one_graph_of_all_micro_batches(tmp_path, t
     update = trainer.updates[0]
     assert len(update["micro_batches"]) == accumulation
     whole, naive = reference_gradients(trainer, update)
-    assert distance(update["gradients"], whole) < 1e-5
+    assert distance(update["gradients"], whole) < tolerance
     if accumulation > 1:
         assert distance(naive, whole) > 1e-2, "the test would not see a missing window pass"
     other = reference_gradients(trainer, update | {"random": trainer.updates[1]["random"]})[0]
     assert distance(other, whole) > 1e-2, "dropout is not active"
-    last = trainer.updates[-1]
-    assert distance(last["gradients"], reference_gradients(trainer, last)[0]) < 1e-5
+    if dtype == torch.float64:  # in fp32 the exact projector of few rows has fewer digits, where a gap at k is small
+        last = trainer.updates[-1]
+        assert sum(int(batch["num_pairs"]) for batch in last["micro_batches"]) == 45 % (size * accumulation)
+        assert distance(last["gradients"], reference_gradients(trainer, last)[0]) < tolerance
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, pairs):
@@ -311,7 +328,12 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, tokenizer, pairs
     results = []
     for size in (45, 7, 4):
         trainer = make_trainer(
-            tmp_path, tokenizer, pairs, extra={"eval_dataset": pairs}, per_device_eval_batch_size=size, dense_weight=2.0
+            tmp_path,
+            tokenizer,
+            pairs,
+            extra={"eval_dataset": pairs},
+            per_device_eval_batch_size=size,
+            dense_weight=2.0,
         )
         trainer.model.train()
         results.append({n: v for n, v in trainer.evaluate().items() if "per_second" not in n and "time" not in n})
@@ -568,7 +590,9 @@ def test_dense_alone_freezes_the_head_and_trains_the_body(tmp_path, tokenizer, p
         if name.startswith("cls."):
             assert torch.equal(parameter, before[name]), name
             assert not parameter.requires_grad
-    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n.startswith("bert.encoder"))
+    assert any(
+        not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n.startswith("bert.encoder")
+    )
     for entry in logs(trainer):
         assert "mlm_loss" not in entry
         assert entry["loss"] == pytest.approx(weighted_sum(entry | {"mlm_loss": 0}, 0, 1), rel=1e-5)
@@ -585,6 +609,7 @@ def test_dense_alone_needs_no_head_and_raises_the_rank(tmp_path, tokenizer, pair
         extra={"eval_dataset": pairs},
         mlm_weight=0.0,
         learning_rate=3e-3,
+        lambda_sub=0.003,  # the default: at 0.1 L_sub wins over L_spec here
         lambda_orth=0.0,
         num_train_epochs=15,
     )
@@ -627,8 +652,14 @@ def test_model_without_a_head_is_refused(tmp_path, tokenizer, pairs):
     ("settings", "words"),
     [
         ({"subspace_dim": 24}, ("subspace_dim is 24", "16", "Lower subspace_dim")),
-        ({"subspace_dim": 16, "window": "none"}, ("subspace_dim is 16", "batch of 16", "rank 15", "raise the batch size")),
-        ({"subspace_dim": 16, "window": None}, ("subspace_dim is 16", "batch of 16", "rank 15", "raise the batch size")),
+        (
+            {"subspace_dim": 16, "window": "none"},
+            ("subspace_dim is 16", "batch of 16", "rank 15", "raise the batch size"),
+        ),
+        (
+            {"subspace_dim": 16, "window": None},
+            ("subspace_dim is 16", "batch of 16", "rank 15", "raise the batch size"),
+        ),
         ({"subspace_dim": 20, "window": "18"}, ("subspace_dim is 20", "window", "18", "rank 17")),
         ({"subspace_dim": 20, "window": 18}, ("subspace_dim is 20", "window", "18", "rank 17")),
         ({"pooling": "average"}, ("pooling", "mean, cls, last, max", "'average'")),
@@ -648,7 +679,13 @@ def test_largest_k_that_the_batch_supports_is_taken(tmp_path, tokenizer, pairs):
     """One less than what is refused trains: k = 15 of 16 centred pairs, counting the accumulated batch."""
     make_trainer(tmp_path, tokenizer, pairs, subspace_dim=15, window="none").train()
     make_trainer(
-        tmp_path, tokenizer, pairs, subspace_dim=15, window=None, per_device_train_batch_size=4, gradient_accumulation_steps=4
+        tmp_path,
+        tokenizer,
+        pairs,
+        subspace_dim=15,
+        window=None,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
     ).train()
 
 

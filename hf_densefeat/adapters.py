@@ -1,0 +1,62 @@
+"""PEFT adapters: one trains inside a dense model, is saved alone, and is saved merged into plain weights.
+
+A folder that a run with an adapter writes has the merged encoder at its root, which opens anywhere, and the adapter, from
+which a run resumes, in `adapter/`: at the root its config would send transformers to look for the base model.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+ADAPTER = "adapter"
+
+
+def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The model with a new adapter, all else frozen; ValueError for prompts and prefixes, which no weight can hold."""
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{config.peft_type.value} adds virtual tokens, which cannot be merged into the weights, so that no plain "
+            "AutoModel could open the encoder. Use an adapter of the weights, such as LoraConfig."
+        )
+    return get_peft_model(model, config)
+
+
+def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model inside, adapter layers in place: its forward is that of the adapted model."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """A copy with the adapter merged into the weights: the model that trains stays as it is, to the last bit."""
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def save_adapter(model: PeftModel, folder: Path | str) -> None:
+    """The adapter alone, as `PeftModel.from_pretrained` reads it, without the path of a local base model."""
+    [name] = model.active_adapters
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode = True
+    if config.base_model_name_or_path and Path(config.base_model_name_or_path).exists():
+        config.base_model_name_or_path = None
+    config.save_pretrained(folder)
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
+    save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(model: PeftModel, folder: Path | str) -> None:
+    """What `save_adapter` wrote, back into the adapter that trains; ValueError if it does not fit."""
+    [name] = model.active_adapters
+    if not Path(folder).is_dir():
+        raise ValueError(f"The checkpoint has no folder {ADAPTER!r}: it was not written by a run with peft_config.")
+    result = model.load_adapter(str(folder), name, is_trainable=True)
+    if result.missing_keys or result.unexpected_keys:
+        raise ValueError(
+            f"The adapter in the checkpoint does not fit peft_config. Missing: {sorted(result.missing_keys)[:5]}; "
+            f"unexpected: {sorted(result.unexpected_keys)[:5]}."
+        )

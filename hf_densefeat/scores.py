@@ -1,0 +1,187 @@
+"""Metrics for many weightings of the rows at once, and what they are for: bootstrap intervals over patients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % bootstrap interval over patients (NaN where no bootstrap was asked for)."""
+
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+
+    @classmethod
+    def of(cls, value: float, replicates: np.ndarray) -> "Estimate":
+        """The 2.5 and 97.5 percentiles of the replicates (B,); those without a value, for want of a class, are left out."""
+        defined = replicates[np.isfinite(replicates)]
+        if len(defined) == 0:
+            return cls(float(value))
+        low, high = np.percentile(defined, [2.5, 97.5])
+        return cls(float(value), float(low), float(high))
+
+
+def patient_weights(patient: np.ndarray, replicates: int, seed: int = 0) -> np.ndarray:
+    """Row weights (replicates, N): how often each row's patient is drawn when patients are drawn with replacement."""
+    codes = np.unique(patient, return_inverse=True)[1]
+    count = codes.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=replicates)
+    return drawn[:, codes].astype(np.float64)
+
+
+def replicate(metric: Callable, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The metric for all weightings, a few at a time: it holds several arrays of the size of the weights."""
+    step = max(1, 2_000_000 // len(y))
+    parts = [metric(y, output, weights[i : i + step]) for i in range(0, len(weights), step)]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def _sums(weights: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the weights (B, N) within each code, (B, cells), and the codes in order."""
+    order = np.argsort(codes, kind="stable")
+    present, starts = np.unique(codes[order], return_index=True)
+    return np.add.reduceat(weights[:, order], starts, axis=1), present
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
+
+
+def auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted area under the ROC curve, ties counted half, one value for each row of ``weights`` (B, N).
+
+    Equals `sklearn.metrics.roc_auc_score(positive, score, sample_weight=weights[b])`; NaN where a class has no weight.
+    """
+    codes = np.unique(score, return_inverse=True)[1]
+    everyone, ours = _sums(weights, codes)[0], _sums(weights * positive, codes)[0]
+    others = everyone - ours
+    below = np.cumsum(others, axis=1) - 0.5 * others
+    return _ratio((ours * below).sum(1), ours.sum(1) * others.sum(1))
+
+
+def average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted average precision (AUPRC), (B,). Equals `sklearn.metrics.average_precision_score`."""
+    codes = np.unique(-score, return_inverse=True)[1]
+    everyone, ours = np.cumsum(_sums(weights, codes)[0], axis=1), _sums(weights * positive, codes)[0]
+    hits = np.cumsum(ours, axis=1)
+    precision = np.divide(hits, everyone, out=np.zeros_like(hits), where=everyone > 0)
+    return _ratio((ours * precision).sum(1), hits[:, -1])
+
+
+def _tables(y: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted contingency tables (B, labels, others)."""
+    shape = int(y.max()) + 1, int(other.max()) + 1
+    sums, present = _sums(weights, y * shape[1] + other)
+    tables = np.zeros((len(weights), shape[0] * shape[1]))
+    tables[:, present] = sums
+    return tables.reshape(len(weights), *shape)
+
+
+def macro_f1(y: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean of 2 TP/(labelled + predicted) over the classes that have weight, (B,).
+
+    Equals `sklearn.metrics.f1_score(average="macro")` where every class that occurs has weight.
+    """
+    classes, codes = np.unique(np.concatenate([y, predicted]), return_inverse=True)
+    square = np.concatenate([weights, np.zeros((len(weights), len(classes)))], axis=1)
+    corner = np.arange(len(classes))
+    table = _tables(np.append(codes[: len(y)], corner), np.append(codes[len(y) :], corner), square)
+    f1 = _ratio(2 * np.diagonal(table, axis1=1, axis2=2), table.sum(1) + table.sum(2))
+    return _mean_of_defined(f1)
+
+
+def _mean_of_defined(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not NaN."""
+    defined = np.isfinite(values)
+    return _ratio(np.where(defined, values, 0).sum(-1), defined.sum(-1).astype(float))
+
+
+def adjusted_rand(y: np.ndarray, cluster: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Adjusted Rand index (B,). Equals `sklearn.metrics.adjusted_rand_score` for weights of one.
+
+    Pairs are pairs of different rows: a row drawn twice is not a pair with itself, which would raise every replicate.
+    """
+    table, squares = _tables(y, cluster, weights), _tables(y, cluster, weights**2)
+
+    def pairs(total: np.ndarray, same: np.ndarray) -> np.ndarray:
+        return 0.5 * (total**2 - same).reshape(len(total), -1).sum(1)
+
+    both, everything = pairs(table, squares), pairs(table.sum((1, 2)), squares.sum((1, 2)))
+    labels, clusters = pairs(table.sum(2), squares.sum(2)), pairs(table.sum(1), squares.sum(1))
+    expected = labels * clusters / np.maximum(everything, 1)
+    return _ratio(both - expected, 0.5 * (labels + clusters) - expected)
+
+
+def mutual_information(y: np.ndarray, cluster: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Normalised mutual information, arithmetic mean of the entropies, (B,). Equals sklearn's default."""
+    table = _tables(y, cluster, weights)
+    p = table / table.sum((1, 2), keepdims=True)
+
+    def entropy(q: np.ndarray) -> np.ndarray:
+        return -(q * np.log(np.where(q > 0, q, 1))).reshape(len(q), -1).sum(1)
+
+    own, other = entropy(p.sum(2)), entropy(p.sum(1))
+    return _ratio(own + other - entropy(p), 0.5 * (own + other))
+
+
+def _each_class(metric: Callable, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The metric of the positive class, or its mean over all classes one against the rest that have weight."""
+    if output.shape[1] == 2:
+        return metric(y == 1, output[:, 1], weights)
+    return _mean_of_defined(np.stack([metric(y == c, output[:, c], weights) for c in range(output.shape[1])], axis=1))
+
+
+def class_auroc(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC of probabilities (N, K): of class 1 where K = 2, else the mean of each class against the rest, (B,)."""
+    return _each_class(auroc, y, output, weights)
+
+
+def _auprc(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return _each_class(average_precision, y, output, weights)
+
+
+def _brier(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of the positive class alone with two classes, summed over classes with more (Brier's own form)."""
+    errors = (output - np.eye(output.shape[1])[y]) ** 2
+    return weights @ (errors[:, 1] if output.shape[1] == 2 else errors.sum(1)) / weights.sum(1)
+
+
+def _rmse(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.sqrt(weights @ (y - output) ** 2 / weights.sum(1))
+
+
+def _r2(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    # About the overall mean: the difference of two large numbers would lose the variance.
+    shifted, total = y - y.mean(), weights.sum(1)
+    variance = weights @ shifted**2 / total - (weights @ shifted / total) ** 2
+    return 1 - _ratio(weights @ (y - output) ** 2 / total, variance)
+
+
+def metrics_of(kind: str, threshold: float) -> dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]]:
+    """The metrics of a kind, each a function of labels, output and weights (B, N) with values (B,).
+
+    The output is probabilities (N, K), predictions (N,) or clusters (N,).
+    """
+    if kind == "clustering":
+        return {"ari": adjusted_rand, "nmi": mutual_information}
+    if kind == "regression":
+        return {"rmse": _rmse, "r2": _r2}
+
+    def f1(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        predicted = (output[:, 1] >= threshold).astype(np.int64) if kind == "binary" else output.argmax(1)
+        return macro_f1(y, predicted, weights)
+
+    return {"auroc": class_auroc, "auprc": _auprc, "brier": _brier, "macro_f1": f1}
+
+
+def best_threshold(y: np.ndarray, p: np.ndarray) -> float:
+    """The threshold with the best macro-F1 on these (validation) rows."""
+    order = np.argsort(-p, kind="stable")
+    hits, taken = np.cumsum(y[order]), np.arange(1, len(y) + 1)
+    positives, negatives = y.sum(), len(y) - y.sum()
+    f1 = 2 * hits / (taken + positives) + 2 * (negatives - taken + hits) / (len(y) - taken + negatives)
+    last = np.append(np.diff(p[order]) != 0, True)
+    return float(p[order][np.argmax(np.where(last, f1, -1))])

@@ -1,0 +1,310 @@
+"""What reaches the Hub, file by file, and the model card: numbers, valid metadata, usage that runs as printed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_model, make_notes
+from fake_hub import FakeHub
+from huggingface_hub import ModelCard
+from safetensors.torch import load
+
+from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, geometry_report
+from hf_densefeat.export import licence_of, measured_table
+from hf_densefeat.plots import plot_spectra
+
+SENTENCE_TRANSFORMERS = {
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+ENCODER = {"config.json", "model.safetensors", "training_args.bin", "README.md"} | SENTENCE_TRANSFORMERS | TOKENIZER
+ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+STATE = {
+    "densefeat_state.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+}
+TOKEN = "hf_sentineloftoken"
+
+PUSHER = """
+import sys
+from datasets import load_from_disk
+from peft import LoraConfig
+from hf_densefeat import DenseTrainer, DenseTrainingArguments
+
+root, token = sys.argv[1:]
+notes = load_from_disk(root + "/notes")
+for strategy, config in ("every_save", None), ("checkpoint", LoraConfig(r=2, target_modules=["query"])):
+    args = DenseTrainingArguments(
+        root + "/" + strategy, use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=16, max_steps=2,
+        subspace_dim=3, save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="someone/dense-" + strategy,
+        hub_strategy=strategy, hub_token=token, hub_always_push=True, learning_rate=1e-2,
+    )
+    trainer = DenseTrainer(root + "/base", args, train_dataset=notes, peft_config=config)
+    trainer.train()
+    trainer.push_to_hub(tags=["cardiology"], language="en")
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer, tmp_path_factory):
+    """A folder with a base model whose card names a licence, and notes."""
+    root = tmp_path_factory.mktemp("hub")
+    make_model("bert", tokenizer, max_length=48).save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    (root / "base" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Base\n")
+    make_notes().save_to_disk(root / "notes")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pushes(base):
+    """Two runs in a process of their own that push at every save and at the end, the Hub they pushed to, their log."""
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    with FakeHub() as hub:
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment |= {"HF_HOME": str(base / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", PUSHER, str(base), TOKEN]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return hub, done.stdout + done.stderr
+
+
+@pytest.fixture(params=[("every_save", "full"), ("checkpoint", "lora")], ids=lambda p: p[0])
+def pushed(request, pushes):
+    """The commits to the repository of one run."""
+    strategy, kind = request.param
+    return [c for c in pushes[0].commits if c["repository"] == f"someone/dense-{strategy}"], strategy, kind
+
+
+def test_repositories_are_private_and_nothing_else_is_asked_for(pushes):
+    """They are created private, every request carries the token, and all requests are those of commits."""
+    hub, _ = pushes
+    assert list(hub.repositories) == ["someone/dense-every_save", "someone/dense-checkpoint"]
+    assert {made["visibility"] for made in hub.repositories.values()} == {"private"}
+    assert {authorisation for _, authorisation in hub.requests} == {f"Bearer {TOKEN}"}
+    known = {"POST /api/repos/create", "POST /api/validate-yaml"}
+    known |= {f"POST /api/models/{name}/{verb}/main" for name in hub.repositories for verb in ("preupload", "commit")}
+    assert {request for request, _ in hub.requests} == known
+
+
+def test_every_push_is_a_whole_encoder(pushed, base, tmp_path):
+    """Each commit in mid-training and at the end has all files of an encoder, and no others; the last one is on disk."""
+    commits, strategy, kind = pushed
+    expected = ENCODER | (ADAPTER if kind == "lora" else set())
+    saved = (set(ENCODER) - {"README.md"}) | STATE | (ADAPTER if kind == "lora" else set())
+    models = [c for c in commits if "checkpoint" not in c["summary"]]
+    checkpoints = [c for c in commits if "checkpoint" in c["summary"]]
+    assert [c["summary"] for c in models] == [
+        "Training in progress, step 1",
+        "Training in progress, step 2",
+        "End of training",
+    ]
+    for commit in models:
+        assert set(commit["files"]) == expected, commit["summary"]
+    assert len(checkpoints) == (2 if strategy == "checkpoint" else 0)
+    for commit in checkpoints:
+        assert set(commit["files"]) == {f"last-checkpoint/{name}" for name in saved}
+    for name, data in models[-1]["files"].items():
+        assert (base / strategy / name).read_bytes() == data, name
+    weights = load(models[-1]["files"]["model.safetensors"])
+    assert not [name for name in weights if "lora" in name]
+    assert not any(
+        torch.equal(weights[n], load(models[0]["files"]["model.safetensors"])[n])
+        for n in weights
+        if "query.weight" in n
+    )
+    for name, data in {name: data for c in commits for name, data in c["files"].items()}.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    texts = make_notes(patients=2)["text"]
+    z, here = (AutoDenseModel.from_pretrained(str(folder)).encode(texts) for folder in (tmp_path, base / strategy))
+    assert torch.equal(z, here)
+
+
+def test_nothing_uploaded_holds_the_token_the_notes_or_a_path(pushes, base):
+    """No byte of any commit, nor of the log, has the token, a note's text, or the folder of this machine."""
+    hub, log = pushes
+    secrets = [TOKEN, *make_notes()["text"], str(base)]
+    for secret in secrets:
+        assert secret == str(base) or secret not in log
+        for encoding in ("utf-8", "utf-16-le", "utf-32-le"):
+            for commit in hub.commits:
+                for name, data in commit["files"].items():
+                    assert secret.encode(encoding) not in data, (name, secrets.index(secret))
+
+
+def test_pushed_card_has_the_runs_facts(pushes, pushed):
+    """Counts, licence of the base and tags are in the card; the Hub was asked to validate it; the local base is unnamed."""
+    commits, strategy, kind = pushed
+    card = ModelCard(commits[-1]["files"]["README.md"].decode())
+    assert card.content in [sent["content"] for sent in pushes[0].cards]
+    assert (card.data.license, card.data.language, card.data.base_model) == ("cc-by-4.0", "en", None)
+    assert "cardiology" in card.data.tags
+    assert "| notes | 57 |" in card.text
+    assert "| patients | 12 |" in card.text
+    assert "| updates | 2 |" in card.text
+    assert ("LORA, merged" in card.text) == (kind == "lora")
+    assert f'SentenceTransformer("someone/dense-{strategy}")' in card.text
+
+
+# ---- The card ----
+
+
+def measure(name, model, tokenizer, shift):
+    z = model.encode(make_notes(patients=20)["text"], tokenizer)
+    probes = {"died auroc": [0.7 + shift, 0.6 + shift, 0.8 + shift], "age rmse": [10.0 - shift, 9.0, 11.0]}
+    return {"name": name, "geometry": geometry_report(z[:-1], z[1:], k=3), "probes": probes}
+
+
+@pytest.fixture(scope="module", params=["mean", "cls", "last", "max"])
+def card(request, tokenizer, base, tmp_path_factory):
+    """The card of a measured run, in the folder of the run."""
+    folder = tmp_path_factory.mktemp("card") / "dense-encoder"
+    model = AutoDenseModel.from_pretrained(str(base / "base"), pooling=request.param)
+    args = DenseTrainingArguments(str(folder), use_cpu=True, report_to=[], subspace_dim=3, max_steps=1)
+    trainer = DenseTrainer(model, args, train_dataset=make_notes(), processing_class=tokenizer)
+    trainer.save_model()
+    plot_spectra({"before": torch.rand(4).sort(descending=True).values.numpy()}, folder / "spectra.png")
+    trainer.measured = [measure("before", model, tokenizer, 0.0), measure("after", model, tokenizer, 0.05)]
+    trainer.create_model_card()
+    return folder, trainer
+
+
+def test_card_snippets_run_as_printed(card, monkeypatch, capsys):
+    """Every python block, run beside the folder, prints the shapes that its comments promise, the same embeddings each."""
+    folder, trainer = card
+    monkeypatch.chdir(folder.parent)
+    text, found = (folder / "README.md").read_text(), []
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        names = {}
+        exec(snippet, names)
+        promised = re.findall(r"print\(embeddings\.shape\)  # (.*)", snippet)
+        assert promised == [capsys.readouterr().out.splitlines()[0]]
+        found.append(torch.as_tensor(names["embeddings"]))
+        torch.testing.assert_close(found[-1], trainer.model.encode(names["texts"]), rtol=1e-5, atol=1e-5)
+
+
+def test_card_metadata_is_valid_and_holds_the_probes(card):
+    """The front matter parses into ModelCardData with a model-index of the last measurement's probes."""
+    folder, _ = card
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert {"sentence-transformers", "feature-extraction"} <= set(data.tags)
+    results = {result.dataset_name: result for result in data.eval_results}
+    assert list(results) == ["held-out patients: died", "held-out patients: age"]
+    assert (results["held-out patients: died"].metric_type, results["held-out patients: died"].metric_value) == (
+        "roc_auc",
+        0.75,
+    )
+    assert "0.650 to 0.850" in results["held-out patients: died"].metric_name
+    assert data.model_name == "dense-encoder"
+
+
+def test_card_says_what_was_done_and_measured(card):
+    """Objective with its weights, counts, both columns of the table, the picture, limits and citation; no path."""
+    folder, trainer = card
+    text = (folder / "README.md").read_text()
+    args = trainer.args
+    assert (
+        f"{args.mlm_weight} MLM + {args.dense_weight} (L_spec + {args.lambda_sub} L_sub + {args.lambda_orth} L_orth)"
+        in text
+    )
+    assert measured_table(trainer.measured) in text
+    assert "|  | before | after |" in text
+    assert "| died auroc | 0.700 (0.600 to 0.800) | 0.750 (0.650 to 0.850) |" in text
+    assert "| effective rank, centred |" in text
+    assert "(spectra.png)" in text
+    for heading in ("Use", "Trained on", "Objective", "Measured", "Intended use and limits", "Citation"):
+        assert f"\n## {heading}\n" in text
+    assert "Dense Feature Learning via Linear Structure Preservation in Medical Data" in text
+    assert str(folder.parent) not in text
+    assert not set("{}") & set(re.sub(r"```bibtex.*?```", "", text, flags=re.DOTALL)), "a field was left open"
+
+
+def test_unmeasured_card_and_unknown_licence(tokenizer, tmp_path):
+    """Without measurement, base and training notes the card says so instead of failing, and has no model-index."""
+    args = DenseTrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[], subspace_dim=3)
+    DenseTrainer(make_model("bert", tokenizer), args, processing_class=tokenizer).create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "Nothing was measured in this run." in card.text
+    assert "Trained from random weights." in card.text
+    assert card.data.eval_results is None
+    assert card.data.license is None
+    assert licence_of(str(tmp_path)) is None
+
+
+# ---- A downstream user's day ----
+
+DAY = """
+import sys
+sys.modules["hf_densefeat"] = None
+import numpy as np, torch
+from datasets import load_from_disk
+from sentence_transformers import SentenceTransformer
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+
+torch.set_num_threads(1)
+folder, notes = sys.argv[1], load_from_disk(sys.argv[2])
+texts = (list(notes["text"]) * (1000 // len(notes) + 1))[:1000]
+encoder = SentenceTransformer(folder, device="cpu")
+z = encoder.encode(texts, normalize_embeddings=True)
+nearest = (z @ z[:20].T).argmax(0)
+assert [texts[i] for i in nearest] == texts[:20]
+y = np.array(["sepsis" in text for text in texts]).astype(int)
+probe = LogisticRegression(C=100, max_iter=200).fit(z[:800], y[:800])
+print("probe", probe.score(z[800:], y[800:]))
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+table = notes.map(lambda row: tokenizer(row["text"], truncation=True, max_length=48) | {"label": int("sepsis" in row["text"])})
+args = TrainingArguments("classifier", max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
+model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+Trainer(model, args, train_dataset=table, processing_class=tokenizer).train()
+"""
+
+
+def test_a_downstream_users_day(base, tmp_path):
+    """Without this package: encode 1,000 notes, nearest neighbours, a probe, and fine-tuning by the stock Trainer."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", DAY, str(base / "base"), str(base / "notes")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(re.search(r"probe ([\d.]+)", done.stdout)[1]) > 0.5
+    assert "train_loss" in done.stdout
+
+
+def test_files_for_older_sentence_transformers(base):
+    """The written forms are those that releases 2 to 5 document: old type names, one flag a mode, no newer keys."""
+    folder = base / "base"
+    modules = json.loads((folder / "modules.json").read_text())
+    assert [(m["idx"], m["name"], m["path"], m["type"]) for m in modules] == [
+        (0, "0", "", "sentence_transformers.models.Transformer"),
+        (1, "1", "1_Pooling", "sentence_transformers.models.Pooling"),
+    ]
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    assert pooling.pop("word_embedding_dimension") == 24
+    assert pooling.pop("include_prompt") is True
+    names = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    assert pooling == {f"pooling_mode_{name}": name == "mean_tokens" for name in names}
+    assert json.loads((folder / "sentence_bert_config.json").read_text()) == {
+        "max_seq_length": 48,
+        "do_lower_case": False,
+    }
+    config = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert config["similarity_fn_name"] == "cosine"
+    assert {"__version__", "prompts", "default_prompt_name"} <= set(config)
