@@ -39,7 +39,12 @@ PUSHER = """
 import sys
 from datasets import load_from_disk
 from peft import LoraConfig
+from transformers import TrainerCallback
 from hf_densefeat import DenseTrainer, DenseTrainingArguments
+
+class Patient(TrainerCallback):
+    def on_step_begin(self, *arguments, **told):
+        trainer._finish_current_push()  # or the next save overwrites what is being read
 
 root, token = sys.argv[1:]
 notes = load_from_disk(root + "/notes")
@@ -47,9 +52,9 @@ for strategy, config in ("every_save", None), ("checkpoint", LoraConfig(r=2, tar
     args = DenseTrainingArguments(
         root + "/" + strategy, use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=16, max_steps=2,
         subspace_dim=3, save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="someone/dense-" + strategy,
-        hub_strategy=strategy, hub_token=token, hub_always_push=True, learning_rate=1e-2,
+        hub_strategy=strategy, hub_token=token, learning_rate=1e-2,
     )
-    trainer = DenseTrainer(root + "/base", args, train_dataset=notes, peft_config=config)
+    trainer = DenseTrainer(root + "/base", args, train_dataset=notes, peft_config=config, callbacks=[Patient])
     trainer.train()
     trainer.push_to_hub(tags=["cardiology"], language="en")
 """
