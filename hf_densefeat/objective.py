@@ -172,7 +172,11 @@ class DenseObjective:
         unbiased: leave the i = j terms out of L_spec (`noise_of_purity`), as the mean over the two sides, because
             adjacent notes are not independent; the value may then be below 0, and keeps a bias of order 1/N.
         broadening: eps of the projector's gradient in units of the mean eigenvalue; 0 is the exact gradient.
-        power_iterations: None for exact eigenspaces, or the number of warm-started block power steps a call.
+        power_iterations: None for exact eigenspaces, or the number of warm-started block power steps a call, for
+            which no d x d eigendecomposition is made: k + 32 directions are tracked, the rest enters the gradient of
+            L_sub as its mean eigenvalue. With 2 steps, 256 new rows of spectrum 1/i a call and window "auto", that
+            gradient is within 7 % of the exact one at d = 384 and 5 % at 768 (cosine 0.998). Flat spectra, which have
+            no leading subspace, are tracked worse (1/sqrt(i): 24 %, cosine 0.97).
 
     The state (running covariances, tracked bases) is float32 or wider and a function of the global moments alone, so
     the same on all ranks; `state_dict` and `load_state_dict` save and restore it. After each call `diagnostics` holds

@@ -530,3 +530,44 @@ def test_shapes_are_refused_with_what_came():
                 loss(bad)
     with pytest.raises(ValueError, match=r"\(5, 6\), \(5, 4\)"):
         subspace_consistency_loss(z, z[:, :4], 2)
+
+
+# ---- Width ----
+
+
+def moments_of_stream(d, step, exponent=1.0):
+    """Moments of 256 new pairs of spectrum i^-exponent, slowly mixed as steps go by."""
+    generator = torch.Generator().manual_seed(step)
+    scale = torch.arange(1, d + 1) ** (-exponent / 2)
+    mix = 0.02 * torch.randn(d, d, generator=torch.Generator().manual_seed(0)) / d**0.5
+    shared = torch.randn(256, d, generator=generator)
+    sides = [(0.8 * shared + 0.6 * torch.randn(256, d, generator=generator)) * scale for _ in range(2)]
+    return [Moments.of(z + step * z @ mix, torch.zeros(d)) for z in sides]
+
+
+def test_tracked_steps_never_decompose_a_whole_covariance(monkeypatch):
+    """At d = 2048 every matrix that is decomposed is k + 32 wide at most."""
+    widths = []
+    for name in ("eigh", "eigvalsh", "svd", "svdvals", "eig", "qr"):
+        real = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda x, *args, real=real, **kw: widths.append(x.shape[-1]) or real(x, *args, **kw)
+        )
+    objective = DenseObjective(0.01, 0.1, 20, window="auto", center=True, unbiased=True, power_iterations=2)
+    for step in range(2):
+        objective.gradient(*moments_of_stream(2048, step))
+    assert widths
+    assert max(widths) <= 20 + 32
+
+
+def test_the_tracked_gradient_is_near_the_exact_one_in_noise():
+    """The figure of the docstring at d = 384: the gradient of L_sub after 30 batches of independent rows."""
+    settings = {"lambda_sub": 1e4, "lambda_orth": 0.0, "subspace_dim": 20, "window": "auto", "center": True}
+    tracked, exact = DenseObjective(power_iterations=2, **settings), DenseObjective(**settings)
+    for step in range(30):
+        a, b = moments_of_stream(384, step)
+        exact.load_state_dict(tracked.state_dict())
+        found = tracked.gradient(a, b)[1].second
+    wanted = exact.gradient(a, b)[1].second
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+    assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), 0) > 0.995
