@@ -312,8 +312,9 @@ def geometry_report(
     used = min(k, supported)
     if used < k:
         logger.warning(
-            "Subspaces are reported at k = %d instead of %d: %d rows in %d dimensions support no more in halves.",
-            used, k, n, d,
+            "Subspaces are reported at k = %d instead of %d: %d rows in %d groups and %d dimensions support no more in "
+            "halves.",
+            used, k, n, n if groups is None else len(torch.as_tensor(groups).unique()), d,
         )  # fmt: skip
     report |= {"k": used, "k_requested": k}
     if used:

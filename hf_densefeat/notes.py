@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -94,7 +94,7 @@ def time_ticks(notes: datasets.Dataset) -> tuple[np.ndarray, float]:
     """Return the times as numbers, and how many of these make a day: microseconds for timestamps, else days."""
     time = column(notes, "time")
     if pa.types.is_temporal(time.type):
-        return time.cast(pa.timestamp("us", _zone(time.type))).cast(pa.int64()).to_numpy(), 86_400e6
+        return time.cast(pa.timestamp("us", getattr(time.type, "tz", None))).cast(pa.int64()).to_numpy(), 86_400e6
     return time.to_numpy(), 1.0
 
 
@@ -291,50 +291,13 @@ def _without_overlap(parts: datasets.DatasetDict) -> datasets.DatasetDict:
     return parts
 
 
-@dataclass(frozen=True)
-class NotesSummary:
-    """Counts over a table of notes: no text, no identifiers.
-
-    Attributes:
-        patients: Number of patients.
-        notes: Number of notes.
-        per_patient: Median number of notes per patient.
-        most: Largest number of notes of one patient.
-        pairs: Adjacent pairs before filters, Σ_p (n_p − 1).
-        source: One line on what was read and what was dropped, as `load_notes` logged it.
-    """
-
-    patients: int
-    notes: int
-    per_patient: float
-    most: int
-    pairs: int
-    source: str
-
-    def __str__(self) -> str:
-        """Return one line."""
-        return (
-            f"{self.notes:,} notes of {self.patients:,} patients (median {self.per_patient:g}, most {self.most:,} a "
-            f"patient), {self.pairs:,} adjacent pairs"
-        )
-
-
-def describe_notes(notes: datasets.Dataset) -> NotesSummary:
-    """Count patients, notes and adjacent pairs."""
+def describe_notes(notes: datasets.Dataset) -> str:
+    """Return one line of counts: notes, patients, and adjacent pairs before filters, Σ_p (n_p − 1)."""
     counts = np.bincount(dense_codes(notes, "patient_id"))
-    return NotesSummary(
-        patients=len(counts),
-        notes=len(notes),
-        per_patient=float(np.median(counts)),
-        most=int(counts.max()),
-        pairs=len(notes) - len(counts),
-        source=notes.info.description,
+    return (
+        f"{len(notes):,} notes of {len(counts):,} patients (median {np.median(counts):g}, most {counts.max():,} a "
+        f"patient), {len(notes) - len(counts):,} adjacent pairs"
     )
-
-
-def _zone(kind: pa.DataType) -> str | None:
-    """Return the time zone of a timestamp type."""
-    return kind.tz if pa.types.is_timestamp(kind) else None
 
 
 def _close(name: str, names: Sequence[str]) -> str:

@@ -306,9 +306,7 @@ def _bytes_of_last_row(batch: pa.RecordBatch) -> list[bytes | None]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    types = pa.types
-    kinds = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
-    return any(is_kind(kind) for is_kind in kinds)
+    return str(kind).removeprefix("large_").removesuffix("_view") in ("string", "binary")
 
 
 def _mended(batch: pa.RecordBatch, roles: Mapping[str, str], offset: int, repaired: dict) -> pa.RecordBatch:
