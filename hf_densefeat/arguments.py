@@ -28,10 +28,18 @@ class DenseTrainingArguments(TrainingArguments):
         metadata={"help": "Running covariances: 'none' (the batch alone), 'auto' (d samples) or a number of samples."},
     )
     center: bool = field(default=True, metadata={"help": "Subtract each side's mean; the paper's Sigma is uncentred."})
-    unbiased: bool = field(default=False, metadata={"help": "Estimate L_spec without the i = j terms."})
+    unbiased: bool = field(
+        default=False,
+        metadata={
+            "help": "Estimate L_spec without the i = j terms; a patient is then once in an update, where that can be."
+        },
+    )
     power_iterations: int = field(default=2, metadata={"help": "Power steps an update; 0 for exact eigenspaces."})
     pooling: str | None = field(default=None, metadata={"help": "mean, cls, last or max; default: the model's."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a note; default: the model's."})
+    long_notes: str | None = field(
+        default=None, metadata={"help": "truncate, or chunk and average; default: the model's, else truncate."}
+    )
     mlm_probability: float = field(default=0.30, metadata={"help": "Share of tokens to predict."})
     whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words."})
     pairs_per_patient: int = field(
@@ -55,6 +63,11 @@ class DenseTrainingArguments(TrainingArguments):
                 raise ValueError(f"Expected {name} >= 0 but got {getattr(self, name)}.")
         if self.mlm_weight == self.dense_weight == 0:
             raise ValueError("mlm_weight and dense_weight are both 0: nothing would be trained.")
+        if self.unbiased and self.pairs_per_patient > 1:
+            raise ValueError(
+                f"unbiased takes the pairs of an update for independent, but pairs_per_patient is {self.pairs_per_patient}. "
+                "Set one of them back."
+            )
         self.dense_objective()
 
     def __getstate__(self) -> dict:

@@ -31,6 +31,7 @@ class TokenStats:
         median: Median length in tokens, after truncation.
         longest: Largest length in tokens, after truncation.
         max_length: The limit, or None.
+        chunked: Notes longer than `max_length` that were cut into chunks instead; they lost nothing.
     """
 
     notes: int
@@ -40,10 +41,13 @@ class TokenStats:
     median: float
     longest: int
     max_length: int | None
+    chunked: int = 0
 
     def __str__(self) -> str:
         """Return one line of counts."""
         text = f"{self.tokens:,} tokens in {self.notes:,} notes (median {self.median:.0f}, longest {self.longest:,})"
+        if self.chunked:
+            return f"{text}; {self.chunked:,} notes ({self.chunked / self.notes:.1%}) in chunks of {self.max_length:,} tokens"
         if not self.truncated:
             return f"{text}; none truncated"
         share, lost = self.truncated / self.notes, self.cut / (self.cut + self.tokens)
@@ -59,6 +63,7 @@ def tokenize_notes(
     max_length: int | None = None,
     num_proc: int | None = None,
     word_ids: bool = False,
+    chunk: bool = False,
 ) -> tuple[datasets.Dataset, TokenStats]:
     """Tokenise every note once, memory-mapped and cached by `datasets`; row i of the result is note i.
 
@@ -70,6 +75,8 @@ def tokenize_notes(
         max_length: Keep so many tokens of a note, special tokens included; None for the tokenizer's own limit.
         num_proc: Number of processes.
         word_ids: Also keep which word each token belongs to, for whole-word masking.
+        chunk: Keep all of a longer note, as chunks of `max_length` tokens one after another, each with its special
+            tokens; for a `DensePairCollator` with that `chunk_length`.
 
     Returns:
         A dataset with `input_ids`, `length` and, if asked for, `word_ids` (−1 for special tokens); and the counts.
@@ -92,11 +99,11 @@ def tokenize_notes(
             f"got {max_length}."
         )
     tokens = notes.map(
-        _tokenize,
+        tokenize_texts,
         batched=True,
         input_columns="text",
         remove_columns=notes.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "word_ids": word_ids},
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "word_ids": word_ids, "chunk": chunk},
         num_proc=num_proc,
         desc="Tokenising notes",
     )
@@ -109,28 +116,36 @@ def tokenize_notes(
         median=float(np.median(length)),
         longest=int(length.max()),
         max_length=max_length,
+        chunked=int((length > max_length).sum()) if chunk else 0,
     )
     return tokens.remove_columns("cut"), stats
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, word_ids: bool) -> dict:
+def tokenize_texts(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, word_ids: bool, chunk: bool
+) -> dict:
     """Tokenise without a limit and cut afterwards: what a limit cuts is to be counted, in one pass.
 
     A tokenizer that truncates also changes its own state, and with it the key under which `datasets` caches.
     """
     encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    closing = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][::-1].index(0)
+    special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    opening, closing = special.index(0), special[::-1].index(0)
 
     def kept(row: list[int]) -> list[int]:
         if max_length is None or len(row) <= max_length:
             return row
+        if chunk:
+            first, inner, last = row[:opening], row[opening : len(row) - closing], row[len(row) - closing :]
+            step = max_length - opening - closing
+            return [token for i in range(0, len(inner), step) for token in (*first, *inner[i : i + step], *last)]
         return row[: max_length - closing] + row[len(row) - closing :]
 
     input_ids = [kept(ids) for ids in encoded["input_ids"]]
     columns = {
         "input_ids": input_ids,
         "length": [len(ids) for ids in input_ids],
-        "cut": [len(ids) - len(row) for ids, row in zip(encoded["input_ids"], input_ids, strict=True)],
+        "cut": [max(len(ids) - len(row), 0) for ids, row in zip(encoded["input_ids"], input_ids, strict=True)],
     }
     if word_ids:
         words = [encoded.word_ids(i) for i in range(len(texts))]
@@ -160,6 +175,8 @@ class DensePairCollator:
         mlm_probability: Share of tokens to predict, in [0, 1].
         whole_word_mask: Mask all tokens of a word or none; needs `word_ids` from `tokenize_notes`.
         pad_to_multiple_of: Round the padded length up to a multiple of this.
+        chunk_length: Cut longer notes, as `tokenize_notes(chunk=True)` gives them, into rows of so many tokens. The batch
+            then has at least 2B rows, and `owner`, which of the 2B notes each row belongs to.
 
     Raises:
         ValueError: If the tokenizer has no padding token, or no mask token where masks are asked for.
@@ -172,6 +189,7 @@ class DensePairCollator:
         mlm_probability: float = 0.30,
         whole_word_mask: bool = False,
         pad_to_multiple_of: int | None = None,
+        chunk_length: int | None = None,
     ):
         if objective not in ("mlm", "causal", None):
             raise ValueError(f'Expected `objective` "mlm", "causal" or None, got {objective!r}.')
@@ -190,7 +208,7 @@ class DensePairCollator:
         if whole_word_mask and objective != "mlm":
             raise ValueError(f'`whole_word_mask` needs `objective="mlm"`, got {objective!r}.')
         self.tokenizer, self.objective, self.pad_to_multiple_of = tokenizer, objective, pad_to_multiple_of
-        self.whole_word_mask = whole_word_mask
+        self.whole_word_mask, self.chunk_length = whole_word_mask, chunk_length
         self.masking = None
         if objective == "mlm":
             with warnings.catch_warnings():  # it warns that whole words are always replaced; the docstring says so
@@ -206,6 +224,9 @@ class DensePairCollator:
         else:
             ids = self.tokenizer("")["input_ids"] or [self.tokenizer.pad_token_id]
             rows = [(np.array(ids), np.full(len(ids), -100))] * 2
+        owner = range(len(rows))
+        if self.chunk_length:
+            rows, owner = self._chunks(rows)
         longest = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
             longest = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -220,8 +241,22 @@ class DensePairCollator:
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if "token_type_ids" in self.tokenizer.model_input_names:
             batch["token_type_ids"] = torch.zeros_like(input_ids)
+        if self.chunk_length:
+            batch["owner"] = torch.tensor(owner)
         batch["num_pairs"] = len(pairs)
         return batch
+
+    def _chunks(self, notes: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list, list[int]]:
+        """Return the rows of all chunks, and the note that each belongs to."""
+        rows, owner = [], []
+        for note, (ids, targets) in enumerate(notes):
+            for start in range(0, len(ids), self.chunk_length):
+                part = slice(start, start + self.chunk_length)
+                rows.append((ids[part], targets[part]))
+                owner.append(note)
+                if self.objective == "causal":
+                    rows[-1][1][-1] = -100  # the next chunk's first token is not to be predicted from here
+        return rows, owner
 
     def _row(self, pair: dict, side: str) -> tuple[np.ndarray, np.ndarray]:
         """Return one note's input ids and labels."""

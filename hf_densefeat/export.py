@@ -44,6 +44,9 @@ READING = """A subspace distance means nothing without its noise floor, the dist
 where there are any, are linear, on frozen embeddings, scored on held-out patients; in parentheses, 95 % bootstrap
 intervals over patients."""
 
+CHUNKED = """Trained on whole notes in chunks: hf_densefeat's `encode` averages the embeddings of
+a longer text's chunks, weighted by tokens; the other two cut it."""
+
 BODY = """# {name}
 
 A text encoder for clinical notes: `{architecture}`, {parameters:,} parameters, {width}-dimensional embeddings by {pooling}
@@ -90,7 +93,7 @@ embeddings = AutoDenseModel.from_pretrained("{repository}").encode(texts)
 print(embeddings.shape)  # torch.Size([2, {width}])
 ```
 
-A private repository needs `hf auth login` first.
+A private repository needs `hf auth login` first. {longer}
 
 ## Trained on
 
@@ -177,6 +180,7 @@ def model_card(
         pooling=model.pooling,
         span=f"the first {model.max_length:,} tokens" if model.max_length else "all tokens",
         max_length=model.max_length,
+        longer=CHUNKED if model.long_notes == "chunk" else "",
         origin=origin,
         pooling_code=POOLING_CODE[model.pooling],
         counts=_table(["", "number"], [[key, f"{value:,}"] for key, value in counts.items()]),

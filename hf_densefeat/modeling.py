@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from hf_densefeat.pooling import POOLINGS, pool
+from hf_densefeat.pooling import POOLINGS, over_chunks, pool
 
 SENTENCE_TRANSFORMERS_POOLING = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
 SENTENCE_TRANSFORMERS_FILES = (
@@ -73,6 +73,11 @@ class DenseFeatureMixin:
         limits = [limit for limit in (positions, self.config.densefeat.get("max_length")) if limit]
         return min(limits, default=None)
 
+    @property
+    def long_notes(self) -> str:
+        """What becomes of a note longer than `max_length`: "truncate", or "chunk" and average, weighted by tokens."""
+        return self.config.densefeat.get("long_notes", "truncate")
+
     @contextmanager
     def capture_hidden(self):
         """Inside, `pooled(mask)` after a forward of the (wrapped) model gives embeddings with their graph.
@@ -88,9 +93,10 @@ class DenseFeatureMixin:
         finally:
             base._densefeat_capture, base._densefeat_hidden = False, None
 
-    def pooled(self, attention_mask: Tensor) -> Tensor:
-        """Embeddings (B, d) of the forward that just ran inside `capture_hidden`."""
-        return pool(self.base_model._densefeat_hidden, attention_mask, self.pooling)
+    def pooled(self, attention_mask: Tensor, owner: Tensor | None = None, notes: int = 0) -> Tensor:
+        """Embeddings (B, d) of the forward that just ran inside `capture_hidden`; (notes, d) where rows are chunks."""
+        z = pool(self.base_model._densefeat_hidden, attention_mask, self.pooling)
+        return z if owner is None else over_chunks(z, attention_mask.sum(1), owner, notes)
 
     @torch.no_grad()
     def encode(
@@ -102,6 +108,8 @@ class DenseFeatureMixin:
         show_progress: bool = False,
     ) -> Tensor:
         """Embeddings (N, d), float32 on the CPU, row i of text i; without dropout, whatever mode the model is in.
+
+        Longer texts are cut, or with `long_notes` "chunk" read whole; SentenceTransformer cuts them always.
 
         Args:
             texts: notes, or one batch of tokens (`input_ids`, `attention_mask`).
@@ -124,8 +132,11 @@ class DenseFeatureMixin:
                 return torch.empty(0, self.config.hidden_size)
             tokenizer = tokenizer or self._default_tokenizer()
             limit = max_length or self.max_length or tokenizer.model_max_length
-            tokens = tokenizer(texts, truncation=True, max_length=limit)
-            order = sorted(range(len(texts)), key=lambda i: -len(tokens["input_ids"][i]))
+            chunk = self.long_notes == "chunk"
+            tokens = tokenizer(texts, truncation=True, max_length=limit, return_overflowing_tokens=chunk)
+            owner = tokens.pop("overflow_to_sample_mapping", None)
+            lengths = [len(ids) for ids in tokens["input_ids"]]
+            order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
             out = []
             for start in tqdm(range(0, len(order), batch_size), desc="Encoding", disable=not show_progress):
                 rows = order[start : start + batch_size]
@@ -133,7 +144,8 @@ class DenseFeatureMixin:
                 # to the right, as in training: learned positions count from the left
                 out.append(self._embed(tokenizer.pad(batch, padding_side="right", return_tensors="pt")))
             out = torch.cat(out)
-            return torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
+            out = torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
+            return over_chunks(out, torch.tensor(lengths), torch.tensor(owner), len(texts)) if chunk else out
         finally:
             for module in training:
                 module.training = True
@@ -175,13 +187,21 @@ def _dense_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(native.__name__, (DenseFeatureMixin, native), {"__module__": native.__module__})
 
 
-def as_dense(model: PreTrainedModel, pooling: str | None = None, max_length: int | None = None) -> PreTrainedModel:
+def as_dense(
+    model: PreTrainedModel,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    long_notes: str | None = None,
+) -> PreTrainedModel:
     """Mix `DenseFeatureMixin` into a model that exists, in place: its weights, hooks and state stay as they are.
 
-    `pooling` None keeps what the config says, or else takes "mean" for encoders and "last" for decoders.
+    None keeps what the config says, or else `pooling` is "mean" for encoders and "last" for decoders, `max_length` all
+    positions, and `long_notes` "truncate".
     """
     if pooling not in (None, *POOLINGS):
         raise ValueError(f"Expected pooling to be one of {', '.join(POOLINGS)} but got {pooling!r}.")
+    if long_notes not in (None, "truncate", "chunk"):
+        raise ValueError(f"Expected long_notes to be truncate or chunk but got {long_notes!r}.")
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder: it has no one embedding of a text. Use an encoder, or the "
@@ -201,6 +221,8 @@ def as_dense(model: PreTrainedModel, pooling: str | None = None, max_length: int
         )
     if max_length is not None:
         block["max_length"] = max_length
+    if long_notes is not None:
+        block["long_notes"] = long_notes
     model.config.densefeat = block
     return model
 

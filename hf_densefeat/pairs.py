@@ -142,6 +142,10 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         rank: This rank.
         accumulation: Micro-batches per optimiser step.
         pairs_per_patient: Up to so many pairs of a patient that follow each other stay in one step batch.
+        spread_patients: Have each patient once in a step batch, as estimators need whose rows are to be independent;
+            needs `shuffle` and `pairs_per_patient` 1. Pairs are drawn at random into buckets of up to 50 step batches:
+            a patient with more pairs in one than it has step batches comes as evenly as can be, and the last, short
+            step batch of an epoch may have a patient twice.
         seed: Seed of everything random here.
         shuffle: New step batches every epoch; False: the same every epoch, from the longest pair to the shortest.
         drop_last: Leave out the last step batch if it is short.
@@ -159,6 +163,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        spread_patients: bool = False,
     ):
         lengths = np.asarray(lengths, dtype=np.int64)
         if len(lengths) != pairs.notes:
@@ -180,6 +185,12 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         self.patient = pairs.patient
         self.batch_size, self.ranks, self.rank, self.accumulation = batch_size, ranks, rank, accumulation
         self.pairs_per_patient, self.seed, self.shuffle, self.drop_last = pairs_per_patient, seed, shuffle, drop_last
+        self.spread_patients = spread_patients
+        if spread_patients and (pairs_per_patient > 1 or not shuffle):
+            raise ValueError(
+                "`spread_patients` keeps a patient's pairs apart, so it needs `shuffle` and `pairs_per_patient=1`, got "
+                f"shuffle={shuffle} and pairs_per_patient={pairs_per_patient}."
+            )
         self.step_size = batch_size * ranks * accumulation
         self.epoch = 0
         if drop_last and len(pairs) < self.step_size:
@@ -216,6 +227,8 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
                 piece = piece[np.argsort(-longest[piece], kind="stable")]
                 inside = int(count[piece].sum())
                 filled = _expand(*_pack(start[piece], count[piece], [size] * (inside // size)))
+                if self.spread_patients:
+                    filled = _spread(filled, self.patient[filled], size)
                 batches += [filled[cut : cut + size] for cut in range(0, inside, size)]
             order = rng.permutation(full // size)
             batches = [batches[i] for i in order] + batches[full // size :]
@@ -276,6 +289,25 @@ def _pack(start: np.ndarray, count: np.ndarray, rooms: list[int]) -> tuple[np.nd
     return start, count
 
 
+def _spread(pairs: np.ndarray, patient: np.ndarray, size: int) -> np.ndarray:
+    """Reorder pairs so that each patient is in as many batches of `size` as can be, else keep the order.
+
+    Of a patient's c pairs, with b batches left, the next takes ⌊c/b⌋ at least and ⌈c/b⌉ at most: the former add up to
+    `size` at most, the latter at least, so every batch can be filled.
+    """
+    filled = []
+    for left in range(len(pairs) // size, 0, -1):
+        _, code, counts = np.unique(patient, return_inverse=True, return_counts=True)
+        by_patient = np.argsort(code, kind="stable")
+        place = np.empty(len(pairs), dtype=np.int64)
+        place[by_patient] = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
+        must, may = place < (counts // left)[code], np.flatnonzero(place * left < counts[code])
+        taken = may[np.argsort(~must[may], kind="stable")][:size]
+        filled.append(pairs[taken])
+        pairs, patient = np.delete(pairs, taken), np.delete(patient, taken)
+    return np.concatenate([*filled, pairs])
+
+
 class TokenPairs(Dataset):
     """Map-style dataset of `{"earlier": ids, "later": ids, "draw": draw}`, looked up by `(pair, draw)` or by pair.
 
@@ -307,11 +339,15 @@ class TokenPairs(Dataset):
             return []
         index, draws = zip(*(item if isinstance(item, tuple) else (item, 0) for item in items), strict=True)
         index = np.array(index)
-        rows = self.tokens[np.r_[self.pairs.earlier[index], self.pairs.later[index]]]
-        n, batch = len(items), []
-        for i, draw in enumerate(draws):
-            pair = {"earlier": rows["input_ids"][i], "later": rows["input_ids"][n + i], "draw": int(draw)}
-            if "word_ids" in rows:
-                pair |= {"earlier_word_ids": rows["word_ids"][i], "later_word_ids": rows["word_ids"][n + i]}
-            batch.append(pair)
-        return batch
+        return pair_tokens(self.tokens[np.r_[self.pairs.earlier[index], self.pairs.later[index]]], draws)
+
+
+def pair_tokens(columns: dict[str, list], draws: Sequence[int]) -> list[dict]:
+    """Return one dict a pair, of columns with the earlier notes of all pairs, then the later ones."""
+    n, batch = len(draws), []
+    for i, draw in enumerate(draws):
+        pair = {"earlier": columns["input_ids"][i], "later": columns["input_ids"][n + i], "draw": int(draw)}
+        if "word_ids" in columns:
+            pair |= {"earlier_word_ids": columns["word_ids"][i], "later_word_ids": columns["word_ids"][n + i]}
+        batch.append(pair)
+    return batch

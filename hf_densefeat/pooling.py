@@ -28,6 +28,16 @@ def max_pooling(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden.masked_fill(~mask.unsqueeze(-1).bool(), torch.finfo(hidden.dtype).min).amax(1)
 
 
+def over_chunks(z: Tensor, tokens: Tensor, owner: Tensor, notes: int) -> Tensor:
+    """Mean over the chunks of each note, weighted by their tokens: z (R, d), tokens (R,), owner (R,) -> (notes, d).
+
+    Under mean pooling that is the mean over all tokens of the note. Every note in 0 ... notes - 1 owns a chunk.
+    """
+    weight = tokens.to(z.dtype).unsqueeze(1)
+    total = z.new_zeros(notes, z.shape[1]).index_add(0, owner, z * weight)
+    return total / z.new_zeros(notes, 1).index_add(0, owner, weight)
+
+
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling, "last": last_pooling, "max": max_pooling}
 
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import AutoTokenizer, Trainer, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy
 
 from hf_densefeat.adapters import ADAPTER, load_adapter, merged, save_adapter, with_adapter, without_adapter
 from hf_densefeat.arguments import DenseTrainingArguments
-from hf_densefeat.collator import DensePairCollator, tokenize_notes
+from hf_densefeat.collator import DensePairCollator, tokenize_notes, tokenize_texts
 from hf_densefeat.export import PICTURE, model_card
 from hf_densefeat.modeling import SENTENCE_TRANSFORMERS_FILES, AutoDenseModel, as_dense
 from hf_densefeat.moments import Moments, mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective import DenseObjective
 from hf_densefeat.pairs import PairBatchSampler, TokenPairs, adjacent_pairs
+from hf_densefeat.streaming import PairStream
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,15 @@ class PairDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
+class _State(TrainerState):
+    """Saved without the best checkpoint's folder, a path of this machine: `best_global_step` says which one it is."""
+
+    def save_to_json(self, json_path: str) -> None:
+        state = copy.copy(self)
+        state.best_model_checkpoint = None
+        TrainerState.save_to_json(state, json_path)
+
+
 class DenseTrainer(Trainer):
     """Continued pretraining with loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth).
 
@@ -54,8 +66,9 @@ class DenseTrainer(Trainer):
     Args:
         model: Hub name, folder, or model; `DenseFeatureMixin` is mixed into it.
         args: `DenseTrainingArguments`.
-        train_dataset: notes as `load_notes` returns them (pairs and tokens are made here), or `TokenPairs`.
-        eval_dataset: the same, or a dict of such.
+        train_dataset: notes as `load_notes` returns them (pairs and tokens are made here), `TokenPairs`, or with
+            `max_steps` a `datasets.IterableDataset` of notes sorted by patient and time: see `PairStream`.
+        eval_dataset: notes or `TokenPairs`, or a dict of such.
         processing_class: the tokenizer; by default that of the model.
         peft_config: train this adapter (LoRA and its kin) and freeze the rest. What is saved is the encoder with the adapter
             merged in, and in `adapter/` the adapter, from which a run resumes. A `PeftModel` as `model` does the same.
@@ -64,7 +77,7 @@ class DenseTrainer(Trainer):
         kwargs: as for `Trainer`.
 
     Raises ValueError before training for a model without the head that `mlm_weight > 0` needs, a `subspace_dim` that
-    the batch cannot support, and notes without pairs.
+    the batch cannot support, notes without pairs, and functions of `Trainer` that would never be called.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole update
@@ -74,7 +87,7 @@ class DenseTrainer(Trainer):
         model,
         args: DenseTrainingArguments | None = None,
         data_collator=None,
-        train_dataset: Dataset | TokenPairs | None = None,
+        train_dataset: Dataset | TokenPairs | IterableDataset | None = None,
         eval_dataset: Dataset | TokenPairs | dict | None = None,
         processing_class=None,
         evaluator=None,
@@ -82,20 +95,25 @@ class DenseTrainer(Trainer):
         **kwargs,
     ):
         args = args if args is not None else DenseTrainingArguments()
+        _check_functions(kwargs)
         if isinstance(model, str):
             model = AutoDenseModel.from_pretrained(model)
-        adapted, model = model, as_dense(without_adapter(model), args.pooling, args.max_length)
+        adapted, model = model, as_dense(without_adapter(model), args.pooling, args.max_length, args.long_notes)
         processing_class = processing_class or AutoTokenizer.from_pretrained(model.name_or_path)
         processing_class.padding_side = "right"  # as in training, wherever the saved one is used
         model._densefeat_tokenizer = processing_class
         self.evaluator = evaluator
         self.objective = args.dense_objective()
         _check_head(model, args)
+        chunk = model.long_notes == "chunk"
+        if chunk and model.max_length is None:
+            raise ValueError("long_notes is chunk, but nothing says how long a chunk is: set max_length.")
         data_collator = data_collator or DensePairCollator(
             processing_class,
             objective=model.language_modeling if args.mlm_weight else None,
             mlm_probability=args.mlm_probability,
             whole_word_mask=args.whole_word_mask and model.language_modeling == "mlm",
+            chunk_length=model.max_length if chunk else None,
         )
         self.token_stats = {}
         with args.main_process_first(desc="tokenising notes"):
@@ -128,12 +146,24 @@ class DenseTrainer(Trainer):
             raise ValueError(f"One process sees {args.n_gpu} GPUs. Start one process a GPU: accelerate launch ...")
         if isinstance(adapted, PeftModel) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("An adapter cannot be merged into sharded weights. Train it without FSDP and DeepSpeed.")
+        if self.is_fsdp_enabled:
+            _check_sharding(model)
         if train_dataset is not None and args.dense_weight:
-            _check_subspace(len(train_dataset), self.get_total_train_batch_size(args), model.config.hidden_size, args)
+            pairs = math.inf if isinstance(train_dataset, IterableDataset) else len(train_dataset)
+            _check_subspace(pairs, self.get_total_train_batch_size(args), model.config.hidden_size, args)
         self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
         self.measured: list[dict] = []
         self.skipped_updates = 0
         self._micro_batches: list[dict] = []
+        self._stream: PairStream | None = None
+        self._stream_state = ""
+        if isinstance(train_dataset, IterableDataset):
+            args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint left it
+            if args.dataloader_num_workers > 1:
+                raise ValueError(
+                    f"A stream is read by one process a rank, got dataloader_num_workers={args.dataloader_num_workers}. "
+                    "Set it to 1 to read and tokenise beside the training."
+                )
         self._update: _Update | None = None
         self._sums: dict[str, Tensor] = {}
         self._updates_summed = 0
@@ -150,6 +180,7 @@ class DenseTrainer(Trainer):
             max_length=model.max_length,
             num_proc=args.preprocessing_num_workers,
             word_ids=args.whole_word_mask,
+            chunk=model.long_notes == "chunk",
         )
         logger.info("%s: %s; %s", name, pairs, self.token_stats[name])
         return TokenPairs(tokens, pairs)
@@ -178,12 +209,44 @@ class DenseTrainer(Trainer):
         """Micro-batches of this rank. The sampler cuts the global batch, so accelerate must not shard it again."""
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset: notes with patient_id, time and text.")
+        if isinstance(self.train_dataset, IterableDataset):
+            return self._stream_loader()
         return self._pair_loader(
             self.train_dataset,
             self._train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
             pairs_per_patient=self.args.pairs_per_patient,
             drop_last=self.args.dataloader_drop_last,
+            spread_patients=self.args.unbiased,
+        )
+
+    def _stream_loader(self) -> DataLoader:
+        model, args = self._dense_model, self.args
+        self._stream = PairStream(
+            self.train_dataset,
+            partial(
+                tokenize_texts,
+                tokenizer=self.processing_class,
+                max_length=model.max_length,
+                word_ids=args.whole_word_mask,
+                chunk=model.long_notes == "chunk",
+            ),
+            self.data_collator,
+            self._train_batch_size,
+            args.world_size,
+            args.process_index,
+            args.gradient_accumulation_steps,
+            args.pairs_per_patient,
+            args.unbiased,
+            args.max_gap,
+            args.data_seed if args.data_seed is not None else args.seed,
+        )
+        return DataLoader(
+            self._stream,
+            batch_size=None,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            generator=torch.Generator(),  # its own: a loader that starts draws a number, a resumed run starts one more
         )
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
@@ -207,6 +270,8 @@ class DenseTrainer(Trainer):
         """Also remember the update's micro-batches: `compute_loss` needs all of them before the first backward."""
         micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batches, self._update = micro_batches, None
+        for batch in micro_batches:
+            self._stream_state = batch.pop("stream", "")
         return micro_batches, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -236,23 +301,26 @@ class DenseTrainer(Trainer):
             update.add("mlm_loss", mlm * ranks)
             loss = loss + self.args.mlm_weight * ranks * mlm
         if self.args.dense_weight:
-            surrogate = (
-                sum((g.pullback(z) * z).sum() for g, z in zip(update.gradients, (z_a, z_b), strict=True)) * ranks
-            )
-            value = update.terms["loss"] / update.micro_batches
-            loss = loss + self.args.dense_weight * (surrogate + (value - surrogate).detach())
+            loss = loss + self.args.dense_weight * self._dense_term(update, z_a, z_b)
         update.add("tokens", inputs["attention_mask"].sum())
         update.add("slots", torch.full_like(update.tokens, inputs["attention_mask"].numel()))
         return (loss, outputs) if return_outputs else loss
 
+    def _dense_term(self, update: _Update, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """This micro-batch's share: the value of the terms, and their gradient by the rows at the global moments."""
+        gradients = zip(update.gradients, (z_a, z_b), strict=True)
+        surrogate = sum((g.pullback(z) * z).sum() for g, z in gradients) * self.args.world_size
+        value = update.terms["loss"] / update.micro_batches
+        return surrogate + (value - surrogate).detach()
+
     def _forward(self, model, inputs):
         """One forward of both notes of each pair: outputs, Z_a and Z_b, both (pairs, d)."""
         pairs = int(inputs["num_pairs"])
-        tokens = {name: value for name, value in inputs.items() if name not in ("labels", "num_pairs")}
+        tokens = {name: value for name, value in inputs.items() if name not in ("labels", "num_pairs", "owner")}
         dense = self._dense_model
         with dense.capture_hidden():
             outputs = model(**tokens)
-            z = dense.pooled(tokens["attention_mask"])
+            z = dense.pooled(tokens["attention_mask"], inputs.get("owner"), notes=2 * max(pairs, 1))
         half = len(z) // 2
         return outputs, z[:pairs], z[half : half + pairs]
 
@@ -368,14 +436,24 @@ class DenseTrainer(Trainer):
 
     # ---- Checkpoints ----
 
+    def _init_training_state(self, max_steps, num_update_steps, num_epochs, resume_from_checkpoint, trial):
+        """The best checkpoint so far lies beside the one that the run resumes from."""
+        skipped = super()._init_training_state(max_steps, num_update_steps, num_epochs, resume_from_checkpoint, trial)
+        self.state.__class__ = _State
+        if resume_from_checkpoint is not None and self.state.best_global_step:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            best = Path(resume_from_checkpoint).absolute().with_name(name)
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        return skipped
+
     def _save_optimizer_and_scheduler(self, output_dir):
         """The running covariances and bases belong to the optimisation: saved once, the same on all ranks."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             state = {name: value.contiguous().cpu() for name, value in self.objective.state_dict().items()}
-            save_file(
-                state, Path(output_dir) / OBJECTIVE_STATE, metadata={"skipped_updates": str(self.skipped_updates)}
-            )
+            metadata = {"skipped_updates": str(self.skipped_updates), "stream": self._stream_state}
+            save_file(state, Path(output_dir) / OBJECTIVE_STATE, metadata=metadata)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -389,8 +467,15 @@ class DenseTrainer(Trainer):
             )
         with safe_open(path, framework="pt") as file:
             self.skipped_updates = int(file.metadata()["skipped_updates"])
+            stream = file.metadata().get("stream")
             state = {name: file.get_tensor(name).to(self.args.device) for name in file.keys()}  # noqa: SIM118
         self.objective.load_state_dict(state)
+        if self._stream is not None:
+            if not stream:
+                raise ValueError(
+                    "The checkpoint is not of a run on a stream. Resume it with the notes it was trained on."
+                )
+            self._stream.load_state(stream)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Missing or unexpected weights on resume are an error: the stock Trainer would train on with the base model's."""
@@ -445,7 +530,7 @@ class DenseTrainer(Trainer):
             return
         args, model, folder = self.args, self._dense_model, Path(self.args.output_dir)
         counts = {}
-        if self.train_dataset is not None:
+        if isinstance(self.train_dataset, TokenPairs):
             pairs = self.train_dataset.pairs
             counts = {"patients": pairs.patients, "notes": pairs.notes, "pairs of adjacent notes": len(pairs)}
         if "train" in self.token_stats:
@@ -487,7 +572,11 @@ class DenseTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Mid-training pushes carry the card, and the files by which sentence-transformers pools."""
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            if self.push_in_progress is not None and not self.push_in_progress.is_done():
+                if not self.args.hub_always_push:
+                    return  # as the Trainer does; what is being uploaded must not change
+                self._finish_current_push()
             self.create_model_card()
             for name in (*SENTENCE_TRANSFORMERS_FILES, ADAPTER):
                 source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
@@ -550,6 +639,21 @@ def _check_replay(expected: Tensor, z: Tensor) -> None:
         )
 
 
+def _check_functions(kwargs: dict) -> None:
+    """What of the stock Trainer would be ignored without a word."""
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} would never be called: evaluation keeps moments, not predictions. Pass evaluator=, called as "
+                "evaluator(model, tokenizer), whose dict of numbers joins the metrics; ProbeEvaluator is one."
+            )
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func would never be called: the loss is mlm_weight MLM + dense_weight (L_spec + ...). Set its "
+            "weights, or override compute_loss."
+        )
+
+
 def _check_head(model, args: DenseTrainingArguments) -> None:
     if args.mlm_weight and model.language_modeling is None:
         raise ValueError(
@@ -559,6 +663,20 @@ def _check_head(model, args: DenseTrainingArguments) -> None:
         )
     if not hasattr(model.config, "hidden_size"):
         raise ValueError(f"{type(model).__name__} is not a text encoder: its config has no hidden_size.")
+
+
+def _check_sharding(model) -> None:
+    """Accelerate knows of tied embeddings; a parameter with two names elsewhere would be in two groups of FSDP2."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    names.pop(model.get_input_embeddings().weight)
+    for shared in names.values():
+        if len(shared) > 1:
+            raise ValueError(
+                f"FSDP2 cannot shard {type(model).__name__}: {' and '.join(shared)} are one parameter. Train it without "
+                "FSDP (one whole model a GPU), or take a family without shared biases, such as ModernBERT."
+            )
 
 
 def _check_subspace(pairs: int, batch: int, d: int, args: DenseTrainingArguments) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from conftest import make_model
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -175,6 +176,8 @@ def train(
         "steps": trainer.state.global_step,
         "skipped": trainer.skipped_updates,
         "wrapper": type(trainer.model_wrapped).__name__,
+        "graphs": recorder.graphs,
+        "graph_breaks": dict(counters["graph_break"]),
     }
     if evaluation is not None:
         answer["metrics"] = trainer.evaluate()
@@ -226,7 +229,9 @@ class _Trainer(DenseTrainer):
         if self.cut is None:
             return super().get_train_dataloader()
         data, mine = self.train_dataset, []
-        for batch in PairBatchSampler(data.pairs, data.lengths, sum(map(sum, self.cut)), seed=self.args.seed):
+        for batch in PairBatchSampler(
+            data.pairs, data.lengths, sum(map(sum, self.cut)), seed=self.args.seed, spread_patients=self.args.unbiased
+        ):
             for counts in self.cut:
                 before = sum(counts[: self.args.process_index])
                 mine.append(batch[before : before + counts[self.args.process_index]])
@@ -245,6 +250,8 @@ class Recorder(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer, self.gradients, self.random, self.calls = trainer, [], [], [[]]
+        self.graphs = []
+        counters.clear()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.random.append(torch.get_rng_state())
@@ -254,6 +261,9 @@ class Recorder(TrainerCallback):
         with mock.patch.object(self, "calls", [[]]):
             self.gradients.append(_whole((name, p.grad) for name, p in parameters if p.grad is not None))
         self.calls.append([])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.graphs.append(counters["stats"]["unique_graphs"])
 
     @contextlib.contextmanager
     def collectives(self):

@@ -61,6 +61,7 @@ def test_zero_power_iterations_are_exact_eigenspaces(tmp_path):
         ({"window": "-5"}, ("window", "number of samples", "-5")),
         ({"window": "nan"}, ("window", "number of samples", "nan")),
         ({"power_iterations": -1}, ("power_iterations", "-1")),
+        ({"unbiased": True, "pairs_per_patient": 2}, ("unbiased", "pairs_per_patient is 2")),
     ],
 )
 def test_nonsense_is_refused_by_name(tmp_path, settings, words):
@@ -75,11 +76,11 @@ def test_command_line_types(tmp_path):
     """HfArgumentParser reads every option of ours with the right type; each has a help text."""
     parser = HfArgumentParser(DenseTrainingArguments)
     line = f"--output_dir {tmp_path} --use_cpu --report_to none --lambda_sub 0.5 --window 128 --center false "
-    line += "--unbiased --subspace_dim 7 --power_iterations 0 --pooling cls --max_gap 30 --pairs_per_patient 4"
+    line += "--unbiased --pairs_per_patient 1 --subspace_dim 7 --power_iterations 0 --pooling cls --max_gap 30"
     (args,) = parser.parse_args_into_dataclasses(line.split())
     assert (args.lambda_sub, args.window, args.center, args.unbiased) == (0.5, "128", False, True)
     assert (args.subspace_dim, args.power_iterations, args.pooling) == (7, 0, "cls")
-    assert (args.max_gap, args.pairs_per_patient) == (30.0, 4)
+    assert (args.max_gap, args.pairs_per_patient) == (30.0, 1)
     stock = {field.name for field in dataclasses.fields(TrainingArguments)}
     for field in dataclasses.fields(DenseTrainingArguments):
         if field.name not in stock:

@@ -61,7 +61,7 @@ def expected(tokenizer, data):
                 0.5, 0.005, 4, window, center, unbiased, power_iterations=power_iterations or None
             )
             collate, known[key] = DensePairCollator(tokenizer), []
-            for items in PairBatchSampler(data.pairs, data.lengths, BATCH, seed=42):
+            for items in PairBatchSampler(data.pairs, data.lengths, BATCH, seed=42, spread_patients=unbiased):
                 batch = collate(data.__getitems__(items))
                 tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
                 with rotary_in(torch.float64):
@@ -222,6 +222,22 @@ def test_resume_with_another_number_of_processes(run, tmp_path, worlds):
             torch.testing.assert_close(answer["state"][name], value)
 
 
+def test_a_stream_and_its_resume_with_another_number_of_processes(ranks, tokenizer, tmp_path):
+    stream = make_notes(15).to_iterable_dataset(num_shards=2)
+    common = OBJECTIVE | AUTO | {"dtype": torch.float64, "max_length": 64, "max_steps": 6, "data": stream}
+
+    def run(world, accumulation, **kwargs):
+        kwargs |= common | cut(world, accumulation)
+        return ranks.run(train, world, folder=str(tmp_path), tokenizer=tokenizer, **kwargs)
+
+    whole = run(1, 1)[0]
+    run(2, 2, save_strategy="steps", save_steps=4)
+    for answer in run(3, 4, resume=str(tmp_path / "checkpoint-4")):
+        assert answer["steps"] == 6
+        assert error(answer["gradients"], whole["gradients"][4:]) <= TOLERANCE[torch.float64]
+        assert error([answer["weights"]], [whole["weights"]]) <= TOLERANCE[torch.float64]
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_nan_on_one_rank_skips_the_update_on_all(run, accumulation):
     common = AUTO | {"dtype": torch.float64, "num_train_epochs": 1}
@@ -278,6 +294,23 @@ def test_fsdp2_trains_evaluates_encodes_and_saves(run, expected, notes, tmp_path
     assert error([saved], [whole["weights"]]) <= TOLERANCE[torch.float64]
     for answer in run(2, **fsdp, **cut(2, 4), resume=str(tmp_path / "checkpoint-4")):
         assert error(answer["gradients"], whole["gradients"][4:]) <= TOLERANCE[torch.float64]
+
+
+def test_fsdp2_refuses_a_bias_with_two_names(run):
+    with pytest.raises(RuntimeError, match=r"cls.predictions.bias and cls.predictions.decoder.bias are one parameter"):
+        run(2, environment=FSDP2, max_steps=1, **cut(2, 1))
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_compiled_model_is_one_graph_without_the_objective(run, accumulation):
+    """Two graphs a pass, of fixed and of any length, whatever the updates; the pass without gradient has its own."""
+    common = {"num_train_epochs": 2, **cut(1, accumulation), **AUTO}
+    eager = run(1, **common)[0]
+    compiled = run(1, torch_compile=True, torch_compile_backend="aot_eager", **common)[0]
+    assert compiled["wrapper"] == "OptimizedModule"
+    assert compiled["graph_breaks"] == {}
+    assert compiled["graphs"][-1] == compiled["graphs"][2] <= 2 * min(accumulation, 2) + 1
+    assert [entry["loss"] for entry in compiled["logs"]] == pytest.approx([entry["loss"] for entry in eager["logs"]])
 
 
 class Width:

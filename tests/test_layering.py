@@ -22,6 +22,7 @@ ALLOWED = {
     "notes": {"tables"},
     "pairs": {"notes"},
     "collator": {"notes", "pairs"},
+    "streaming": {"pairs"},
     "modeling": {"pooling"},
     "arguments": {"objective"},
     "linear": set(),
@@ -32,7 +33,8 @@ ALLOWED = {
     "report": {"probes", "scores"},
     "export": set(),
     "adapters": set(),
-    "trainer": CORE | {"adapters", "arguments", "collator", "export", "modeling", "notes", "pairs"},
+    "baselines": {"trainer"},
+    "trainer": CORE | {"adapters", "arguments", "collator", "export", "modeling", "notes", "pairs", "streaming"},
 }
 
 

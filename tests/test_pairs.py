@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_densefeat.notes import load_notes
-from hf_densefeat.pairs import NotePairs, PairBatchSampler, TokenPairs, adjacent_pairs
+from hf_densefeat.pairs import NotePairs, PairBatchSampler, TokenPairs, _spread, adjacent_pairs
 
 note = st.tuples(st.integers(0, 6), st.integers(-3, 3), st.integers(0, 2), st.sampled_from(["DS", "RR", None]))
 
@@ -200,6 +200,38 @@ def test_runs_of_a_patient_stay_together(counts, seed):
         assert cut == 0
 
 
+@given(counts=counts, size=st.integers(1, 8), seed=st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_patients_are_spread_over_steps(counts, size, seed):
+    """Every pair comes once; in a bucket of b steps a patient with c pairs is at most ⌈c/b⌉ times in each."""
+    pairs = make_pairs(counts)
+    lengths = np.random.default_rng(seed).integers(3, 99, pairs.notes)
+    steps = len(pairs) // size
+    bucket = np.random.default_rng(seed).permutation(len(pairs))[: steps * size]
+    spread = _spread(bucket, pairs.patient[bucket], size)
+    assert sorted(spread) == sorted(bucket)
+    most = np.bincount(pairs.patient[bucket], minlength=len(counts)) / max(steps, 1)
+    for step in range(steps):
+        held = np.bincount(pairs.patient[spread[step * size : (step + 1) * size]], minlength=len(counts))
+        assert (held <= np.ceil(most)).all()
+    sampler = PairBatchSampler(pairs, lengths, size, seed=seed, spread_patients=True)
+    assert sorted(itertools.chain(*sampler.step_batches())) == list(range(len(pairs)))
+
+
+def test_no_patient_comes_twice_where_that_can_be():
+    """300 patients with up to 12 pairs, 32 a step: without spreading patients meet themselves, with it never."""
+    rng = np.random.default_rng(0)
+    pairs = make_pairs(rng.integers(1, 13, 300))
+    lengths = rng.integers(3, 99, pairs.notes)
+
+    def twice(spread):
+        sampler = PairBatchSampler(pairs, lengths, 32, spread_patients=spread, drop_last=True)
+        return sum(len(batch) - len(np.unique(pairs.patient[batch])) for batch in sampler.step_batches())
+
+    assert twice(False) > 50
+    assert twice(True) == 0
+
+
 def test_epochs_and_seeds_differ_and_repeat():
     """Batches and draws change with epoch and seed, and are the same again for the same ones."""
     pairs, lengths = make_pairs([3] * 200), np.arange(800) % 50 + 5
@@ -257,6 +289,7 @@ def test_sampler_arguments_are_checked():
         ({"ranks": 2, "rank": 2}, r"`rank` in \[0, 2\)"),
         ({"batch_size": 2, "pairs_per_patient": 3}, "`pairs_per_patient` between 1 and the 2 pairs"),
         ({"batch_size": 7, "drop_last": True}, "at least the 7 pairs"),
+        ({"pairs_per_patient": 2, "spread_patients": True}, "pairs_per_patient=2"),
     ):
         with pytest.raises(ValueError, match=words):
             PairBatchSampler(pairs, **({"lengths": [1] * 8, "batch_size": 4} | options))
