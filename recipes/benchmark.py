@@ -4,6 +4,7 @@
     python recipes/benchmark.py step [--device cuda]       # the dense step against the same MLM step
     python recipes/benchmark.py running                    # no window of the running covariance runs away
     python recipes/benchmark.py data [--notes 3000000]     # notes to batches, at the size of MIMIC-IV-Note
+    python recipes/benchmark.py encode                     # embeddings, against SentenceTransformer on the same folder
 
 Timings are ratios of alternating runs in one process: medians, with the 10th and 90th percentile.
 """
@@ -68,8 +69,14 @@ def main():
     data_parser = commands.add_parser("data", help="tables to notes, pairs, tokens and batches")
     data_parser.add_argument("--notes", type=int, default=1_000_000)
     data_parser.add_argument("--repeats", type=int, default=5)
+    encode_parser = commands.add_parser("encode", help="texts to embeddings, against SentenceTransformer.encode")
+    encode_parser.add_argument("--texts", type=int, default=128)
+    encode_parser.add_argument("--batch_size", type=int, default=32)
+    encode_parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
-    result = {"objective": objective, "step": step, "running": running, "data": data}[args.command](args)
+    result = {"encode": encode, "objective": objective, "step": step, "running": running, "data": data}[args.command](
+        args
+    )
     print(json.dumps({"command": args.command, **machine(), **result}, indent=1))
 
 
@@ -537,6 +544,54 @@ def input_path(tokenizer, repeats: int) -> dict:
     seconds = [measured(update)[1]["seconds"] for _ in range(repeats)]
     results["tokens per second, model, max_length 128"] = round(tokens / len(batches) / median(seconds))
     return results
+
+
+# ---- Texts to embeddings --------------------------------------------------------------------------------------------
+
+
+def encode(args) -> dict:
+    """One thread, one folder, a model of MiniLM's size: openings of the bundled notes, 8 to 200 words (log-uniform)."""
+    from sentence_transformers import SentenceTransformer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "encoder")
+    notes = pq.read_table(BUNDLED / "cohort" / "notes.parquet", columns=["text"])["text"].to_pylist()
+    words = np.exp(rng.uniform(np.log(8), np.log(200), args.texts)).astype(int)
+    chosen = rng.choice(len(notes), args.texts, replace=False)
+    texts = [" ".join(notes[i].split(" ")[:n]) for i, n in zip(chosen, words, strict=True)]
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        AutoDenseModel.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        ours, theirs = AutoDenseModel.from_pretrained(folder), SentenceTransformer(folder, device="cpu")
+        ours.encode(texts[:1])  # finds its tokenizer
+    options = {"batch_size": args.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
+    functions = {
+        "ours": lambda: ours.encode(texts, batch_size=args.batch_size),
+        "SentenceTransformer": lambda: theirs.encode(texts, **options),
+    }
+    difference = (functions["ours"]() - functions["SentenceTransformer"]()).abs().max().item()
+    seconds = alternate(functions, args.repeats)
+    tokens = sum(map(len, tokenizer(texts, truncation=True, max_length=ours.max_length)["input_ids"]))
+    return {
+        "texts": args.texts,
+        "tokens": tokens,
+        "batch size": args.batch_size,
+        "largest difference": difference,
+        "tokens per second": {name: round(tokens / median(values)) for name, values in seconds.items()},
+        "SentenceTransformer / ours": spread(seconds["SentenceTransformer"] / seconds["ours"]),
+    }
 
 
 if __name__ == "__main__":
