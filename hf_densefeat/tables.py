@@ -207,7 +207,8 @@ def _write(
                 if sorted(found) != sorted(names):
                     raise ValueError(
                         f"{name} has the columns {shown(found)}, but {files[0].name} has {shown(names)}: "
-                        "expected the same in every file of a folder."
+                        "expected the same in every file of a folder. Pass the file that holds the notes, or move the "
+                        "other tables elsewhere."
                     )
                 if meds:
                     batch = batch.filter(pc.is_valid(batch[roles["text"]]))

@@ -43,7 +43,7 @@ def main():
     encode_parser.add_argument("--batch_size", type=int, default=32)
     encode_parser.add_argument("--repeats", type=int, default=10)
     scaling_parser = commands.add_parser("scaling", help="ranks, width and rows")
-    scaling_parser.add_argument("--repeats", type=int, default=10)
+    scaling_parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode)}
     print(json.dumps({"command": args.command, **machine(), **commands[args.command](args)}, indent=1))
