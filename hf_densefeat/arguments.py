@@ -1,5 +1,6 @@
 """DenseTrainingArguments: TrainingArguments and what the dense objective, its pairs and its masks add."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,11 +73,14 @@ class DenseTrainingArguments(TrainingArguments):
 
     def __getstate__(self) -> dict:
         """What pickles hold, without token and folders: `training_args.bin` is one, and goes to the Hub with the model."""
-        return self.__dict__ | {
-            "hub_token": None,
-            "output_dir": Path(self.output_dir).name,
-            "resume_from_checkpoint": None,
-        }
+        return self.__dict__ | {"hub_token": None} | self._without_folders()
+
+    def to_json_string(self) -> str:
+        """What TensorBoard writes into a folder that goes to the Hub with the model: without folders too."""
+        return json.dumps(self.to_dict() | self._without_folders(), indent=2)
+
+    def _without_folders(self) -> dict:
+        return {"output_dir": Path(self.output_dir).name, "resume_from_checkpoint": None}
 
     def dense_objective(self) -> DenseObjective:
         """The objective that these arguments describe; ValueError names the one that is out of range."""

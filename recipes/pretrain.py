@@ -71,7 +71,7 @@ def main():
         disable_progress_bars()
     try:
         trainer, measure, head_is_new = prepare(recipe, args)
-    except ValueError as error:  # what is wrong with the notes, the model or the options, before hours of training
+    except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
         sys.exit(f"pretrain.py: error: {error}")
 
     model, tokenizer = trainer.model, trainer.processing_class
@@ -83,7 +83,7 @@ def main():
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
     if args.should_save:
         after = measure("after", AutoDenseModel.from_pretrained(args.output_dir), tokenizer)
         report(before, after, trainer, args)

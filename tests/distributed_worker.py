@@ -131,6 +131,7 @@ def train(
     evaluator=None,
     encode=None,
     save=None,
+    peft_config=None,
     **arguments,
 ) -> dict:
     """Train, and say what happened on this rank.
@@ -160,6 +161,7 @@ def train(
         eval_dataset=evaluation,
         processing_class=tokenizer,
         evaluator=evaluator,
+        peft_config=peft_config,
     )
     trainer.cut, trainer.poison = cut, poison
     recorder = Recorder(trainer)

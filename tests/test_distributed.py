@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from conftest import make_notes
 from distributed_worker import FSDP2, LR, MUTATIONS, Ranks, rotary_in, train, varied_model
+from peft import LoraConfig
 from safetensors.torch import load_file
 
-from hf_densefeat import DenseObjective, DensePairCollator, adjacent_pairs
+from hf_densefeat import AutoDenseModel, DenseObjective, DensePairCollator, adjacent_pairs
 from hf_densefeat.collator import tokenize_notes
 from hf_densefeat.pairs import PairBatchSampler, TokenPairs
 
@@ -263,6 +264,23 @@ def test_the_log_tells_the_terms_of_the_whole_batch(run):
         for entry, expected in zip(logs, whole, strict=True):
             for name in ("loss", "effective_rank", "trace", "gap", *terms):
                 assert entry[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_an_adapter_trains_the_same_in_two_processes_resumes_in_one_and_is_saved_merged(run, notes, tmp_path):
+    adapter = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["cls"], init_lora_weights=False)
+    common = AUTO | {"dtype": torch.float64, "optim": "adamw_torch", "adam_epsilon": 1e-4, "num_train_epochs": 2}
+    common |= {"peft_config": adapter, "encode": notes[:5]["text"]}
+    whole = run(1, **common, **cut(1, 1))[0]
+    assert {name.split(".")[-3] for name in whole["gradients"][0] if ".cls." not in name} == {"lora_A", "lora_B"}
+    saving = {"save_strategy": "steps", "save_steps": 4, "save": str(tmp_path / "saved")}
+    for answer in run(2, **common, **cut(2, 2), **saving):
+        assert answer["wrapper"] == "DistributedDataParallel"
+        assert error(answer["gradients"], whole["gradients"]) <= TOLERANCE[torch.float64]
+        assert error([answer["weights"]], [whole["weights"]]) <= TOLERANCE[torch.float64]
+    z = AutoDenseModel.from_pretrained(str(tmp_path / "saved")).encode(notes[:5]["text"])
+    torch.testing.assert_close(z, whole["encoded"], rtol=1e-5, atol=1e-5)
+    for answer in run(1, **common, **cut(1, 4), resume=str(tmp_path / "checkpoint-4")):
+        assert error(answer["gradients"], whole["gradients"][4:]) <= TOLERANCE[torch.float64]
 
 
 def test_fsdp2_trains_evaluates_encodes_and_saves(run, expected, notes, tmp_path):

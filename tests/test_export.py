@@ -1,15 +1,20 @@
 """What reaches the Hub, file by file, and the model card: numbers, valid metadata, usage that runs as printed."""
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow.compute
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import make_model, make_notes
-from fake_hub import FakeHub
+from fake_hub import LARGE, FakeHub
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 
@@ -34,9 +39,10 @@ STATE = {
     "trainer_state.json",
 }
 TOKEN = "hf_sentineloftoken"
+ROOT = Path(__file__).parents[1]
 
 PUSHER = """
-import sys
+import runpy, sys
 from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -44,19 +50,31 @@ from hf_densefeat import DenseTrainer, DenseTrainingArguments
 
 class Patient(TrainerCallback):
     def on_step_begin(self, *arguments, **told):
-        trainer._finish_current_push()  # or the next save overwrites what is being read
+        trainer._finish_current_push()  # or the next save is not pushed
 
-root, token = sys.argv[1:]
+root, token, recipe = sys.argv[1:]
 notes = load_from_disk(root + "/notes")
 for strategy, config in ("every_save", None), ("checkpoint", LoraConfig(r=2, target_modules=["query"])):
     args = DenseTrainingArguments(
         root + "/" + strategy, use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=16, max_steps=2,
         subspace_dim=3, save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="someone/dense-" + strategy,
-        hub_strategy=strategy, hub_token=token, learning_rate=1e-2,
+        hub_strategy=strategy, hub_token=token, learning_rate=1e-2, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,
     )
-    trainer = DenseTrainer(root + "/base", args, train_dataset=notes, peft_config=config, callbacks=[Patient])
+    scores = iter([1.0, 2.0])  # the last step is the best
+    trainer = DenseTrainer(
+        root + "/base", args, train_dataset=notes, eval_dataset=notes.select(range(12)), peft_config=config,
+        callbacks=[Patient], evaluator=lambda model, tokenizer: {"score": next(scores)},
+    )
     trainer.train()
+    trainer.save_state()
     trainer.push_to_hub(tags=["cardiology"], language="en")
+
+sys.argv = ["pretrain.py", "--notes", root + "/notes.parquet", "--model_name_or_path", root + "/base", "--use_cpu", "--probe",
+            "old:binary", "--max_steps", "2", "--save_strategy", "no", "--per_device_train_batch_size", "8",
+            "--subspace_dim", "3", "--output_dir", root + "/recipe", "--push_to_hub", "--hub_model_id",
+            "someone/dense-recipe", "--hub_token", token]
+runpy.run_path(recipe, run_name="__main__")
 """
 
 
@@ -68,17 +86,20 @@ def base(tokenizer, tmp_path_factory):
     tokenizer.save_pretrained(root / "base")
     (root / "base" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Base\n")
     make_notes().save_to_disk(root / "notes")
+    notes = make_notes(40)
+    notes.add_column("old", [patient % 2 == 0 for patient in notes["patient_id"]]).to_parquet(root / "notes.parquet")
     return root
 
 
 @pytest.fixture(scope="module")
 def pushes(base):
-    """Two runs in a process of their own that push at every save and at the end, the Hub they pushed to, their log."""
+    """A process that pushes two runs at every save and at the end, and the recipe's; the Hub it pushed to, and its log."""
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     with FakeHub() as hub:
         environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
         environment |= {"HF_HOME": str(base / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", PUSHER, str(base), TOKEN]
+        environment["HF_HUB_DISABLE_XET"] = "1"  # large files by LFS, which plain HTTP can speak
+        command = [sys.executable, "-c", PUSHER, str(base), TOKEN, str(ROOT / "recipes" / "pretrain.py")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     return hub, done.stdout + done.stderr
@@ -92,18 +113,24 @@ def pushed(request, pushes):
 
 
 def test_repositories_are_private_and_nothing_else_is_asked_for(pushes):
-    """They are created private, every request carries the token, and all requests are those of commits."""
+    """They are created private, every request but the store's carries the token, and all requests are those of commits."""
     hub, _ = pushes
-    assert list(hub.repositories) == ["someone/dense-every_save", "someone/dense-checkpoint"]
+    assert list(hub.repositories) == ["someone/dense-every_save", "someone/dense-checkpoint", "someone/dense-recipe"]
     assert {made["visibility"] for made in hub.repositories.values()} == {"private"}
-    assert {authorisation for _, authorisation in hub.requests} == {f"Bearer {TOKEN}"}
-    known = {"POST /api/repos/create", "POST /api/validate-yaml"}
+    sent = {request: authorisation for request, authorisation in hub.requests}
+    assert sent.pop("PUT store") is None
+    assert set(sent.values()) == {f"Bearer {TOKEN}"}
+    known = {"POST /api/repos/create", "POST /api/validate-yaml", "POST /store/verify"}
     known |= {f"POST /api/models/{name}/{verb}/main" for name in hub.repositories for verb in ("preupload", "commit")}
-    assert {request for request, _ in hub.requests} == known
+    known |= {f"POST /{name}.git/info/lfs/objects/batch" for name in hub.repositories}
+    assert sent.keys() == known
 
 
-def test_every_push_is_a_whole_encoder(pushed, base, tmp_path):
-    """Each commit in mid-training and at the end has all files of an encoder, and no others; the last one is on disk."""
+def test_every_push_is_a_whole_encoder(pushes, pushed, base, tmp_path):
+    """Each commit in mid-training and at the end has all files of an encoder, and no others; the last one is on disk.
+
+    Weights and pickles go through the Hub's store of large files, where each is verified; all else is in the commit.
+    """
     commits, strategy, kind = pushed
     expected = ENCODER | (ADAPTER if kind == "lora" else set())
     saved = (set(ENCODER) - {"README.md"}) | STATE | (ADAPTER if kind == "lora" else set())
@@ -114,8 +141,11 @@ def test_every_push_is_a_whole_encoder(pushed, base, tmp_path):
         "Training in progress, step 2",
         "End of training",
     ]
-    for commit in models:
-        assert set(commit["files"]) == expected, commit["summary"]
+    assert set(models[0]["files"]) == set(models[1]["files"]) == expected
+    assert set(models[2]["files"]) == expected | {"trainer_state.json"}
+    for commit in commits:
+        assert commit["large"] == {name for name in commit["files"] if name.endswith(LARGE)}
+        assert {hashlib.sha256(commit["files"][name]).hexdigest() for name in commit["large"]} <= pushes[0].verified
     assert len(checkpoints) == (2 if strategy == "checkpoint" else 0)
     for commit in checkpoints:
         assert set(commit["files"]) == {f"last-checkpoint/{name}" for name in saved}
@@ -161,6 +191,33 @@ def test_pushed_card_has_the_runs_facts(pushes, pushed):
     assert "| updates | 2 |" in card.text
     assert ("LORA, merged" in card.text) == (kind == "lora")
     assert f'SentenceTransformer("someone/dense-{strategy}")' in card.text
+
+
+def test_what_is_being_uploaded_does_not_change(tokenizer, tmp_path):
+    """A checkpoint that comes while a push is under way is not pushed, and touches none of the files being read."""
+    args = DenseTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], subspace_dim=3, hub_strategy="every_save")
+    trainer = DenseTrainer(make_model("bert", tokenizer), args, processing_class=tokenizer)
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    trainer.push_in_progress = SimpleNamespace(is_done=lambda: False)
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_the_recipe_pushes_once_with_what_it_measured(pushes, base):
+    """One commit, after the measurement: the card has both columns and the probes, as the files on disk do."""
+    [commit] = [commit for commit in pushes[0].commits if commit["repository"] == "someone/dense-recipe"]
+    reports = {"report.json", "report.md", "spectra.png"}
+    reports |= {"train_results.json", "all_results.json", "trainer_state.json"}
+    assert set(commit["files"]) == ENCODER | reports
+    for name, data in commit["files"].items():
+        assert (base / "recipe" / name).read_bytes() == data, name
+    card = ModelCard(commit["files"]["README.md"].decode())
+    after = json.loads(commit["files"]["report.json"])["after"]["probes"]["old auroc"]
+    assert "|  | before | after |" in card.text
+    assert "{:.3f} ({:.3f} to {:.3f}) |".format(*after) in card.text
+    assert [result.metric_value for result in card.data.eval_results if result.metric_type == "roc_auc"] == [
+        round(after[0], 4)
+    ]
 
 
 # ---- The card ----
@@ -251,46 +308,63 @@ def test_unmeasured_card_and_unknown_licence(tokenizer, tmp_path):
     assert licence_of(str(tmp_path)) is None
 
 
-# ---- A downstream user's day ----
+# ---- The README, and a downstream user's day ----
 
-DAY = """
+STRANGER = """
 import sys
 sys.modules["hf_densefeat"] = None
-import numpy as np, torch
-from datasets import load_from_disk
-from sentence_transformers import SentenceTransformer
-from sklearn.linear_model import LogisticRegression
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
-
+import torch
 torch.set_num_threads(1)
-folder, notes = sys.argv[1], load_from_disk(sys.argv[2])
-texts = (list(notes["text"]) * (1000 // len(notes) + 1))[:1000]
-encoder = SentenceTransformer(folder, device="cpu")
-z = encoder.encode(texts, normalize_embeddings=True)
-nearest = (z @ z[:20].T).argmax(0)
-assert [texts[i] for i in nearest] == texts[:20]
-y = np.array(["sepsis" in text for text in texts]).astype(int)
-probe = LogisticRegression(C=100, max_iter=200).fit(z[:800], y[:800])
-print("probe", probe.score(z[800:], y[800:]))
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-table = notes.map(lambda row: tokenizer(row["text"], truncation=True, max_length=48) | {"label": int("sepsis" in row["text"])})
-args = TrainingArguments("classifier", max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
-model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-Trainer(model, args, train_dataset=table, processing_class=tokenizer).train()
+for block in open(sys.argv[1]).read().split("# next block"):
+    names = {}
+    exec(block, names)
+    if "nearest" in names:
+        texts, nearest = names["texts"], names["nearest"]
+        assert len(nearest) == 1000 and names["z"].shape == (1000, 128)
+        assert texts[nearest[0]] == texts[0]
+        assert names["probe"].score(names["z"], names["labels"]) > 0.5
+    if "graph" in names:
+        import numpy, onnxruntime
+        model = names["AutoModel"].from_pretrained("outputs/dense")
+        tokenizer = names["AutoTokenizer"].from_pretrained("outputs/dense")
+        tokens = tokenizer(texts[:5], padding=True, truncation=True, max_length=64, return_tensors="np")
+        session = onnxruntime.InferenceSession("outputs/onnx/model.onnx")
+        hidden = session.run(["last_hidden_state"], {i.name: tokens[i.name] for i in session.get_inputs()})[0]
+        with torch.no_grad():
+            expected = model(**{name: torch.from_numpy(v) for name, v in tokens.items()}).last_hidden_state.numpy()
+        mask = tokens["attention_mask"] == 1
+        numpy.testing.assert_allclose(hidden[mask], expected[mask], rtol=1e-4, atol=1e-5)
+        print("onnx is the same")
 """
 
 
-def test_a_downstream_users_day(base, tmp_path):
-    """Without this package: encode 1,000 notes, nearest neighbours, a probe, and fine-tuning by the stock Trainer."""
+def test_the_readmes_python_runs_as_printed(tmp_path, monkeypatch, capsys):
+    """Ours trains and saves; the rest runs where this package cannot be imported: 1,000 notes encoded, the nearest, a
+    probe, fine-tuning by the stock Trainer, ONNX. Fewer steps, and fewer and shorter notes than those bundled.
+    """
+    ours, *others = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "hf_densefeat" in ours
+    assert len(others) == 2
+    data = tmp_path / "recipes" / "data"
+    (data / "cohort").mkdir(parents=True)
+    (data / "encoder").symlink_to(ROOT / "recipes" / "data" / "encoder")
+    notes = pyarrow.parquet.read_table(ROOT / "recipes" / "data" / "cohort" / "notes.parquet").slice(0, 1100)
+    texts = pyarrow.compute.utf8_slice_codeunits(notes["text"], 0, 160)
+    notes = notes.set_column(notes.schema.get_field_index("text"), "text", texts)
+    pyarrow.parquet.write_table(notes, data / "cohort" / "notes.parquet")
+    blocks = [re.sub(r"max_steps=\d+", "max_steps=2", block) for block in (ours, *others)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    exec(blocks[0], {})
+    assert "eval_effective_rank" in capsys.readouterr().out
+
+    (tmp_path / "blocks.py").write_text("\n# next block\n".join(blocks[1:]))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", DAY, str(base / "base"), str(base / "notes")]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+    command = [sys.executable, "-c", STRANGER, "blocks.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert float(re.search(r"probe ([\d.]+)", done.stdout)[1]) > 0.5
     assert "train_loss" in done.stdout
+    assert "onnx is the same" in done.stdout
 
 
 def test_files_for_older_sentence_transformers(base):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import make_model, make_notes
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -66,12 +67,14 @@ texts, out = json.loads((root / "texts.json").read_text()), {}
 for folder in sorted(p for p in root.iterdir() if p.is_dir()):
     encoder = SentenceTransformer(str(folder), device="cpu")
     out[folder.name] = encoder.encode(texts, convert_to_tensor=True).contiguous()
-    if folder.name.endswith("mean"):
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=encoder.max_seq_length, return_tensors="pt")
-        with torch.no_grad():
-            hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
-        out[folder.name + " auto"] = (hidden * mask).sum(1) / mask.sum(1)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=encoder.max_seq_length, return_tensors="pt")
+    with torch.no_grad():
+        hidden, length = model(**tokens).last_hidden_state, tokens["attention_mask"].sum(1)
+    by_hand = {
+        "mean": lambda row: row.mean(0), "cls": lambda row: row[0], "last": lambda row: row[-1], "max": lambda row: row.amax(0)
+    }[folder.name.rsplit("-", 1)[1]]
+    out[folder.name + " auto"] = torch.stack([by_hand(row[:n]) for row, n in zip(hidden, length)])
 save_file(out, root / "out.safetensors")
 """
 
@@ -172,13 +175,12 @@ def opened(trainers, tmp_path_factory):
 
 @pytest.mark.parametrize(("family", "kind", "pooling"), CASES)
 def test_opened_elsewhere_it_gives_the_embeddings_of_encode(opened, family, kind, pooling):
-    """SentenceTransformer, and AutoModel with the mean taken by hand, equal `encode` to 1e-5, long text included."""
+    """SentenceTransformer, and AutoModel with its tokens pooled by hand, equal `encode` to 1e-5, long text included."""
     found, expected = opened
     name = f"{family}-{kind}-{pooling}"
     assert expected[name].shape == (len(TEXTS), 24)
     torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
-    if pooling == "mean":
-        torch.testing.assert_close(found[name + " auto"], expected[name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[name + " auto"], expected[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
@@ -230,7 +232,7 @@ def test_what_cannot_work_says_so_by_name(tokenizer):
 
 
 def test_modernbert_reads_8192_tokens(tokenizer, tmp_path):
-    """A note of 8,192 tokens is embedded whole: its last word changes the embedding."""
+    """A note of 8,192 tokens is embedded whole: its last word changes the embedding; a pair of such notes trains."""
     config = ModernBertConfig(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -244,8 +246,20 @@ def test_modernbert_reads_8192_tokens(tokenizer, tmp_path):
     model = AutoDenseModel.from_config(config, pooling="max", attn_implementation="sdpa")
     assert model.max_length == 8192
     words = ["chest"] * 8190
-    z = model.encode([" ".join(words), " ".join([*words[:-1], "fever"])], tokenizer, batch_size=1)
+    texts = [" ".join(words), " ".join([*words[:-1], "fever"])]
+    z = model.encode(texts, tokenizer, batch_size=1)
     assert (z[0] - z[1]).abs().max() > 1e-4
+    settings = {"per_device_train_batch_size": 1, "center": False, "window": "none", "subspace_dim": 1, "max_steps": 1}
+    settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    notes = Dataset.from_dict({"patient_id": [0, 0], "time": [1, 2], "text": texts})
+    trainer = DenseTrainer(
+        model, DenseTrainingArguments(str(tmp_path), **settings), train_dataset=notes, processing_class=tokenizer
+    )
+    assert (trainer.token_stats["train"].tokens, trainer.token_stats["train"].truncated) == (2 * 8192, 0)
+    before = {name: value.clone() for name, value in model.base_model.named_parameters()}
+    trainer.train()
+    assert trainer.skipped_updates == 0
+    assert all(not torch.equal(value, before[name]) for name, value in model.base_model.named_parameters())
 
 
 def resumed_weights(folder, base, tokenizer, checkpoint=None, **kwargs):

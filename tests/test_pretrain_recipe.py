@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from conftest import make_model, make_notes
@@ -157,6 +158,15 @@ def test_a_mistake_gets_one_clear_error_before_training(run, encoder, tmp_path, 
         assert word in message
 
 
+@pytest.mark.parametrize(("name", "words"), [("", "Repo id must use"), ("someone/dense", "offline mode is enabled")])
+def test_a_push_that_cannot_be_is_refused_before_training(run, encoder, table, monkeypatch, name, words):
+    """A name that the Hub does not take, and no network: one line."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = run("--notes", table, "--model_name_or_path", encoder, *SMALL, "--push_to_hub", f"--hub_model_id={name}")
+    assert "pretrain.py: error: " in message
+    assert words in message
+
+
 def test_an_empty_file_an_unknown_key_and_a_model_without_a_head_are_named(run, encoder, table, tmp_path):
     """Each gives one line."""
     empty = tmp_path / "empty.csv"
@@ -168,6 +178,9 @@ def test_an_empty_file_an_unknown_key_and_a_model_without_a_head_are_named(run, 
     assert "unknown key 'learning_rat'" in message
     assert "learning_rate" in message
     assert "no_such_file.csv" in run("--notes", tmp_path / "no_such_file.csv", "--model_name_or_path", encoder)
+    message = run("--notes", table, "--model_name_or_path", tmp_path / "no_such_model", *SMALL)
+    assert "error:" in message
+    assert "no_such_model" in message
     vision = tmp_path / "vision"
     vision.mkdir()
     (vision / "config.json").write_text('{"model_type": "vit"}')

@@ -391,6 +391,45 @@ def test_best_model_is_chosen_by_terms_and_by_the_evaluator(tmp_path, tokenizer,
         torch.testing.assert_close(value, seen[best][name], rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize(("step", "folder"), [(2, "a"), (2, "b"), (3, "a")])
+def test_best_checkpoint_is_found_again_though_no_checkpoint_names_its_folder(
+    tmp_path, tokenizer, pairs, step, folder
+):
+    """Resumed in the same folder, in another, or when nothing is left to do; and it is not deleted as an old one."""
+
+    def run(folder, scores, checkpoint=None, **kwargs):
+        scores = iter(scores)
+        trainer = make_trainer(
+            tmp_path / folder,
+            tokenizer,
+            pairs,
+            extra={"eval_dataset": pairs, "evaluator": lambda model, tokenizer: {"score": next(scores)}},
+            learning_rate=1e-2,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            metric_for_best_model="score",
+            greater_is_better=True,
+            load_best_model_at_end=True,
+            **kwargs,
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_state()
+        return trainer
+
+    run("a", [0.9, 0.2, 0.4])
+    for path in (tmp_path / "a").rglob("trainer_state.json"):
+        assert json.loads(path.read_text())["best_global_step"] == 1
+        assert str(tmp_path) not in path.read_text()
+    trainer = run(folder, [0.3], str(tmp_path / "a" / f"checkpoint-{step}"), save_total_limit=1)
+    best = tmp_path / "a" / "checkpoint-1"
+    assert Path(trainer.state.best_model_checkpoint) == best
+    expected = AutoModelForMaskedLM.from_pretrained(best).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
 # ---- Batches that are not finite ----
 
 
@@ -671,6 +710,21 @@ def test_model_without_a_head_is_refused(tmp_path, tokenizer, pairs):
 def test_settings_that_cannot_work_are_refused(tmp_path, tokenizer, pairs, settings, words):
     """A k that the samples cannot support, an unknown pooling, window or weight: named, with what came and what to do."""
     message = refusal(tmp_path, tokenizer, pairs, **settings)
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("compute_metrics", ("compute_metrics would never be called", "evaluator=", "evaluator(model, tokenizer)")),
+        ("preprocess_logits_for_metrics", ("preprocess_logits_for_metrics would never be called", "evaluator=")),
+        ("compute_loss_func", ("compute_loss_func would never be called", "override compute_loss")),
+    ],
+)
+def test_functions_that_would_never_be_called_are_refused(tmp_path, tokenizer, pairs, name, words):
+    """What the stock Trainer calls and this one does not is an error at once, not ignored."""
+    message = refusal(tmp_path, tokenizer, pairs, extra={name: lambda *args: {}})
     for word in words:
         assert word in message, message
 
