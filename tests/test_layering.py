@@ -34,7 +34,8 @@ ALLOWED = {
     "export": set(),
     "adapters": set(),
     "baselines": {"trainer"},
-    "trainer": CORE | {"adapters", "arguments", "collator", "export", "modeling", "notes", "pairs", "streaming"},
+    "saving": {"adapters", "export", "modeling", "pairs"},
+    "trainer": CORE | {"adapters", "arguments", "collator", "modeling", "notes", "pairs", "saving", "streaming"},
 }
 
 

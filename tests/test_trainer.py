@@ -33,7 +33,7 @@ from hf_densefeat import (
 from hf_densefeat.collator import tokenize_notes
 from hf_densefeat.modeling import as_dense
 from hf_densefeat.pairs import TokenPairs
-from hf_densefeat.trainer import OBJECTIVE_STATE
+from hf_densefeat.saving import OBJECTIVE_STATE
 
 LAMBDA_SUB, LAMBDA_ORTH, K = 0.1, 0.01, 3
 
