@@ -1,5 +1,6 @@
 """Dense embeddings for clinical encoders: shape the linear structure of the embedding matrix while pretraining."""
 
+from hf_densefeat import encoders  # their import makes them known to transformers' auto classes
 from hf_densefeat.arguments import DenseTrainingArguments
 from hf_densefeat.collator import DensePairCollator
 from hf_densefeat.geometry import condition_number, effective_rank, geometry_report, subspace_distance
@@ -30,6 +31,7 @@ __all__ = [
     "adjacent_pairs",
     "condition_number",
     "effective_rank",
+    "encoders",
     "geometry_report",
     "load_notes",
     "orthogonality_loss",

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 PICTURE = "spectra.png"
+TAGS = ("feature-extraction", "clinical", "hf_densefeat")
 
 GEOMETRY_ROWS = {
     "effective_rank_centered": "effective rank, centred",
@@ -47,15 +48,7 @@ intervals over patients."""
 CHUNKED = """Trained on whole notes in chunks: hf_densefeat's `encode` averages the embeddings of
 a longer text's chunks, weighted by tokens; the other two cut it."""
 
-BODY = """# {name}
-
-A text encoder for clinical notes: `{architecture}`, {parameters:,} parameters, {width}-dimensional embeddings by {pooling}
-pooling of {span}. {origin} Trained with [hf_densefeat](#citation) on adjacent notes of the same
-patients: language modelling together with an objective that shapes the linear structure of the embeddings.
-
-## Use
-
-With Sentence Transformers:
+USE = """With Sentence Transformers:
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -91,8 +84,17 @@ from hf_densefeat import AutoDenseModel
 texts = ["Chest pain on exertion, relieved by rest.", "Follow-up for type 2 diabetes."]
 embeddings = AutoDenseModel.from_pretrained("{repository}").encode(texts)
 print(embeddings.shape)  # torch.Size([2, {width}])
-```
+```"""
 
+BODY = """# {name}
+
+{kind}: `{architecture}`, {parameters:,} parameters, {width}-dimensional embeddings by {pooling}
+pooling of {span}. {origin} Trained with [hf_densefeat](#citation) on adjacent notes of the same
+patients: language modelling together with an objective that shapes the linear structure of the embeddings.
+
+## Use
+
+{use}
 A private repository needs `hf auth login` first. {longer}
 
 ## Trained on
@@ -171,18 +173,21 @@ def model_card(
         origin = "Continued from a local checkpoint."
     else:
         origin = f"Continued from [{base_model}](https://hf.co/{base_model})."
+    windows, use = hasattr(model, "card_use"), {}
+    if not windows:
+        use = {"max_length": model.max_length, "pooling_code": POOLING_CODE[model.pooling]}
     text = BODY.format(
         name=name,
+        kind=model.card_kind if windows else "A text encoder for clinical notes",
+        use=(model.card_use() if windows else USE).format(repository=repository, width=model.config.hidden_size, **use),
         repository=repository,
         architecture=type(model).__name__.removeprefix("FSDP"),
         parameters=model.num_parameters(),
         width=model.config.hidden_size,
         pooling=model.pooling,
         span=f"the first {model.max_length:,} tokens" if model.max_length else "all tokens",
-        max_length=model.max_length,
         longer=CHUNKED if model.long_notes == "chunk" else "",
         origin=origin,
-        pooling_code=POOLING_CODE[model.pooling],
         counts=_table(["", "number"], [[key, f"{value:,}"] for key, value in counts.items()]),
         training=_table(["training", ""], [[key, str(value)] for key, value in training.items()]),
         measured=_measured(measured, picture),
@@ -191,9 +196,9 @@ def model_card(
     metadata = ModelCardData(
         language=language,
         license=license or (licence_of(base_model) if base_model else None),
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        tags=list(dict.fromkeys(["sentence-transformers", "feature-extraction", "clinical", "hf_densefeat", *tags])),
+        library_name="transformers" if windows else "sentence-transformers",
+        pipeline_tag="feature-extraction" if windows else "sentence-similarity",
+        tags=list(dict.fromkeys([*([] if windows else ["sentence-transformers"]), *TAGS, *tags])),
         base_model=None if local else base_model,
         datasets=dataset,
         model_name=name,

