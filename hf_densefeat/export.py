@@ -179,7 +179,9 @@ def model_card(
     text = BODY.format(
         name=name,
         kind=model.card_kind if windows else "A text encoder for clinical notes",
-        use=(model.card_use() if windows else USE).format(repository=repository, width=model.config.hidden_size, **use),
+        use=(model.card_use() if windows else USE).format(
+            repository=repository, width=model.config.hidden_size, **use
+        ),
         repository=repository,
         architecture=type(model).__name__.removeprefix("FSDP"),
         parameters=model.num_parameters(),

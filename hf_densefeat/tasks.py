@@ -42,7 +42,7 @@ class ProbeTask:
             raise ValueError(
                 f"Probe {self.name!r} needs the column {name!r}; the table has {sorted(table.column_names)}."
             )
-        return list(table[name])
+        return list(table[name][:])  # a column by itself is read row by row
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def task_rows(task: ProbeTask, seed: int = 0) -> Rows:
         if name is not None:
             splits += [_split_code(name, task)] * len(table)
         elif task.split in table.column_names:
-            splits += [_split_code(value, task) for value in table[task.split]]
+            splits += [_split_code(value, task) for value in task.column(table, task.split)]
     keep = [i for i, label in enumerate(labels) if label is not None and label == label]
     y, classes = _encoded_labels([labels[i] for i in keep], task)
     for i in keep:
@@ -112,8 +112,8 @@ def task_rows(task: ProbeTask, seed: int = 0) -> Rows:
     if splits:
         split = np.array([splits[i] for i in keep])
         _refuse_leak(patient, split, task)
-        if not (split == 1).any():
-            train = split == 0
+        train = split == 0
+        if train.any() and not (split == 1).any():
             split[train] = np.where(split_patients(patient[train], y[train], task.kind, (0.85, 0.15), seed) == 1, 1, 0)
     else:
         split = split_patients(patient, y, task.kind, (0.7, 0.15, 0.15), seed)

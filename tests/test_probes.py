@@ -337,6 +337,18 @@ def test_given_splits_are_used_and_validation_is_cut_from_train():
     assert 0.1 < (rows.split[:300] == 1).mean() < 0.2
 
 
+def test_clusters_need_no_training_rows_and_probes_say_that_they_do():
+    """A table of held-out notes alone can be clustered; a probe of it is refused by the name of the empty split."""
+    table = notes().add_column("split", ["test"] * 360)
+    result = ProbeEvaluator([ProbeTask("t", table, "grade", "clustering")], 10, cache=False).evaluate(LetterCounts())[
+        "t"
+    ]
+    assert len(result.y) == 360
+    assert np.isfinite(result.metrics["ari"].value)
+    with pytest.raises(ValueError, match="the train split has 0 labelled rows"):
+        task_rows(ProbeTask("t", table, "sick"))
+
+
 def test_planted_leak_across_given_splits_is_refused_without_naming_the_patient():
     """One patient in train and test stops the probe; the error counts, and does not quote the id."""
     table = notes()

@@ -2,7 +2,7 @@
 
 Without data, the bundled cohort. With the folder that holds `clinosim_longitudinal` (and, for the shift to another
 generator, `synthea_longitudinal`), the study's notes: a tokenizer and a small encoder with random weights are made from
-the training notes.
+the training notes. Or notes of your own, see `notes.py`.
 """
 
 from collections import Counter, defaultdict
@@ -17,9 +17,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from domains import Domain
+from domains.notes import CLUSTER, labels_key, labels_of, own_notes, standardised
 from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, adjacent_pairs, load_notes
 from hf_densefeat.collator import tokenize_notes
 from hf_densefeat.pairs import NotePairs, TokenPairs
+from hf_densefeat.probes import encoder_key
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DAY = 86400
@@ -39,11 +41,24 @@ KINDS = {  # what a note is for, from its type
 }
 
 
-def load(data: Path | None = None, model_name_or_path: str | None = None) -> Domain:
-    """The domain, from the study's notes or the bundled cohort."""
-    notes, tasks, shift, primary, source = _cohort() if data is None else _clinosim(Path(data))
+def load(
+    data: Path | None = None,
+    model_name_or_path: str | None = None,
+    notes: str | None = None,
+    tasks: list[str] | None = None,
+    max_length: int | None = None,
+) -> Domain:
+    """The domain, from the study's notes, notes of your own with `label:kind` tasks, or the bundled cohort."""
+    own = notes is not None
+    found = own_notes(notes, tasks) if own else _clinosim(Path(data)) if data else _cohort()
+    notes, tasks, shift, primary, source = found
+    key = labels_key(notes, tasks) if own else ""
     train = notes.filter(lambda split: split == "train", input_columns="split")
-    tokenizer, make_model, length = _model(train, model_name_or_path, small=data is None)
+    tokenizer, make_model, length = _model(train, model_name_or_path, max_length, small=not (data or own))
+    name = ""
+    if model_name_or_path:
+        name = f"{Path(model_name_or_path).name}, "
+        key += encoder_key(make_model(0), tokenizer)
     tokens, stats = tokenize_notes(train, tokenizer, max_length=length)
     pairs = adjacent_pairs(train)
     again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.notes, pairs.patients)
@@ -51,11 +66,12 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
     notes = _sample(notes)
     held_out = notes.filter(lambda split: split == "test", input_columns="split")
     following = adjacent_pairs(held_out)
-    texts = np.array(held_out["text"], dtype=object)
-    labels = np.array([-1 if label is None else int(label) for label in train[primary]])
+    texts = np.array(held_out["text"][:], dtype=object)
+    labels = labels_of(train, primary)
+    codes = {label: code for code, label in enumerate(sorted({label for label in labels if label is not None}))}
     facts = (
         f"{source} {pairs}; {stats}. Held out: {len(held_out):,} notes of {following.patients:,} patients. Encoder: "
-        f"{make_model(0).num_parameters():,} parameters, {length} tokens of a note."
+        f"{name}{make_model(0).num_parameters():,} parameters, {length} tokens of a note."
     )
     return Domain(
         name="text",
@@ -66,25 +82,26 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
         self_pairs=TokenPairs(tokens, again),
         collator=lambda objective: DensePairCollator(tokenizer, objective, mlm_probability=0.3),
         encode=lambda model, inputs: model.encode(inputs, tokenizer, batch_size=64),
-        train_inputs=list(notes.filter(lambda split: split == "train", input_columns="split")["text"]),
+        train_inputs=notes.filter(lambda split: split == "train", input_columns="split")["text"][:],
         earlier=texts[following.earlier].tolist(),
         later=texts[following.later].tolist(),
         patient=following.patient,
         tasks=[_task(notes, *task) for task in tasks],
         primary=primary,
-        supervised=labels,
-        classes=2,
+        supervised=np.array([codes.get(label, -1) for label in labels]),
+        classes=len(codes),
         supervised_task=primary,
         degrade=partial(_without_sections, tokenizer=tokenizer, length=length),
         shift=shift(notes),
         training={
             "per_device_train_batch_size": 32,
-            "learning_rate": 1e-3,
+            "learning_rate": 5e-5 if model_name_or_path else 1e-3,
             "warmup_steps": 0.1,
             "lr_scheduler_type": "cosine",
             "weight_decay": 0.01,
             "subspace_dim": 20,
         },
+        key=key,
     )
 
 
@@ -94,12 +111,12 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
 def _cohort():
     """The bundled cohort: see recipes/data/README.md for its labels and leaks."""
     notes = load_notes(str(DATA / "cohort" / "notes.parquet"))
-    patients, types = notes["patient_id"], notes["note_type"]
+    patients, types = notes["patient_id"][:], notes["note_type"][:]
     following = [b if p == q else None for p, q, b in zip(patients, patients[1:], types[1:], strict=False)] + [None]
     kept = {name for name, count in Counter(types).items() if count >= 150}
     notes = notes.add_column("next_type", [name if name in kept else None for name in following])
     notes = notes.add_column("kind", [name if name in kept else None for name in types])
-    notes = notes.add_column("age_sd", _standardised(notes["age"], notes["split"]))
+    notes = notes.add_column("age_sd", standardised(notes["age"][:], notes["split"][:]))
     tasks = [
         ("acute_within_1y", "binary"),
         ("died_within_5y", "binary"),
@@ -126,10 +143,12 @@ def _clinosim(data: Path):
         if row["code"][0] not in "ZVWR":  # a disease, not a circumstance, a cause or a symptom
             found[row["subject_id"]].append((row["time"], row["code"][:3]))
     end = max(start for rows in visits.values() for start, *_ in rows)
-    died = {p for p, kind in zip(notes["patient_id"], notes["note_type"], strict=True) if kind.startswith("Death")}
+    died = {
+        p for p, kind in zip(notes["patient_id"][:], notes["note_type"][:], strict=True) if kind.startswith("Death")
+    }
 
     columns = defaultdict(list)
-    for patient, time in zip(notes["patient_id"], notes["time"], strict=True):
+    for patient, time in zip(notes["patient_id"][:], notes["time"][:], strict=True):
         known = (end - time).days >= 365 and patient not in died  # what a year holds is known for every such note
 
         def within(events, time=time):
@@ -147,9 +166,9 @@ def _clinosim(data: Path):
         columns["split"].append({"train": "train", "tuning": "validation", "held_out": "test"}[splits[patient]])
     reasons = [name for name, _ in Counter(filter(None, columns["next_reason"])).most_common(6)]
     columns["next_reason"] = [name if name in reasons else None for name in columns["next_reason"]]
-    columns["age_sd"] = _standardised(columns["age"], columns["split"])
+    columns["age_sd"] = standardised(columns["age"], columns["split"])
     columns["over_65"] = [int(age >= 65) for age in columns["age"]]
-    columns["kind"] = [KINDS.get(name) for name in notes["note_type"]]
+    columns["kind"] = [KINDS.get(name) for name in notes["note_type"][:]]
     for name, values in columns.items():
         notes = notes.add_column(name, values)
     tasks = [
@@ -168,22 +187,16 @@ def _clinosim(data: Path):
     return notes, tasks, shift, "inpatient_within_1y", "clinosim 0.6.5: template notes of synthetic patients."
 
 
-def _standardised(values, split) -> list[float]:
-    """In standard deviations of the training rows: RMSE 1 is a constant."""
-    values, train = np.array(values, dtype=float), np.array(split) == "train"
-    return ((values - values[train].mean()) / values[train].std()).tolist()
-
-
 def _balanced(rows: datasets.Dataset, label: str, most: int) -> datasets.Dataset:
     """At most so many rows of each class, and no class with less than half of that: k-means is for classes of like size."""
-    rng, classes = np.random.default_rng(0), np.array(rows[label])
+    rng, classes = np.random.default_rng(0), np.array(rows[label][:])
     found = [rng.permutation(np.flatnonzero(classes == name))[:most] for name in np.unique(classes)]
     return rows.select(np.sort(np.concatenate([own for own in found if len(own) >= most / 2])))
 
 
 def _sample(notes: datasets.Dataset) -> datasets.Dataset:
     """What is encoded: some notes of training and validation patients, and all of the test patients'."""
-    split, rng = np.array(notes["split"]), np.random.default_rng(0)
+    split, rng = np.array(notes["split"][:]), np.random.default_rng(0)
     kept = [np.flatnonzero(split == "test")]
     for name, most in ENCODED.items():
         kept.append(rng.permutation(np.flatnonzero(split == name))[:most])
@@ -195,10 +208,10 @@ def _task(notes: datasets.Dataset, label: str, kind: str, name: str | None = Non
     columns = ["patient_id", "text", "split", label]
     rows = notes.select_columns(columns).filter(lambda value: value is not None, input_columns=label)
     if kind == "clustering":
-        rows = rows.filter(lambda value: value == "test", input_columns="split").remove_columns("split")
-        rows = _balanced(rows, label, 60)
+        rows = rows.filter(lambda value: value == "test", input_columns="split")
+        rows = _balanced(rows, label, 2 * CLUSTER)
     else:
-        test = np.array(rows["split"]) == "test"
+        test = np.array(rows["split"][:]) == "test"
         left = np.random.default_rng(0).permutation(np.flatnonzero(test))[1500:]
         rows = rows.select(np.delete(np.arange(len(rows)), left))
     return ProbeTask(name or label, rows, label, kind)
@@ -219,7 +232,9 @@ def _other_generator(notes: datasets.Dataset, folder: Path) -> ProbeTask:
     patients = pq.read_table(folder / "patients.parquet", columns=["subject_id", "birth_date"]).to_pydict()
     born = dict(zip(patients["subject_id"], map(datetime.fromisoformat, patients["birth_date"]), strict=True))
     other = other.select(np.sort(np.random.default_rng(0).permutation(len(other))[:600]))
-    over = [int((t - born[p]).days / 365.25 >= 65) for p, t in zip(other["patient_id"], other["time"], strict=True)]
+    over = [
+        int((t - born[p]).days / 365.25 >= 65) for p, t in zip(other["patient_id"][:], other["time"][:], strict=True)
+    ]
     other = other.select_columns(["patient_id", "text"]).add_column("over_65", over)
     own = {
         name: notes.filter(lambda split, name=name: split == name, input_columns="split")
@@ -234,19 +249,20 @@ def _other_generator(notes: datasets.Dataset, folder: Path) -> ProbeTask:
 # ---- Model and inputs ----------------------------------------------------------------------------------------------
 
 
-def _model(train: datasets.Dataset, name_or_path: str | None, small: bool):
+def _model(train: datasets.Dataset, name_or_path: str | None, max_length: int | None, small: bool):
     """Tokenizer, seed → model, and tokens of a note: of the checkpoint, or with random weights."""
     if name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        length = min(AutoDenseModel.from_pretrained(name_or_path).max_length, 128)
+        length = max_length or min(AutoDenseModel.from_pretrained(name_or_path).max_length, 128)
         return tokenizer, lambda seed: AutoDenseModel.from_pretrained(name_or_path, max_length=length), length
-    tokenizer, length = AutoTokenizer.from_pretrained(DATA / "encoder"), 64
+    tokenizer, length = AutoTokenizer.from_pretrained(DATA / "encoder"), max_length or 64
     if not small:
         texts = train["text"]
         batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))
         tokenizer = tokenizer.train_new_from_iterator(batches, 2048, show_progress=False)
     config = AutoConfig.from_pretrained(DATA / "encoder")
     config.vocab_size, config.num_hidden_layers = len(tokenizer), 2
+    config.max_position_embeddings = max(config.max_position_embeddings, length)
 
     def make(seed: int) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):

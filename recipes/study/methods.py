@@ -1,0 +1,119 @@
+"""What is compared: the baselines, the peers, the dense objective with each term removed, and the sweep around the default."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hf_densefeat import baselines as b
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one encoder is trained, or made from another's embeddings.
+
+    Attributes:
+        title: name in tables.
+        arguments: options of `DenseTrainingArguments` that differ from its defaults.
+        pair_loss: width → loss that takes the place of the dense terms.
+        supervised: cross-entropy on the domain's labels.
+        self_pairs: each note with itself instead of the next.
+        spec_weight: of L_spec, 1 but for the ablation.
+        most_rank: L_spec is without effect where the participation ratio, 1 / ||Sigma / tr Sigma||^2, is above this.
+        broadening: of the projectors' gradient.
+        pair_weight: of `unshared_variance`, beside the dense terms.
+        clean: the dense terms see the unmasked input, in a second forward.
+        after: (name of a method, function of (z of its training notes, z) → z): nothing is trained.
+        trained: False for the common start itself.
+    """
+
+    title: str
+    arguments: dict = field(default_factory=dict)
+    pair_loss: Callable[[int], Callable] | None = None
+    supervised: bool = False
+    self_pairs: bool = False
+    spec_weight: float = 1.0
+    most_rank: float | None = None
+    broadening: float = 1.0
+    pair_weight: float = 0.0
+    clean: bool = False
+    after: tuple[str, Callable] | None = None
+    trained: bool = True
+
+    @property
+    def free(self) -> bool:
+        """Whether it takes no step of training beyond those of another."""
+        return bool(self.after) or not self.trained
+
+
+def whitened(train: Tensor, z: Tensor) -> Tensor:
+    """Whitening fitted on the training inputs."""
+    return b.apply_affine(z, *b.fit_whitening(train))
+
+
+def top_removed(train: Tensor, z: Tensor) -> Tensor:
+    """All-but-the-top fitted on the training inputs."""
+    return b.apply_affine(z, *b.fit_all_but_the_top(train))
+
+
+ALONE = {"mlm_weight": 0.0, "dense_weight": 1.0}
+ORTH = {"lambda_orth": 1e-4}
+METHODS = {
+    "start": Method("The start, not trained on", trained=False),
+    "supervised": Method("Supervised CE", ALONE, supervised=True),
+    "mlm": Method("Masked reconstruction (MLM)", {"dense_weight": 0.0}),
+    "infonce": Method("InfoNCE, adjacent", ALONE, lambda width: b.info_nce),
+    "simcse": Method("SimCSE", ALONE, lambda width: b.info_nce, self_pairs=True),
+    "vicreg": Method("VICReg", ALONE, lambda width: b.Expanded(b.vicreg, width)),
+    "barlow": Method("Barlow Twins", ALONE, lambda width: b.Expanded(b.barlow_twins, width)),
+    "vne": Method("I-VNE+", ALONE, lambda width: b.Expanded(b.i_vne, width)),
+    "sigreg": Method("LeJEPA (SIGReg)", ALONE, lambda width: b.Expanded(b.lejepa, width)),
+    "mlm+vicreg": Method("MLM + VICReg", {"dense_weight": 1 / 25}, lambda width: b.vicreg),
+    "mlm+whitening": Method("MLM, then whitened", after=("mlm", whitened)),
+    "mlm+top-removed": Method("MLM, top directions removed", after=("mlm", top_removed)),
+    "dense": Method("Dense alone (the paper's form)", ALONE | ORTH | {"center": False}),
+    "mlm+dense": Method("MLM + dense (default)"),
+    "full": Method("MLM + dense, with L_orth", ORTH),
+    "full-spec": Method("with L_orth, without L_spec", ORTH, spec_weight=0.0),
+    "full-sub": Method("with L_orth, without L_sub", ORTH | {"lambda_sub": 0.0}),
+}
+OURS = ("dense", "mlm+dense", "full")
+ABLATION = {
+    "full": "Full objective",
+    "full-spec": "w/o Spectral Spreading",
+    "full-sub": "w/o Subspace Consistency",
+    "mlm+dense": "w/o Orthogonality",
+}
+# What ours has to beat: trained without labels, or made from such at no cost.
+BASELINES = tuple(name for name in METHODS if name not in ("supervised", *OURS, *ABLATION))
+SWEEP = {
+    "lambda_sub": [{"lambda_sub": value} for value in (0.0, 0.001, 0.01, 0.03)],
+    "lambda_orth": [{"lambda_orth": value} for value in (1e-5, 1e-4, 1e-3)],
+    "dense_weight": [{"dense_weight": value} for value in (0.3, 1.0, 10.0)],
+    "window": [{"window": value} for value in ("none", "512")],
+    "centring": [{"center": False}],
+    "estimator": [{"unbiased": True}],
+    "pairs_per_patient": [{"pairs_per_patient": value} for value in (4, 8)],
+    "pooling": [{"pooling": value} for value in ("cls", "max")],
+}
+SWEEP_METHODS = {
+    "start": Method("The start, not trained on", trained=False),
+    "broadening 0.1": {"broadening": 0.1},
+    "broadening 10": {"broadening": 10.0},
+    "clean input": {"clean": True},
+    "rank at most 16": {"most_rank": 16.0},
+    "rank at most 32": {"most_rank": 32.0},
+    "rank at most 64": {"most_rank": 64.0},
+    "pairing-aware, no L_sub": {"pair_weight": 0.1, "arguments": {"lambda_sub": 0.0}},
+    "pairing-aware and L_sub": {"pair_weight": 0.1},
+}
+
+
+def sweep_methods() -> dict[str, Method]:
+    """One factor at a time around the default."""
+    found = {}
+    for values in SWEEP.values():
+        for change in values:
+            name = ", ".join(f"{key} {value}" for key, value in change.items())
+            found[name] = Method(name, change)
+    return found | {name: Method(name, **change) for name, change in SWEEP_METHODS.items()}

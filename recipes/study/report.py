@@ -1,0 +1,84 @@
+"""What is printed and written: the report, the numbers, the plots."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from study.methods import METHODS, Method
+from study.plots import plot_missing, plot_pareto
+from study.results import Results
+from study.runs import Study
+from study.tables import (
+    table_1,
+    table_2,
+    table_3,
+    table_4,
+    table_robust,
+    table_rows,
+    table_sweep,
+    table_tasks,
+    verdict,
+)
+
+
+def report(study: Study, results: Results, arguments: argparse.Namespace) -> dict:
+    """Tables that were asked for; with all of them the plots. Returns what the JSON holds."""
+    domain, whole = study.domain, arguments.table == "all"
+    tables = {
+        "1": ("Table 1. Effective rank and condition number", lambda: table_1(results)),
+        "2": ("Table 2. Subspace distance between adjacent windows", lambda: table_2(results)),
+        "3": ("Table 3. Linear probes on frozen embeddings", lambda: table_3(results)),
+        "4": ("Table 4. Ablation", lambda: table_4(results)),
+        "tasks": ("Every probe", lambda: table_tasks(results)),
+        "robust": ("Few labels, missing parts, shift", lambda: table_robust(results, study.measures)),
+        "rows": ("Rows behind the probes", lambda: table_rows(study.measures)),
+    }
+    asked = tables.values() if whole else [tables[arguments.table]]
+    head = (
+        f"{domain.facts} {study.steps} steps of {domain.training['per_device_train_batch_size']} pairs for every method, "
+        f"{arguments.seeds} seeds, start: {f'{study.warm_up} steps of MLM' if study.warm_up else 'the same weights'}. The "
+        f"supervised encoder has seen the training patients' labels of {domain.supervised_task}."
+    )
+    text = "\n\n".join([head, *verdict(results), *(f"## {title}\n\n{table()}" for title, table in asked)])
+    numbers = {
+        "facts": domain.facts,
+        "steps": study.steps,
+        "seeds": arguments.seeds,
+        "seconds": {name: float(np.mean([run["seconds"] for run in runs])) for name, runs in results.runs.items()},
+        "methods": {
+            name: {
+                key: asdict(results.estimate(name, key)) for key in runs[0] if key != "seconds" and "shots" not in key
+            }
+            for name, runs in results.runs.items()
+        },
+    }
+    stem = write(arguments.output, domain.name + ("" if whole else f"-table-{arguments.table}"), text, numbers)
+    if whole:
+        plot_pareto(
+            {name: (METHODS[name].title, *results.point(name)) for name in results.shown}, f"{stem}-pareto.png"
+        )
+        plot_missing(results, domain.primary, f"{stem}-missing.png")
+    return numbers
+
+
+def report_sweep(study: Study, results: Results, methods: dict[str, Method], arguments: argparse.Namespace) -> dict:
+    """One row and one point a setting. Returns what the JSON holds."""
+    titles = {name: method.title for name, method in methods.items()}
+    text = f"{study.domain.facts} {study.steps} steps.\n\n{table_sweep(results, titles)}"
+    numbers = {name: dict(zip(("rank", "distance", "auroc"), results.point(name), strict=True)) for name in methods}
+    stem = write(arguments.output, f"{study.domain.name}-sweep", text, numbers)
+    plot_pareto({name: (title, *results.point(name)) for name, title in titles.items()}, f"{stem}.png")
+    return numbers
+
+
+def write(folder: str, name: str, text: str, numbers: dict) -> Path:
+    """Print, and write as Markdown and JSON; returns the path without an ending."""
+    print("\n" + text)
+    stem = Path(folder) / name
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{stem}.md").write_text(text + "\n")
+    Path(f"{stem}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    return stem

@@ -1,0 +1,167 @@
+"""The paper's tables beside the paper's own numbers, those behind them, and a verdict in sentences."""
+
+import math
+
+import numpy as np
+
+from hf_densefeat.report import markdown
+from hf_densefeat.scores import Estimate
+from study.measures import PATIENT_K, Measures
+from study.methods import ABLATION, BASELINES, METHODS
+from study.results import CONDITION, DISTANCE, RANK, Results
+
+# Effective rank, condition number, subspace distance, AUROC, ARI, RMSE
+PAPER = {
+    "supervised": (38.2, 214.7, 0.317, 0.781, 0.214, 0.642),
+    "mlm": (51.6, 142.3, 0.284, 0.764, 0.238, 0.618),
+    "infonce": (47.9, 168.4, 0.261, 0.792, 0.251, 0.604),
+    "dense": (86.4, 61.2, 0.143, 0.824, 0.317, 0.559),
+}
+PAPER_ABLATION = {  # effective rank, AUROC
+    "full": (86.4, 0.824),
+    "full-spec": (52.1, 0.781),
+    "full-sub": (63.7, 0.802),
+    "mlm+dense": (58.9, 0.794),
+}
+
+
+def show(estimate: Estimate, digits: int = 3, sign: str = "") -> str:
+    """Value and interval."""
+    text = f"{estimate.value:{sign}.{digits}f}"
+    if math.isfinite(estimate.low):
+        text += f" ({estimate.low:{sign}.{digits}f} … {estimate.high:{sign}.{digits}f})"
+    return text
+
+
+def paper(name: str, *columns: int) -> list[str]:
+    """The paper's figures, where it has any."""
+    return [f"{PAPER[name][column]:g}" if name in PAPER else "" for column in columns]
+
+
+def table_1(results: Results) -> str:
+    """Effective rank and condition number."""
+    head = ["Method", "Effective rank, centred", "uncentred", "Condition number", "over median", "Mean cosine"]
+    keys = ("geometry effective_rank", CONDITION, "geometry condition_over_median_centered", "geometry mean_cosine")
+    rows = [[*head, "Paper: rank", "Paper: condition"]]
+    for name in results.shown:
+        plain, condition, median, cosine = (results.array(name, key)[0] for key in keys)
+        row = [METHODS[name].title, show(results.estimate(name, RANK), 1), f"{plain:.1f}", f"{condition:,.0f}"]
+        rows.append([*row, f"{median:,.1f}", f"{cosine:.2f}", *paper(name, 0, 1)])
+    return markdown(rows)
+
+
+def table_2(results: Results) -> str:
+    """Subspace distance of the cohort and of each patient, with what sampling alone makes of them."""
+    keys = [f"geometry subspace_{key}_normalized_centered" for key in ("distance_half", "noise_floor", "excess")]
+    keys += ["geometry patient_distance", "geometry patient_noise_floor"]
+    head = ["Method", "Subspace distance / 2k", "between halves", "floor of halves", "excess"]
+    rows = [[*head, f"A patient's earlier and later half, k = {PATIENT_K}", "floor", "Paper"]]
+    for name in results.shown:
+        values = [results.array(name, key)[0] for key in keys]
+        part = [f"{value:.3f}" if math.isfinite(value) else "–" for value in values]
+        rows.append([METHODS[name].title, show(results.estimate(name, DISTANCE)), *part, *paper(name, 2)])
+    return markdown(rows)
+
+
+def table_3(results: Results) -> str:
+    """Probes: means over tasks of a kind, and differences to the best baseline."""
+    summaries = {title: keys for title, keys in results.summaries.items() if keys}
+    best = {title: results.best(keys, title == "RMSE") for title, keys in summaries.items()}
+    head = ["Method"]
+    for title in summaries:
+        head += [title, f"− {METHODS[best[title]].title}" if best[title] else "−"]
+    rows = [[*head, "Paper: AUROC", "Paper: ARI", "Paper: RMSE"]]
+    for name in results.shown:
+        row = [METHODS[name].title]
+        for title, keys in summaries.items():
+            other = best[title]
+            difference = show(results.difference(name, other, keys), sign="+") if other and other != name else ""
+            row += [show(results.estimate(name, keys)), difference]
+        rows.append([*row, *paper(name, 3, 4, 5)])
+    return markdown(rows)
+
+
+def table_4(results: Results) -> str:
+    """The ablation."""
+    rows = [["Objective", "Effective rank", "Subspace distance", "AUROC", "Paper: rank", "Paper: AUROC"]]
+    for name, title in ABLATION.items():
+        if name in results.runs:
+            row = [title, show(results.estimate(name, RANK), 1), show(results.estimate(name, DISTANCE))]
+            row.append(show(results.estimate(name, results.summaries["AUROC"])))
+            rows.append([*row, *map("{:g}".format, PAPER_ABLATION[name])])
+    return markdown(rows)
+
+
+def table_tasks(results: Results) -> str:
+    """Every task by itself."""
+    keys = [key for keys in results.summaries.values() for key in keys]
+    rows = [[METHODS[name].title, *(show(results.estimate(name, key)) for key in keys)] for name in results.shown]
+    return markdown([["Method", *keys], *rows])
+
+
+def table_robust(results: Results, measures: Measures) -> str:
+    """Few labels, missing parts, and shift."""
+    run = results.runs[results.shown[0]][0]
+    few = [key for key in run if key.endswith(" shots")]
+    keys = [key for key in run if key.startswith("missing ")]
+    keys += [f"{task.name} auroc" for task in measures.domain.shift]
+    rows = [["Method", *few, *keys]]
+    for name in results.shown:
+        means = [np.mean([run[key] for run in results.runs[name]], axis=0) for key in few]
+        cells = [Estimate(*mean) for mean in means] + [results.estimate(name, key) for key in keys]
+        rows.append([METHODS[name].title, *map(show, cells)])
+    return markdown(rows)
+
+
+def table_rows(measures: Measures) -> str:
+    """What the probes are on."""
+    rows = [["Task", "Kind", "Train", "Validation", "Test", "Test patients", "Share of classes, test"]]
+    for task in [*measures.domain.tasks, *measures.domain.shift]:
+        found, everything = measures.evaluator.rows[task.name], task.kind == "clustering"
+        test = (found.split == 2) | everything
+        counts = ["", ""] if everything else [str(int((found.split == code).sum())) for code in (0, 1)]
+        shares = [f"{np.mean(found.y[test] == code):.2f}" for code in range(len(found.classes))]
+        people = len(np.unique(found.patient[test]))
+        rows.append([task.name, task.kind, *counts, str(int(test.sum())), str(people), ", ".join(shares)])
+    return markdown(rows)
+
+
+def table_sweep(results: Results, titles: dict[str, str]) -> str:
+    """One row a setting, with the difference in AUROC to the default."""
+    areas, others = results.summaries["AUROC"], [key for key in ("ARI", "RMSE") if results.summaries[key]]
+    rows = [["Setting", "Effective rank", "Subspace distance", "AUROC", "− default", *others]]
+    for name, title in titles.items():
+        row = [title, show(results.estimate(name, RANK), 1), show(results.estimate(name, DISTANCE))]
+        row += [show(results.estimate(name, areas)), show(results.difference(name, "mlm+dense", areas), sign="+")]
+        rows.append(row + [show(results.estimate(name, results.summaries[key])) for key in others])
+    return markdown(rows)
+
+
+def verdict(results: Results) -> list[str]:
+    """Whether the default reaches what the paper claims, in sentences."""
+    name, lines = "mlm+dense", []
+    if name not in results.runs or not any(other in results.runs for other in BASELINES):
+        return lines
+    for key, low, title, target in (
+        (RANK, False, "Effective rank", "at least 1.6"),
+        (DISTANCE, True, "Subspace distance", "at most 0.55"),
+    ):
+        other = results.best(key, low, trained=True)
+        if other:
+            ratio = results.array(name, key)[0] / max(results.array(other, key)[0], 1e-12)
+            best = f"the best trained baseline, {METHODS[other].title}"
+            lines.append(f"{title}: {ratio:.2f} × that of {best} (paper: {target}).")
+    tasks: dict[str, list[str]] = {"better than": [], "within the interval of": [], "worse than": []}
+    for title, keys in results.summaries.items():
+        sign = -1 if title == "RMSE" else 1
+        for key in keys:
+            other = results.best(key, title == "RMSE")
+            found = results.difference(name, other, key)
+            low, high = sorted((sign * found.low, sign * found.high))
+            where = "better than" if low > 0 else "worse than" if high < 0 else "within the interval of"
+            tasks[where].append(f"{key} ({show(found, sign='+')} against {METHODS[other].title})")
+    for where, found in tasks.items():
+        lines.append(
+            f"Tasks {where} the best baseline of each: {len(found)}{': ' if found else ''}{'; '.join(found)}."
+        )
+    return lines
