@@ -97,7 +97,6 @@ SWEEP = {
     "pooling": [{"pooling": value} for value in ("cls", "max")],
 }
 SWEEP_METHODS = {
-    "start": Method("The start, not trained on", trained=False),
     "broadening 0.1": {"broadening": 0.1},
     "broadening 10": {"broadening": 10.0},
     "clean input": {"clean": True},
