@@ -342,23 +342,26 @@ def test_the_readmes_python_runs_as_printed(tmp_path, monkeypatch, capsys):
     """Ours trains and saves; the rest runs where this package cannot be imported: 1,000 notes encoded, the nearest, a
     probe, fine-tuning by the stock Trainer, ONNX. Fewer steps, and fewer and shorter notes than those bundled.
     """
-    ours, *others = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    ours, labs, *others = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert "hf_densefeat" in ours
     assert len(others) == 2
+    observations = ROOT / "recipes" / "data" / "cohort" / "observations.parquet"
     data = tmp_path / "recipes" / "data"
     (data / "cohort").mkdir(parents=True)
+    (data / "cohort" / "observations.parquet").symlink_to(observations)
     (data / "encoder").symlink_to(ROOT / "recipes" / "data" / "encoder")
     notes = pyarrow.parquet.read_table(ROOT / "recipes" / "data" / "cohort" / "notes.parquet").slice(0, 1100)
     texts = pyarrow.compute.utf8_slice_codeunits(notes["text"], 0, 160)
     notes = notes.set_column(notes.schema.get_field_index("text"), "text", texts)
     pyarrow.parquet.write_table(notes, data / "cohort" / "notes.parquet")
-    blocks = [re.sub(r"max_steps=\d+", "max_steps=2", block) for block in (ours, *others)]
+    blocks = [re.sub(r"max_steps=\d+", "max_steps=2", block) for block in (ours, labs, *others)]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     exec(blocks[0], {})
     assert "eval_effective_rank" in capsys.readouterr().out
+    exec(blocks[1], {})
 
-    (tmp_path / "blocks.py").write_text("\n# next block\n".join(blocks[1:]))
+    (tmp_path / "blocks.py").write_text("\n# next block\n".join(blocks[2:]))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", STRANGER, "blocks.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
