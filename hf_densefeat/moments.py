@@ -124,7 +124,10 @@ class Moments:
         eps = 16 * torch.finfo(self.shift.dtype).eps
         if not center:
             return torch.full_like(self.shift, torch.finfo(self.shift.dtype).tiny)
-        rounding = eps * self.second.diagonal() / self.count.clamp(min=1) + (eps * self.shift).square()
+        square = self.second.diagonal() / self.count.clamp(min=1)
+        rounding = eps * square + (eps * self.shift).square()
+        # a column far below the others is none: some checkpoints have such, and 1 / variance would overflow
+        rounding = rounding + eps**2 * square.mean()
         return rounding.detach() + torch.finfo(self.shift.dtype).tiny
 
     def detached(self, requires_grad: bool = False) -> Moments:

@@ -240,7 +240,10 @@ class DenseObjective:
                 orthogonal = orthogonality(pooled, resolution)
             else:
                 orthogonal = orthogonality(*self._columns(a, b))
-            loss = spread + self.lambda_sub * subspace + self.lambda_orth * orthogonal
+            loss = spread
+            for weight, term in ((self.lambda_sub, subspace), (self.lambda_orth, orthogonal)):
+                if weight:  # a term without weight has no gradient, not 0 times one that may be infinite
+                    loss = loss + weight * term
         self._remember_mean(a, b)
         self.covariance = pooled.detach()
         self.diagnostics = {

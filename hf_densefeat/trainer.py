@@ -27,6 +27,7 @@ from hf_densefeat.streaming import PairStream
 
 logger = logging.getLogger(__name__)
 
+MOST_SKIPPED = 50  # in a row; the loss scale of float16 may need some
 TERMS = ("spectral_spreading", "subspace_consistency", "orthogonality")
 
 
@@ -60,7 +61,8 @@ class DenseTrainer(Saving, Trainer):
             the metrics, where `metric_for_best_model` and early stopping see them.
         kwargs: as for `Trainer`.
 
-    Raises ValueError before training for a model without the head that `mlm_weight > 0` needs, a `subspace_dim` that
+    An update whose gradient is not finite is skipped on all ranks, and counted; 50 in a row are a RuntimeError. Raises
+    ValueError before training for a model without the head that `mlm_weight > 0` needs, a `subspace_dim` that
     the batch cannot support, notes without pairs, and functions of `Trainer` that would never be called.
     """
 
@@ -141,6 +143,7 @@ class DenseTrainer(Saving, Trainer):
         self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
         self.measured: list[dict] = []
         self.skipped_updates = 0
+        self._skipped_in_a_row = 0
         self._micro_batches: list[dict] = []
         self._stream: PairStream | None = None
         self._stream_state = ""
@@ -355,8 +358,16 @@ class DenseTrainer(Saving, Trainer):
             for name, value in self._update.sums.items():
                 self._sums[name] = self._sums.get(name, 0) + value
             self._updates_summed += 1
+            self._skipped_in_a_row = 0
         else:
             self.skipped_updates += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row == MOST_SKIPPED:
+                raise RuntimeError(
+                    f"{MOST_SKIPPED} updates in a row had a gradient that is not finite, up to step "
+                    f"{self.state.global_step + 1}: nothing is being trained. Lower the learning rate, try float32 or bf16, "
+                    "and look for NaN in the model's weights. Checkpoints are in output_dir as they were saved."
+                )
             logger.warning("Step %d: non-finite gradient, update skipped.", self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
         return grad_norm

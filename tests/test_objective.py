@@ -321,6 +321,7 @@ EDGES = {
     "duplicates": embeddings(3, D).repeat(4, 1),
     "rank 1": embeddings(9, 1) * CONSTANT,
     "constant columns": torch.cat([embeddings(9, D - 2), torch.ones(9, 2) * 50], 1),
+    "columns as good as dead": embeddings(9, D) * torch.tensor([1e-12, 1e-17, 1.0, 1.0, 1.0, 1.0]).double(),
     "tiny": 1e-6 * embeddings(9, D),
     "huge": 1e6 * embeddings(9, D),
 }
@@ -408,6 +409,22 @@ def test_degenerate_values_are_those_of_the_docstrings(dtype):
     assert not gradient[:, D - 2 :].any()
     once, often = (orthogonality_loss(embeddings(5, D, dtype=dtype).repeat(r, 1)).item() for r in (1, 4))
     assert once == pytest.approx(often, rel=1e-4)
+
+
+def test_dead_columns_of_a_checkpoint_are_constant():
+    """Some checkpoints have features 1e-11 below the others: their correlations are rounding, their gradient explodes."""
+    scale = torch.ones(48)
+    scale[[5, 17, 40]] = 1e-11
+    z_a, z_b = ((embeddings(16, 48, seed).float() * scale).requires_grad_() for seed in (1, 2))
+    for lambda_orth in (0.0, 1.0):
+        terms = DenseObjective(0.1, lambda_orth, 4, center=True)(z_a, z_b)
+        gradients = torch.autograd.grad(terms["loss"], (z_a, z_b))
+        alive = torch.autograd.grad(
+            DenseObjective(0.1, lambda_orth, 4, center=True)(z_a * (scale == 1), z_b * (scale == 1))["loss"],
+            (z_a, z_b),
+        )
+        for found, expected in zip(gradients, alive, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -485,6 +485,17 @@ def test_non_finite_update_is_skipped(tmp_path, tokenizer, pairs, max_grad_norm,
             assert entry["loss"] == pytest.approx(weighted_sum(entry, 1, 1), rel=1e-5), i
 
 
+def test_updates_that_are_never_finite_are_an_error(tmp_path, tokenizer, pairs, monkeypatch):
+    """A run that trains nothing does not go on for days."""
+    monkeypatch.setattr("hf_densefeat.trainer.MOST_SKIPPED", 3)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, max_steps=6)
+    trainer.model.bert.embeddings.register_forward_hook(
+        lambda module, args, output: output * math.nan if trainer.state.global_step != 1 else None
+    )
+    with pytest.raises(RuntimeError, match="3 updates in a row had a gradient that is not finite, up to step 5"):
+        trainer.train()
+
+
 # ---- Checkpoints ----
 
 RESUME = {
