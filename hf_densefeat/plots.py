@@ -82,7 +82,7 @@ def plot_angles(angles: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]
     axes.set(ylim=(0, 92), xlabel="principal direction pair, closest first", ylabel="angle (degrees)")
     axes.set_title("Subspaces of adjacent notes, halves of equal size")
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=9)
+    _legend_below(figure, axes)
     _save(figure, path)
 
 
