@@ -142,7 +142,7 @@ def cost(d: int, n: int) -> dict:
         "pairs": n,
         "milliseconds": spread(seconds),
         "peak MiB": round(peak / 1024),
-        "MiB of a d x d": d * d * 4 >> 20,
+        "MiB of a d x d": round(4 * d * d / 2**20, 1),
     }
 
 
