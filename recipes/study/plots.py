@@ -68,9 +68,7 @@ def plot_pareto(points: dict[str, tuple[str, float, float, float]], path: Path |
             one.annotate("", (x, area), (edge, place), textcoords=one.get_yaxis_transform(), arrowprops=arrow)
         weight = "bold" if ours else "normal"
         middle.text(0.5, place, title, ha="center", va="center", fontsize=9, fontweight=weight)
-    figure.suptitle(
-        "★ ours   ◇ ours, changed   ○ other objectives   □ no further training   ▲ supervised", fontsize=9
-    )
+    figure.suptitle("★ ours   ◇ ours, changed   ○ other objectives   □ no further training   ▲ supervised", fontsize=9)
     left.set(xlabel="effective rank (centred), more is better →", ylabel="probe AUROC, mean over tasks")
     right.set(xlabel="← less is better, subspace distance of adjacent windows / 2k")
     left.set_ylim(low - 0.03 * room, high + 0.03 * room)
