@@ -6,7 +6,7 @@ from hf_densefeat.collator import DensePairCollator
 from hf_densefeat.geometry import condition_number, effective_rank, geometry_report, subspace_distance
 from hf_densefeat.modeling import AutoDenseModel, DenseFeatureMixin
 from hf_densefeat.moments import Moments
-from hf_densefeat.notes import load_notes, split_by_patient
+from hf_densefeat.notes import load_notes
 from hf_densefeat.objective import (
     DenseObjective,
     orthogonality_loss,
@@ -15,6 +15,7 @@ from hf_densefeat.objective import (
 )
 from hf_densefeat.pairs import adjacent_pairs
 from hf_densefeat.probes import ProbeEvaluator
+from hf_densefeat.splits import split_by_patient
 from hf_densefeat.tasks import ProbeTask
 from hf_densefeat.trainer import DenseTrainer
 

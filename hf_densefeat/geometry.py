@@ -59,7 +59,8 @@ def spectrum(z: Tensor, center: bool = False) -> Tensor:
     return _without_rounding(torch.linalg.eigvalsh(_gram(z, center)[0]).flip(0), z, center)
 
 
-def _effective_rank(values: Tensor) -> float:
+def effective_rank_of_spectrum(values: Tensor) -> float:
+    """`effective_rank` of eigenvalues (d,), none below 0; 0.0 where all are 0."""
     total = values.sum()
     return float(torch.special.entr(values / total).sum().exp()) if total > 0 else 0.0
 
@@ -72,7 +73,7 @@ def effective_rank(z: Tensor, center: bool = False) -> float:
     and centred) uses no direction and gives 0.0. (RankMe takes the entropy of the singular values, not of their
     squares: its numbers are larger.)
     """
-    return _effective_rank(spectrum(z, center))
+    return effective_rank_of_spectrum(spectrum(z, center))
 
 
 def _condition(values: Tensor, attainable: int, floor: float) -> tuple[float, float]:
@@ -231,7 +232,7 @@ def _side(z: Tensor, center: bool) -> dict[str, float]:
     total = float(values.sum())
     resolved = int((values > CONDITION_FLOOR * values[0]).sum())
     return {
-        "effective_rank": _effective_rank(values),
+        "effective_rank": effective_rank_of_spectrum(values),
         "condition_number": condition,
         "condition_over_median": over_median,
         "condition_resolved": float(values[0] / values[resolved - 1]) if resolved else 1 / CONDITION_FLOOR,

@@ -1,4 +1,4 @@
-"""Any table to notes: rows with a patient, a time and a text, checked, sorted, and split by patient."""
+"""Any table to notes: rows with a patient, a time and a text, checked and sorted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +27,6 @@ PRESETS = {
     "MIMIC-IV-Note": {"patient_id": "subject_id", "time": "charttime", "text": "text"},
     "MEDS": {"patient_id": "subject_id", "time": "time", "text": "text_value"},
 }
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "tuning"),
-    "test": ("test", "testing", "held_out"),
-}
-SECTION_HEADER = r"^(?:#+ *\S.*|[A-Z][A-Z0-9 /&,()'-]{2,60}:?|[A-Z][A-Za-z0-9 /&,()'-]{2,60}:)[ \t]*$"
 MICROSECONDS = pa.timestamp("us")
 
 
@@ -137,158 +130,6 @@ def order_of_notes(notes: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
         tied &= step == 0
     # Sorting notes that are sorted, as all that `load_notes` returns are, would take most of the time of pairing.
     return np.lexsort(keys) if later.any() else np.arange(len(patient)), patient
-
-
-def split_into_sections(notes: datasets.Dataset, header: str = SECTION_HEADER) -> datasets.Dataset:
-    """Cut the note of every patient who has one note only into its sections, so that these make adjacent pairs.
-
-    A section begins at a line that is a header and runs to the next one; a header without a text of its own goes with
-    the section that follows. The notes of other patients stay whole. Sections keep their note's other columns.
-
-    Args:
-        notes: What `load_notes` returns.
-        header: Regular expression of a header line: by default a markdown heading, a line in capitals, or a short
-            line that ends in a colon.
-
-    Returns:
-        The notes and sections with a column `section_index`, sorted by (patient, time, section).
-    """
-    patient = dense_codes(notes, "patient_id")
-    single = np.bincount(patient)[patient] == 1
-    return notes.map(
-        _sections,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={"single": single, "header": re.compile(header, re.MULTILINE)},
-        desc="Cutting sections",
-    )
-
-
-def _sections(batch: dict[str, list], rows: list[int], single: np.ndarray, header: re.Pattern) -> dict[str, list]:
-    """Cut the texts of single notes, and repeat the other columns."""
-    found = [_cut(text, header) if single[row] else [text] for text, row in zip(batch["text"], rows, strict=True)]
-    columns = {
-        name: [value for value, pieces in zip(values, found, strict=True) for _ in pieces]
-        for name, values in batch.items()
-    }
-    return columns | {
-        "text": [piece for pieces in found for piece in pieces],
-        "section_index": [place for pieces in found for place in range(len(pieces))],
-    }
-
-
-def _cut(text: str, header: re.Pattern) -> list[str]:
-    """Cut a text before its header lines."""
-    pieces, start = [], 0
-    for match in header.finditer(text):
-        before = text[start : match.start()].strip()
-        if before and not header.fullmatch(before):
-            pieces.append(before)
-            start = match.start()
-    return [*pieces, text[start:].strip()]
-
-
-def join_windows(notes: datasets.Dataset, size: int) -> datasets.Dataset:
-    """Join every `size` consecutive notes of a patient to one, so that adjacent windows make the pairs.
-
-    Windows do not overlap; a patient's last one may be shorter. A window has its first note's other columns.
-
-    Raises:
-        ValueError: If `size` is below 1.
-    """
-    if size < 1:
-        raise ValueError(f"Expected `size` of at least 1 note, got {size}.")
-    order, patient = order_of_notes(notes)
-    patient = patient[order]
-    begins = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
-    place = np.arange(len(order)) - np.repeat(begins, np.diff(np.r_[begins, len(order)]))
-    starts = np.flatnonzero(place % size == 0)
-    stops = np.r_[starts[1:], len(order)]
-    texts = notes.select_columns("text").select(order)
-    return notes.select(order[starts]).map(
-        lambda _, window: {"text": "\n\n".join(texts[int(starts[window]) : int(stops[window])]["text"])},
-        with_indices=True,
-        desc="Joining windows",
-    )
-
-
-def split_by_patient(
-    notes: datasets.Dataset,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-    seed: int = 0,
-    split_column: str | None = "split",
-) -> datasets.DatasetDict:
-    """Split notes so that no patient is in two splits.
-
-    Patients are ranked by a hash of (seed, patient id), so the split depends neither on the order of the rows nor on
-    how many notes a patient has. Where the table brings its own splits in `split_column`, these are kept instead.
-
-    Args:
-        notes: What `load_notes` returns.
-        fractions: Shares of *patients* for train, validation and, if three are given, test; they add up to 1.
-        seed: Another seed, another split.
-        split_column: Column with the table's own splits (train, validation or tuning, test or held_out), used if it
-            exists; None to split anew.
-
-    Returns:
-        `train`, `validation` and `test`, each in the order of `notes`.
-
-    Raises:
-        ValueError: If a split would be empty, if the table's own splits share a patient, or lack a name we know.
-    """
-    patient = dense_codes(notes, "patient_id")
-    if split_column is not None and split_column in notes.column_names:
-        return _own_splits(notes, patient, split_column)
-    names = list(SPLITS)[: len(fractions)]
-    if len(fractions) not in (2, 3) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"Expected two or three positive `fractions` that add up to 1, got {tuple(fractions)}.")
-    ids = column(notes, "patient_id").unique().to_pylist()
-    if len(ids) < len(fractions):
-        raise ValueError(
-            f"Expected at least {len(fractions)} patients, one for each of {names}, got {len(ids)}. A split is by "
-            "patient: bring more patients, or pass fewer `fractions`."
-        )
-    ids.sort()
-    keys = [hashlib.blake2b(f"{seed}:{one}".encode(), digest_size=8).digest() for one in ids]
-    by_hash = np.argsort(np.array(keys, dtype="S8").view(">u8"), kind="stable")
-    sizes = [max(1, round(len(ids) * share)) for share in fractions[1:]]
-    while sum(sizes) >= len(ids):
-        sizes[int(np.argmax(sizes))] -= 1
-    group = np.zeros(len(ids), dtype=np.int64)
-    for number in range(1, len(fractions)):
-        group[by_hash[sum(sizes[: number - 1]) : sum(sizes[:number])]] = number
-    parts = {name: notes.select(np.flatnonzero(group[patient] == number)) for number, name in enumerate(names)}
-    return _without_overlap(datasets.DatasetDict(parts))
-
-
-def _own_splits(notes: datasets.Dataset, patient: np.ndarray, split_column: str) -> datasets.DatasetDict:
-    """Split by the table's own column."""
-    known = {alias: name for name, aliases in SPLITS.items() for alias in aliases}
-    values = column(notes, split_column).dictionary_encode().unify_dictionaries().combine_chunks()
-    labels = values.dictionary.to_pylist()
-    unknown = [str(label) for label in labels if label not in known]
-    if values.null_count or unknown:
-        raise ValueError(
-            f"Expected splits {list(known)} in column `{split_column}`, got {values.null_count:,} notes without a "
-            f"split and the names {unknown}. Rename them, or pass `split_column=None` to split anew."
-        )
-    names = np.array([known[label] for label in labels])[values.indices.to_numpy()]
-    parts = {name: notes.select(np.flatnonzero(names == name)) for name in SPLITS if (names == name).any()}
-    return _without_overlap(datasets.DatasetDict(parts))
-
-
-def _without_overlap(parts: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Refuse splits that share a patient."""
-    seen: dict[str, set] = {name: set(column(part, "patient_id").unique().to_pylist()) for name, part in parts.items()}
-    for one in seen:
-        for other in seen:
-            shared = len(seen[one] & seen[other])
-            if one < other and shared:
-                raise ValueError(
-                    f"{shared:,} patients have notes both in `{one}` and in `{other}`: what is learnt there would "
-                    "leak. Mend the split column, or pass `split_column=None` to split by patient anew."
-                )
-    return parts
 
 
 def describe_notes(notes: datasets.Dataset) -> str:

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hf_densefeat.splits import SPLITS
+
 Kind = Literal["binary", "multiclass", "regression", "clustering"]
-SPLITS = {"train": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "tuning": 1, "test": 2, "held_out": 2}
+SPLIT_CODES = {alias: code for code, aliases in enumerate(SPLITS.values()) for alias in aliases}
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class Rows:
 
 
 def _split_code(name: Any, task: ProbeTask) -> int:
-    if str(name) not in SPLITS:
-        raise ValueError(f"Probe {task.name!r}: expected split names among {sorted(SPLITS)} but got {name!r}.")
-    return SPLITS[str(name)]
+    if str(name) not in SPLIT_CODES:
+        raise ValueError(f"Probe {task.name!r}: expected split names among {sorted(SPLIT_CODES)} but got {name!r}.")
+    return SPLIT_CODES[str(name)]
 
 
 def _encoded_labels(labels: list, task: ProbeTask) -> tuple[np.ndarray, list]:

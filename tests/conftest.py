@@ -1,6 +1,9 @@
-"""Small models, a tokenizer and synthetic notes, made here: nothing is downloaded."""
+"""Small models, a tokenizer, synthetic notes and short trainings, made here: nothing is downloaded."""
 
 import datetime
+import os
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -16,7 +19,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_densefeat import AutoDenseModel
+from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, adjacent_pairs
+from hf_densefeat.collator import tokenize_notes
+from hf_densefeat.pairs import TokenPairs
 
 WORDS = (
     "patient admitted with chest pain fever cough sepsis diabetes insulin metformin lisinopril stable "
@@ -25,6 +30,10 @@ WORDS = (
     "reports history of chronic kidney disease failure follow up in clinic weeks days year old male "
     "female smoker alcohol family mother father "
 ).split()
+
+# Nothing on the screen or on disk, and a log entry for every update
+QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+LAMBDA_SUB, LAMBDA_ORTH, K = 0.1, 0.01, 3  # of `make_trainer`
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,6 +87,14 @@ def make_notes(patients=12, seed=0):
     return datasets.Dataset.from_dict(rows)
 
 
+@pytest.fixture(scope="session")
+def pairs(tokenizer):
+    """45 pairs of 12 patients, tokenised once."""
+    notes = make_notes()
+    assert len(adjacent_pairs(notes)) == 45
+    return TokenPairs(tokenize_notes(notes, tokenizer, max_length=64)[0], adjacent_pairs(notes))
+
+
 def make_model(family, tokenizer, dropout=0.1, hidden=24, **kwargs):
     """A tiny model of a family, with dropout unless told otherwise."""
     set_seed(0)
@@ -123,3 +140,72 @@ def make_model(family, tokenizer, dropout=0.1, hidden=24, **kwargs):
         ),
     }[family]()
     return AutoDenseModel.from_config(config, **kwargs)
+
+
+def make_trainer(
+    folder, tokenizer, pairs, family="bert", dropout=0.1, cls=DenseTrainer, model=None, extra=None, **kwargs
+):
+    """A trainer of a tiny model for one epoch; `kwargs` are settings, `extra` goes to the trainer."""
+    settings = {
+        "seed": 3,
+        "num_train_epochs": 1,
+        "mlm_weight": 1.0,
+        "dense_weight": 1.0,
+        "lambda_sub": LAMBDA_SUB,
+        "lambda_orth": LAMBDA_ORTH,
+        "subspace_dim": K,
+        "per_device_train_batch_size": 16,
+    }
+    model = model if model is not None else make_model(family, tokenizer, dropout)
+    args = DenseTrainingArguments(str(folder), **QUIET | settings | kwargs)
+    trainer = cls(model, args, train_dataset=pairs, processing_class=tokenizer, **extra or {})
+    trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
+    return trainer
+
+
+def logs(trainer):
+    """The log entries of updates."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def make_window_trainer(folder, model, windows, processor, evaluator=None, callbacks=None, **options):
+    """Six steps on windows of events, with or without notes; options are those of the training arguments."""
+    settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "subspace_dim": 4}
+    return DenseTrainer(
+        model,
+        DenseTrainingArguments(str(folder), **QUIET | settings | options),
+        train_dataset=windows,
+        eval_dataset=windows,
+        processing_class=processor,
+        evaluator=evaluator,
+        callbacks=callbacks,
+    )
+
+
+BLOCK_DENSEFEAT = """
+import sys
+
+sys.modules["hf_densefeat"] = None
+try:
+    import hf_densefeat
+except ImportError:
+    pass
+else:
+    raise SystemExit("hf_densefeat can be imported")
+"""
+
+
+def run_without_densefeat(script, folder, **environment):
+    """Run a script in a folder, in a process that cannot import hf_densefeat; what it prints."""
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", BLOCK_DENSEFEAT + script],  # -I: PYTHONPATH and the folder are not searched
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_notes
+from conftest import QUIET, make_model, make_notes
 from scipy.stats import entropy
 
 from hf_densefeat import DenseTrainer, DenseTrainingArguments, geometry_report
@@ -200,8 +200,7 @@ def test_all_but_the_top():
 
 def arguments(tmp_path, **kwargs):
     options = {"max_steps": 3, "per_device_train_batch_size": 8, "subspace_dim": 3, "learning_rate": 1e-3}
-    options |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "use_cpu": True}
-    return DenseTrainingArguments(output_dir=str(tmp_path), **options | kwargs)
+    return DenseTrainingArguments(output_dir=str(tmp_path), **QUIET | options | kwargs)
 
 
 def weights(model):

@@ -18,7 +18,7 @@ from hf_densefeat.scores import patient_weights
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import compare
 from domains import notes as own
-from domains import text
+from domains import rows, text
 from study import measures, plots, runs, training
 from study.methods import METHODS, Method, sweep_methods
 
@@ -32,7 +32,7 @@ def small():
         for name, value in {"BOOTSTRAPS": 40, "GEOMETRY_BOOTSTRAPS": 40, "SHOTS": (4,), "MISSING_ROWS": 60}.items():
             patch.setattr(measures, name, value)
         patch.setattr(measures, "MISSING", (0.0, 0.8))
-        patch.setattr(text, "ENCODED", {"train": 300, "validation": 150})
+        patch.setattr(rows, "ENCODED", {"train": 300, "validation": 150})
         yield
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import make_model, make_notes
+from conftest import make_model, make_notes, run_without_densefeat
 from fake_hub import LARGE, FakeHub
 from huggingface_hub import ModelCard
 from safetensors.torch import load
@@ -310,12 +310,10 @@ def test_unmeasured_card_and_unknown_licence(tokenizer, tmp_path):
 
 # ---- The README, and a downstream user's day ----
 
-STRANGER = """
-import sys
-sys.modules["hf_densefeat"] = None
+RUN_BLOCKS = """
 import torch
 torch.set_num_threads(1)
-for block in open(sys.argv[1]).read().split("# next block"):
+for block in open("blocks.py").read().split("# next block"):
     names = {}
     exec(block, names)
     if "nearest" in names:
@@ -362,12 +360,9 @@ def test_the_readmes_python_runs_as_printed(tmp_path, monkeypatch, capsys):
     exec(blocks[1], {})
 
     (tmp_path / "blocks.py").write_text("\n# next block\n".join(blocks[2:]))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", STRANGER, "blocks.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "train_loss" in done.stdout
-    assert "onnx is the same" in done.stdout
+    printed = run_without_densefeat(RUN_BLOCKS, tmp_path, HF_HOME=str(tmp_path / "home"))
+    assert "train_loss" in printed
+    assert "onnx is the same" in printed
 
 
 def test_files_for_older_sentence_transformers(base):

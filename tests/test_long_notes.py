@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_notes
+from conftest import QUIET, make_model, make_notes
 from peft import LoraConfig
 from transformers import LlamaConfig, T5Config, T5EncoderModel
 
@@ -17,11 +17,10 @@ TEXTS = [*make_notes(patients=3)["text"][:6], "fever", "chest pain " * 30, ""]
 
 
 def make_trainer(folder, tokenizer, model, dropout=0.0, **kwargs):
-    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "subspace_dim": 3, "logging_steps": 1}
-    settings |= {"per_device_train_batch_size": 16, "max_steps": 1, "save_strategy": "no", "learning_rate": 0.0}
-    settings |= {"long_notes": "chunk", "max_length": WINDOW, "max_grad_norm": 1e9}
+    settings = {"per_device_train_batch_size": 16, "max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 1e9}
+    settings |= {"subspace_dim": 3, "long_notes": "chunk", "max_length": WINDOW}
     extra = {"peft_config": kwargs.pop("peft_config", None)}
-    args = DenseTrainingArguments(str(folder), **settings | kwargs)
+    args = DenseTrainingArguments(str(folder), **QUIET | settings | kwargs)
     return DenseTrainer(model, args, train_dataset=make_notes(), processing_class=tokenizer, **extra)
 
 

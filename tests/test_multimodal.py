@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
-from transformers import AutoModel, BertConfig, TrainerCallback, set_seed
+from conftest import WORDS, make_window_trainer
+from transformers import AutoModel, BertConfig, set_seed
 
-from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, ProbeEvaluator, ProbeTask
+from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask
 from hf_densefeat.encoders import (
     EventConfig,
     EventProcessor,
@@ -228,34 +227,11 @@ def test_the_bundled_cohort_as_a_domain():
     assert all(json.loads(text)["events"] and not json.loads(text)["text"] for text in values)
 
 
-def trainer_for(folder, windows, processor, model=None, callbacks=None, evaluator=None, **options):
-    options = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 5e-3,
-        "subspace_dim": 4,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    } | options
-    return DenseTrainer(
-        model or make_model(processor),
-        DenseTrainingArguments(str(folder), **options),
-        train_dataset=windows,
-        eval_dataset=windows,
-        processing_class=processor,
-        evaluator=evaluator,
-        callbacks=callbacks,
-    )
-
-
 def test_training_lowers_the_loss_probes_and_saves(windows, processor, tmp_path):
     """Windows with and without each side train together; the saved folder embeds as the trained model does."""
     evaluator = ProbeEvaluator([ProbeTask("sick", windows, "sick")], cache=False)
-    options = {"max_steps": 40, "dense_weight": 0.3, "logging_steps": 5}
-    trainer = trainer_for(tmp_path, windows, processor, evaluator=evaluator, **options)
+    options = {"max_steps": 40, "learning_rate": 5e-3, "dense_weight": 0.3, "logging_steps": 5}
+    trainer = make_window_trainer(tmp_path, make_model(processor), windows, processor, evaluator, **options)
     trainer.train()
     losses = [log["mlm_loss"] for log in trainer.state.log_history if "mlm_loss" in log]
     assert losses[-1] < losses[0] - 0.2
@@ -263,52 +239,3 @@ def test_training_lowers_the_loss_probes_and_saves(windows, processor, tmp_path)
     trainer.save_model()
     again = AutoDenseModel.from_pretrained(str(tmp_path))
     torch.testing.assert_close(again.encode(windows["text"][:5]), trainer.model.encode(windows["text"][:5], processor))
-
-
-def test_half_precision(windows, processor, tmp_path):
-    """Under bf16 autocast the loss is finite and near that of full precision."""
-    losses = []
-    for bf16 in (False, True):
-        trainer = trainer_for(tmp_path, windows, processor, make_model(processor, dropout=0.0), max_steps=1, bf16=bf16)
-        trainer.train()
-        losses.append(next(log["loss"] for log in trainer.state.log_history if "loss" in log))
-    assert abs(losses[0] - losses[1]) < 0.02 * abs(losses[0])
-
-
-def test_accumulation_is_exact(windows, processor, tmp_path):
-    """Without dropout, 1 × 16 pairs and 2 × 8 pairs have the same loss and gradient."""
-    gradients, losses = [], []
-    for size, accumulation in ((16, 1), (8, 2)):
-
-        class Keep(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-                gradients.append(
-                    torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
-                )
-
-        trainer = trainer_for(
-            tmp_path,
-            windows,
-            processor,
-            make_model(processor, dropout=0.0),
-            callbacks=[Keep()],
-            max_steps=1,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.0,
-        )
-        trainer.train()
-        losses.append(next(log["loss"] for log in trainer.state.log_history if "loss" in log))
-    assert math.isfinite(losses[0])
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
-    assert abs(losses[0] - losses[1]) < 1e-4
-
-
-def test_resume_is_bit_equal(windows, processor, tmp_path):
-    """A run resumed from a checkpoint ends with the weights of the run that went on."""
-    whole = trainer_for(tmp_path / "run", windows, processor, save_strategy="steps", save_steps=3)
-    whole.train()
-    again = trainer_for(tmp_path / "again", windows, processor)
-    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    for (name, ours), theirs in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name

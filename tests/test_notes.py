@@ -12,17 +12,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from hf_densefeat.notes import (
-    describe_notes,
-    join_windows,
-    load_notes,
-    split_by_patient,
-    split_into_sections,
-)
+from hf_densefeat.notes import describe_notes, load_notes
 from hf_densefeat.pairs import adjacent_pairs
+from hf_densefeat.splits import split_by_patient
 
 SENTINEL = "Zebrafish"
 TABLE = {
@@ -480,75 +473,6 @@ def test_generated_malformed_tables(tmp_path):
         keys = list(zip(notes["patient_id"], notes["time"], strict=True))
         assert keys == sorted(keys), seed
     assert 50 < loaded < 350
-
-
-@given(
-    patients=st.lists(st.integers(0, 30), min_size=1, max_size=60),
-    seed=st.integers(0, 5),
-    shuffle=st.integers(0, 5),
-    parts=st.sampled_from([(0.5, 0.5), (0.7, 0.15, 0.15), (0.98, 0.01, 0.01), (0.2, 0.4, 0.4)]),
-)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_split_by_patient(patients, seed, shuffle, parts):
-    """Splits share no patient, lose no note, are never empty, and do not depend on the order of the rows."""
-    table = datasets.Dataset.from_dict(
-        {"patient_id": patients, "time": [0] * len(patients), "text": list(map(str, range(len(patients))))}
-    )
-    if len(set(patients)) < len(parts):
-        with pytest.raises(ValueError, match="Expected at least"):
-            split_by_patient(table, parts, seed)
-        return
-    first = split_by_patient(table, parts, seed)
-    owners = {name: set(part["patient_id"]) for name, part in first.items()}
-    assert sum(map(len, owners.values())) == len(set.union(*owners.values())) == len(set(patients))
-    assert sorted(int(text) for part in first.values() for text in part["text"]) == list(range(len(patients)))
-    assert all(owners.values())
-    assert all(
-        abs(len(owners[name]) - share * len(set(patients))) <= 2 for name, share in zip(owners, parts, strict=True)
-    )
-    order = np.random.default_rng(shuffle).permutation(len(patients))
-    again = split_by_patient(table.select(order), parts, seed)
-    assert owners == {name: set(part["patient_id"]) for name, part in again.items()}
-
-
-def test_the_tables_own_splits():
-    """A split column is kept under its known names; overlap, unknown names and gaps are refused."""
-    parts = split_by_patient(plain(split=["train", "train", "tuning", "tuning"]))
-    assert {name: len(part) for name, part in parts.items()} == {"train": 2, "validation": 2}
-    with pytest.raises(ValueError, match="1 patients have notes both in"):
-        split_by_patient(plain(split=["train", "test", "test", "test"]))
-    with pytest.raises(ValueError, match=r"1 notes without a split and the names \['fold3'\]"):
-        split_by_patient(plain(split=["train", "train", None, "fold3"]))
-    assert set(split_by_patient(plain(split=["?"] * 4), (0.5, 0.5), split_column=None)) == {"train", "validation"}
-    with pytest.raises(ValueError, match="add up to 1"):
-        split_by_patient(plain(), (0.5, 0.6))
-
-
-def test_sections_of_single_notes():
-    """Only patients with one note are cut; nothing of the text is lost; sections make adjacent pairs in order."""
-    text = "Preamble\n\nHISTORY\n\nChief Complaint:\nchest pain, 3: days\nand cough\n# Plan\ngo home"
-    notes = load_notes(
-        datasets.Dataset.from_dict({"patient_id": [1, 2, 2], "time": [0, 0, 1], "text": [text, text, "PLAN:\nb"]})
-    )
-    cut = split_into_sections(notes)
-    pieces = [text for text, patient in zip(cut["text"], cut["patient_id"], strict=True) if patient == 1]
-    assert pieces == ["Preamble", "HISTORY\n\nChief Complaint:\nchest pain, 3: days\nand cough", "# Plan\ngo home"]
-    assert "".join("".join(pieces).split()) == "".join(text.split())
-    pairs = adjacent_pairs(cut)
-    assert list(zip(pairs.earlier, pairs.later, strict=True)) == [(0, 1), (1, 2), (3, 4)]
-    assert cut["section_index"][:] == [0, 1, 2, 0, 0]
-
-
-def test_windows_of_notes():
-    """Windows join consecutive notes of one patient and lose none."""
-    notes = datasets.Dataset.from_dict(
-        {"patient_id": [1] * 5 + [2] * 2, "time": [4, 3, 2, 1, 0, 0, 1], "text": list("edcbafg")}
-    )
-    windows = join_windows(notes, 2)
-    assert windows["text"][:] == ["a\n\nb", "c\n\nd", "e", "f\n\ng"]
-    assert len(adjacent_pairs(windows)) == 2
-    with pytest.raises(ValueError, match="at least 1"):
-        join_windows(notes, 0)
 
 
 def test_summary_counts():

@@ -4,24 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, make_notes
+from conftest import QUIET, make_model, make_notes
 from peft import LoraConfig, PeftModel, PrefixTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModel, set_seed
 
-from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, adjacent_pairs
+from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments
 from hf_densefeat.adapters import merged
-from hf_densefeat.collator import tokenize_notes
-from hf_densefeat.pairs import TokenPairs
 
 TEXTS = make_notes(patients=3)["text"][:7]
 R, ALPHA = 4, 8
-
-
-@pytest.fixture(scope="module")
-def pairs(tokenizer):
-    notes = make_notes()
-    return TokenPairs(tokenize_notes(notes, tokenizer, max_length=64)[0], adjacent_pairs(notes))
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +31,6 @@ def lora(**kwargs):
 
 def make_trainer(folder, model, tokenizer, pairs, peft_config=None, **kwargs):
     settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
         "per_device_train_batch_size": 16,
         "max_steps": 4,
         "learning_rate": 1e-2,
@@ -55,7 +41,7 @@ def make_trainer(folder, model, tokenizer, pairs, peft_config=None, **kwargs):
     set_seed(0)  # for the adapter's random half
     return DenseTrainer(
         model,
-        DenseTrainingArguments(**settings | kwargs),
+        DenseTrainingArguments(str(folder), **QUIET | settings | kwargs),
         train_dataset=pairs,
         eval_dataset=pairs,
         processing_class=tokenizer,

@@ -10,9 +10,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, TrainerCallback, set_seed
+from conftest import make_window_trainer
+from transformers import AutoModel, set_seed
 
-from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, ProbeEvaluator, ProbeTask
+from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask
 from hf_densefeat.encoders import (
     EventConfig,
     EventModelForMaskedValues,
@@ -312,36 +313,11 @@ def test_the_bundled_cohort_as_a_domain():
 # ---- Training ----------------------------------------------------------------------------------------------------
 
 
-def trainer_for(folder, windows, processor, model=None, **options):
-    options = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 3e-3,
-        "subspace_dim": 4,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    } | options
-    callbacks, evaluator = options.pop("callbacks", None), options.pop("evaluator", None)
-    args = DenseTrainingArguments(str(folder), **options)
-    return DenseTrainer(
-        model or make_model(processor),
-        args,
-        train_dataset=windows,
-        eval_dataset=windows,
-        processing_class=processor,
-        evaluator=evaluator,
-        callbacks=callbacks,
-    )
-
-
 def test_training_lowers_the_loss_probes_and_saves(windows, processor, tmp_path):
     """Windows go in as notes do; the loss falls, the evaluator's probes come out, the folder holds model and processor."""
-    task = ProbeTask("sick", windows, "sick")
+    evaluator = ProbeEvaluator([ProbeTask("sick", windows, "sick")], cache=False)
     options = {"max_steps": 120, "learning_rate": 1e-2, "dense_weight": 0.3, "logging_steps": 20}
-    trainer = trainer_for(tmp_path, windows, processor, evaluator=ProbeEvaluator([task], cache=False), **options)
+    trainer = make_window_trainer(tmp_path, make_model(processor), windows, processor, evaluator, **options)
     trainer.train()
     losses = [log["mlm_loss"] for log in trainer.state.log_history if "mlm_loss" in log]
     assert abs(losses[0] - math.log(processor.bins)) < 0.2
@@ -357,7 +333,8 @@ def test_training_lowers_the_loss_probes_and_saves(windows, processor, tmp_path)
 
 def test_card_runs_as_printed(windows, processor, tmp_path, capsys):
     """The card tells of windows, not of texts, and its code runs; a stream of windows is refused."""
-    trainer = trainer_for(tmp_path, windows, processor, max_steps=1)
+    model = make_model(processor)
+    trainer = make_window_trainer(tmp_path, model, windows, processor, max_steps=1)
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
@@ -368,7 +345,7 @@ def test_card_runs_as_printed(windows, processor, tmp_path, capsys):
     exec(code.replace(f'"{tmp_path.name}"', f'"{tmp_path}"'), {})
     assert "torch.Size([2, 24])" in capsys.readouterr().out
     with pytest.raises(ValueError, match="Windows are not streamed"):
-        trainer_for(tmp_path, windows.to_iterable_dataset(), processor)
+        make_window_trainer(tmp_path, model, windows.to_iterable_dataset(), processor)
 
 
 def test_probes_are_cached(windows, processor, tmp_path):
@@ -380,51 +357,3 @@ def test_probes_are_cached(windows, processor, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     evaluator.evaluate(model, EventProcessor.fit(windows["text"][:40]))
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_half_precision(windows, processor, tmp_path):
-    """Under bf16 autocast the loss is finite and near that of full precision."""
-    losses = []
-    for bf16 in (False, True):
-        trainer = trainer_for(tmp_path, windows, processor, make_model(processor, dropout=0.0), max_steps=1, bf16=bf16)
-        trainer.train()
-        losses.append(next(log["loss"] for log in trainer.state.log_history if "loss" in log))
-    assert abs(losses[0] - losses[1]) < 0.02 * abs(losses[0])
-
-
-def test_accumulation_is_exact(windows, processor, tmp_path):
-    """Without dropout, 1 × 16 pairs and 2 × 8 pairs have the same loss and gradient."""
-    gradients, losses = [], []
-    for size, accumulation in ((16, 1), (8, 2)):
-
-        class Keep(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-                gradients.append(
-                    torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
-                )
-
-        trainer = trainer_for(
-            tmp_path,
-            windows,
-            processor,
-            make_model(processor, dropout=0.0),
-            max_steps=1,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.0,
-            callbacks=[Keep()],
-        )
-        trainer.train()
-        losses.append(next(log["loss"] for log in trainer.state.log_history if "loss" in log))
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
-    assert abs(losses[0] - losses[1]) < 1e-4
-
-
-def test_resume_is_bit_equal(windows, processor, tmp_path):
-    """A run resumed from a checkpoint ends with the weights of the run that went on."""
-    whole = trainer_for(tmp_path / "run", windows, processor, save_strategy="steps", save_steps=3)
-    whole.train()
-    again = trainer_for(tmp_path / "again", windows, processor)
-    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    for (name, ours), theirs in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name

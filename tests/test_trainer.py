@@ -1,83 +1,14 @@
-"""The trainer: exact under accumulation, equal to the stock one where that is right, and resumable to the bit."""
+"""The trainer: exact under accumulation, equal to the stock one where that is right; its terms, logs and evaluation."""
 
-import json
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_notes
-from transformers import (
-    AutoModelForMaskedLM,
-    BertModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from conftest import LAMBDA_ORTH, LAMBDA_SUB, QUIET, K, logs, make_model, make_notes, make_trainer
+from transformers import AutoModelForMaskedLM, BertModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_densefeat import (
-    DenseFeatureMixin,
-    DenseObjective,
-    DenseTrainer,
-    DenseTrainingArguments,
-    Moments,
-    adjacent_pairs,
-)
-from hf_densefeat.collator import tokenize_notes
+from hf_densefeat import DenseObjective, DenseTrainer, Moments
 from hf_densefeat.modeling import as_dense
-from hf_densefeat.pairs import TokenPairs
-from hf_densefeat.saving import OBJECTIVE_STATE
-
-LAMBDA_SUB, LAMBDA_ORTH, K = 0.1, 0.01, 3
-
-
-@pytest.fixture(scope="module")
-def pairs(tokenizer):
-    """45 pairs of 12 patients, tokenised once."""
-    notes = make_notes()
-    assert len(adjacent_pairs(notes)) == 45
-    return TokenPairs(tokenize_notes(notes, tokenizer, max_length=64)[0], adjacent_pairs(notes))
-
-
-def arguments(folder, **kwargs):
-    settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "seed": 3,
-        "num_train_epochs": 1,
-        "mlm_weight": 1.0,
-        "dense_weight": 1.0,
-        "lambda_sub": LAMBDA_SUB,
-        "lambda_orth": LAMBDA_ORTH,
-        "subspace_dim": K,
-        "per_device_train_batch_size": 16,
-    }
-    return DenseTrainingArguments(**settings | kwargs)
-
-
-def make_trainer(
-    folder, tokenizer, pairs, family="bert", dropout=0.1, cls=DenseTrainer, model=None, extra=None, **kwargs
-):
-    model = model if model is not None else make_model(family, tokenizer, dropout)
-    trainer = cls(model, arguments(folder, **kwargs), train_dataset=pairs, processing_class=tokenizer, **extra or {})
-    trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
-    return trainer
-
-
-def logs(trainer):
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
 
 # ---- Accumulation ----
 
@@ -244,6 +175,20 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, pairs):
         assert distance(y["gradients"], x["gradients"]) < 1e-5
 
 
+def test_moments_are_all_that_an_update_keeps(tmp_path, tokenizer, pairs, monkeypatch):
+    """Under accumulation the objective is called once an update, with the moments of all its pairs."""
+    calls = []
+    gradient = DenseObjective.gradient
+
+    def counted(self, a: Moments, b: Moments):
+        calls.append((float(a.count), float(b.count)))
+        return gradient(self, a, b)
+
+    monkeypatch.setattr(DenseObjective, "gradient", counted)
+    make_trainer(tmp_path, tokenizer, pairs, per_device_train_batch_size=4, gradient_accumulation_steps=4).train()
+    assert calls == [(16, 16), (16, 16), (13, 13)]
+
+
 # ---- Beside the stock Trainer ----
 
 
@@ -255,17 +200,7 @@ def test_without_dense_weight_it_is_the_stock_trainer(tmp_path, tokenizer, pairs
     )
     model = AutoModelForMaskedLM.from_config(ours.model.config)
     model.load_state_dict(ours.model.state_dict())
-    args = TrainingArguments(
-        str(tmp_path),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=1,
-        seed=3,
-        per_device_train_batch_size=4,
-        **common,
-    )
+    args = TrainingArguments(str(tmp_path), **QUIET, seed=3, per_device_train_batch_size=4, **common)
 
     class Stock(Trainer):
         def get_train_dataloader(self):
@@ -355,79 +290,15 @@ def test_evaluation_is_the_objective_of_the_whole_set(tmp_path, tokenizer, pairs
         assert metrics[f"eval_{name}"] == pytest.approx(terms[name].item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("metric", ["loss", "probe_auroc"])
-def test_best_model_is_chosen_by_terms_and_by_the_evaluator(tmp_path, tokenizer, pairs, metric):
-    """metric_for_best_model sees eval_loss and what the evaluator returns; the best checkpoint is loaded at the end."""
-    scores, seen = iter([0.2, 0.9, 0.4]), []
-
-    def evaluator(model, processor):
-        assert isinstance(model, DenseFeatureMixin)
-        assert processor is tokenizer
-        assert not model.training
-        seen.append({n: v.clone() for n, v in model.state_dict().items()})
-        return {"probe_auroc": next(scores)}
-
+def test_notes_are_counted_and_paired_by_the_trainer(tmp_path, tokenizer):
+    """Notes go in as they are; pairs, tokens and what was cut are counted for each split."""
     trainer = make_trainer(
-        tmp_path,
-        tokenizer,
-        pairs,
-        extra={"eval_dataset": pairs, "evaluator": evaluator},
-        learning_rate=1e-2,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        metric_for_best_model=metric,
-        greater_is_better=metric == "probe_auroc",
-        load_best_model_at_end=True,
+        tmp_path, tokenizer, make_notes(), extra={"eval_dataset": {"held": make_notes(4, seed=9)}}, max_length=16
     )
-    trainer.train()
-    values = [entry[f"eval_{metric}"] for entry in trainer.state.log_history if f"eval_{metric}" in entry]
-    best = int(np.argmax(values) if metric == "probe_auroc" else np.argmin(values))
-    assert len(values) == 3
-    assert trainer.state.best_metric == pytest.approx(values[best])
-    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best + 1}")
-    for name, value in trainer.model.state_dict().items():
-        torch.testing.assert_close(value, seen[best][name], rtol=0, atol=0, msg=name)
-
-
-@pytest.mark.parametrize(("step", "folder"), [(2, "a"), (2, "b"), (3, "a")])
-def test_best_checkpoint_is_found_again_though_no_checkpoint_names_its_folder(
-    tmp_path, tokenizer, pairs, step, folder
-):
-    """Resumed in the same folder, in another, or when nothing is left to do; and it is not deleted as an old one."""
-
-    def run(folder, scores, checkpoint=None, **kwargs):
-        scores = iter(scores)
-        trainer = make_trainer(
-            tmp_path / folder,
-            tokenizer,
-            pairs,
-            extra={"eval_dataset": pairs, "evaluator": lambda model, tokenizer: {"score": next(scores)}},
-            learning_rate=1e-2,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
-            metric_for_best_model="score",
-            greater_is_better=True,
-            load_best_model_at_end=True,
-            **kwargs,
-        )
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_state()
-        return trainer
-
-    run("a", [0.9, 0.2, 0.4])
-    for path in (tmp_path / "a").rglob("trainer_state.json"):
-        assert json.loads(path.read_text())["best_global_step"] == 1
-        assert str(tmp_path) not in path.read_text()
-    trainer = run(folder, [0.3], str(tmp_path / "a" / f"checkpoint-{step}"), save_total_limit=1)
-    best = tmp_path / "a" / "checkpoint-1"
-    assert Path(trainer.state.best_model_checkpoint) == best
-    expected = AutoModelForMaskedLM.from_pretrained(best).state_dict()
-    for name, value in trainer.model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+    assert len(trainer.train_dataset) == 45
+    assert trainer.token_stats["train"].truncated > 0
+    assert trainer.token_stats["held"].max_length == 16
+    assert "eval_held_loss" in trainer.evaluate()
 
 
 # ---- Batches that are not finite ----
@@ -496,135 +367,6 @@ def test_updates_that_are_never_finite_are_an_error(tmp_path, tokenizer, pairs, 
         trainer.train()
 
 
-# ---- Checkpoints ----
-
-RESUME = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "num_train_epochs": 2,
-    "learning_rate": 1e-3,
-    "save_strategy": "steps",
-    "save_steps": 4,
-}
-
-# Trains as the test does, and is killed after update 6 of 12 or resumes; writes its log when it ends.
-WORKER = """
-import json, os, signal, sys
-import torch
-torch.set_num_threads(1)
-from conftest import make_model, make_notes
-from test_trainer import RESUME, logs, make_trainer
-from transformers import PreTrainedTokenizerFast, TrainerCallback
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-folder, tokenizer, job = sys.argv[1], PreTrainedTokenizerFast.from_pretrained(sys.argv[2]), sys.argv[3]
-extra = {"callbacks": [Kill()]} if job == "kill" else {}
-trainer = make_trainer(folder, tokenizer, make_notes(), extra=extra, **RESUME)
-trainer.train(resume_from_checkpoint=job == "resume")
-json.dump(logs(trainer), open(os.path.join(folder, "log.json"), "w"))
-"""
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tokenizer, pairs):
-    """12 updates of two epochs with dropout, window "auto" and accumulation, checkpoints at 4, 8 and 12."""
-    folder = tmp_path_factory.mktemp("whole")
-    trainer = make_trainer(folder, tokenizer, pairs, **RESUME)
-    trainer.train()
-    assert trainer.state.global_step == 12
-    return folder, logs(trainer), trainer
-
-
-def assert_same_log(found, expected, start):
-    found = [entry for entry in found if entry["step"] > start]
-    expected = [entry for entry in expected if entry["step"] > start]
-    assert len(found) == 12 - start
-    for entry, other in zip(found, expected, strict=True):
-        for name in entry.keys() | other.keys():
-            assert entry[name] == other[name], (entry["step"], name)
-
-
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, tokenizer, uninterrupted):
-    """SIGKILL after a mid-epoch checkpoint, resumed by a new process: every later log entry is equal to the bit."""
-    _, expected, _ = uninterrupted
-    worker, saved = tmp_path / "worker.py", tmp_path / "tokenizer"
-    worker.write_text(WORKER)
-    tokenizer.save_pretrained(saved)
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    out = tmp_path / "out"
-    for job, code in (("kill", -signal.SIGKILL), ("resume", 0)):
-        done = subprocess.run(
-            [sys.executable, str(worker), str(out), str(saved), job],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr[-3000:]
-        assert (out / "checkpoint-4" / OBJECTIVE_STATE).is_file()
-        assert (out / "log.json").is_file() == (job == "resume")
-    found = json.loads((out / "log.json").read_text())
-    assert_same_log([entry for entry in found if entry["step"] > 4], expected, 4)
-
-
-def test_resumed_in_the_second_epoch_equals_uninterrupted(tmp_path, tokenizer, pairs, uninterrupted):
-    """From a checkpoint inside the second epoch the log and the final weights are equal to the bit, skips remembered."""
-    folder, expected, whole = uninterrupted
-    trainer = make_trainer(tmp_path, tokenizer, pairs, **RESUME)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
-    assert_same_log(logs(trainer), expected, 8)
-    for name, value in trainer.model.state_dict().items():
-        assert torch.equal(value, whole.model.state_dict()[name]), name
-    for name, value in trainer.objective.state_dict().items():
-        assert torch.equal(value, whole.objective.state_dict()[name]), name
-
-
-def test_skipped_updates_survive_a_resume(tmp_path, tokenizer, pairs):
-    """The count of skipped updates is saved with the checkpoint and restored."""
-    first = make_trainer(tmp_path, tokenizer, pairs, **RESUME | {"max_steps": 4})
-    first.skipped_updates = 5
-    first.train()
-    second = make_trainer(tmp_path, tokenizer, pairs, **RESUME | {"max_steps": 5})
-    second.train(resume_from_checkpoint=True)
-    assert second.skipped_updates == 5
-
-
-def test_checkpoint_of_someone_else_is_refused(tmp_path, tokenizer, pairs, uninterrupted):
-    """A checkpoint without our state, or of another model, is one clear error and not a silent restart."""
-    folder, _, _ = uninterrupted
-    foreign = tmp_path / "checkpoint-4"
-    shutil.copytree(folder / "checkpoint-4", foreign)
-    (foreign / OBJECTIVE_STATE).unlink()
-    with pytest.raises(ValueError, match=f"no {OBJECTIVE_STATE}: DenseTrainer did not write it.*pass it as the model"):
-        make_trainer(tmp_path, tokenizer, pairs, **RESUME).train(resume_from_checkpoint=str(foreign))
-    with pytest.raises(ValueError, match=r"does not fit the model\. Missing: .*Resume with the model"):
-        make_trainer(tmp_path, tokenizer, pairs, family="modernbert", **RESUME).train(
-            resume_from_checkpoint=str(folder / "checkpoint-4")
-        )
-
-
-def test_checkpoints_open_as_models(uninterrupted, tokenizer):
-    """A checkpoint is a native folder with tokenizer and pooling: AutoModelForMaskedLM and SentenceTransformer open it."""
-    from sentence_transformers import SentenceTransformer
-
-    folder, _, trainer = uninterrupted
-    texts = make_notes(patients=2)["text"][:5]
-    expected = trainer.model.encode(texts, tokenizer)
-    found = SentenceTransformer(str(folder / "checkpoint-12"), device="cpu").encode(texts, convert_to_tensor=True)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    native = AutoModelForMaskedLM.from_pretrained(folder / "checkpoint-12")
-    assert type(native).__name__ == "BertForMaskedLM"
-    for path in (folder / "checkpoint-12").rglob("*"):
-        assert path.suffix not in (".pkl", ".py"), path
-
-
 # ---- Either loss alone ----
 
 
@@ -678,124 +420,3 @@ def test_bfloat16_autocast_keeps_the_objective_in_float32(tmp_path, tokenizer, p
         entries.append(logs(trainer)[0])
     for name in ("mlm_loss", "spectral_spreading", "orthogonality"):
         assert entries[1][name] == pytest.approx(entries[0][name], rel=0.05)
-
-
-# ---- Bad input ----
-
-
-def refusal(folder, tokenizer, notes, model=None, **settings):
-    """The message with which the trainer refuses, before any training."""
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (the callers look at the words)
-        make_trainer(folder, tokenizer, notes, model=model, **settings)
-    return str(error.value)
-
-
-def test_model_without_a_head_is_refused(tmp_path, tokenizer, pairs):
-    """What: mlm_weight without a head; where: the class; what to do: load by name or set mlm_weight=0."""
-    model = BertModel(make_model("bert", tokenizer).config)
-    message = refusal(tmp_path, tokenizer, pairs, model=model)
-    for word in ("mlm_weight is 1.0", "BertModel has no language-modelling head", "from_pretrained", "mlm_weight=0"):
-        assert word in message
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"subspace_dim": 24}, ("subspace_dim is 24", "16", "Lower subspace_dim")),
-        (
-            {"subspace_dim": 16, "window": "none"},
-            ("subspace_dim is 16", "batch of 16", "rank 15", "raise the batch size"),
-        ),
-        (
-            {"subspace_dim": 16, "window": None},
-            ("subspace_dim is 16", "batch of 16", "rank 15", "raise the batch size"),
-        ),
-        ({"subspace_dim": 20, "window": "18"}, ("subspace_dim is 20", "window", "18", "rank 17")),
-        ({"subspace_dim": 20, "window": 18}, ("subspace_dim is 20", "window", "18", "rank 17")),
-        ({"pooling": "average"}, ("pooling", "mean, cls, last, max", "'average'")),
-        ({"window": "sometimes"}, ("window", "'none', 'auto' or a number", "'sometimes'")),
-        ({"mlm_weight": 0.0, "dense_weight": 0.0}, ("mlm_weight and dense_weight are both 0",)),
-        ({"mlm_probability": 1.5}, ("mlm_probability", "[0, 1]", "1.5")),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(tmp_path, tokenizer, pairs, settings, words):
-    """A k that the samples cannot support, an unknown pooling, window or weight: named, with what came and what to do."""
-    message = refusal(tmp_path, tokenizer, pairs, **settings)
-    for word in words:
-        assert word in message, message
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("compute_metrics", ("compute_metrics would never be called", "evaluator=", "evaluator(model, tokenizer)")),
-        ("preprocess_logits_for_metrics", ("preprocess_logits_for_metrics would never be called", "evaluator=")),
-        ("compute_loss_func", ("compute_loss_func would never be called", "override compute_loss")),
-    ],
-)
-def test_functions_that_would_never_be_called_are_refused(tmp_path, tokenizer, pairs, name, words):
-    """What the stock Trainer calls and this one does not is an error at once, not ignored."""
-    message = refusal(tmp_path, tokenizer, pairs, extra={name: lambda *args: {}})
-    for word in words:
-        assert word in message, message
-
-
-def test_largest_k_that_the_batch_supports_is_taken(tmp_path, tokenizer, pairs):
-    """One less than what is refused trains: k = 15 of 16 centred pairs, counting the accumulated batch."""
-    make_trainer(tmp_path, tokenizer, pairs, subspace_dim=15, window="none").train()
-    make_trainer(
-        tmp_path,
-        tokenizer,
-        pairs,
-        subspace_dim=15,
-        window=None,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=4,
-    ).train()
-
-
-def test_notes_without_pairs_or_columns_are_refused(tmp_path, tokenizer):
-    """Notes of single-note patients, and notes without a needed column, are refused with counts and names, no text."""
-    notes = make_notes(patients=4)
-    single = notes.add_column("row", range(len(notes))).filter(lambda r: r == 0 or r == 3, input_columns="row")
-    message = refusal(tmp_path, tokenizer, single)
-    for word in ("No pair of adjacent notes", "2 notes", "2 patients", "at least two notes"):
-        assert word in message, message
-    for name in ("patient_id", "time", "text"):
-        message = refusal(tmp_path, tokenizer, notes.remove_columns(name))
-        assert f"`{name}`" in message or f"'{name}'" in message, message
-        assert notes[0]["text"][:20] not in message
-
-
-def test_training_without_data_is_refused(tmp_path, tokenizer):
-    """No train_dataset and no eval_dataset: each says which is needed."""
-    trainer = make_trainer(tmp_path, tokenizer, None)
-    with pytest.raises(ValueError, match="needs a train_dataset: notes with patient_id, time and text"):
-        trainer.train()
-    with pytest.raises(ValueError, match="needs an eval_dataset"):
-        trainer.evaluate()
-
-
-def test_notes_are_counted_and_paired_by_the_trainer(tmp_path, tokenizer):
-    """Notes go in as they are; pairs, tokens and what was cut are counted for each split."""
-    trainer = make_trainer(
-        tmp_path, tokenizer, make_notes(), extra={"eval_dataset": {"held": make_notes(4, seed=9)}}, max_length=16
-    )
-    assert len(trainer.train_dataset) == 45
-    assert trainer.token_stats["train"].truncated > 0
-    assert trainer.token_stats["held"].max_length == 16
-    assert "eval_held_loss" in trainer.evaluate()
-
-
-def test_moments_are_all_that_an_update_keeps(tmp_path, tokenizer, pairs, monkeypatch):
-    """Under accumulation the objective is called once an update, with the moments of all its pairs."""
-    calls = []
-    gradient = DenseObjective.gradient
-
-    def counted(self, a: Moments, b: Moments):
-        calls.append((float(a.count), float(b.count)))
-        return gradient(self, a, b)
-
-    monkeypatch.setattr(DenseObjective, "gradient", counted)
-    make_trainer(tmp_path, tokenizer, pairs, per_device_train_batch_size=4, gradient_accumulation_steps=4).train()
-    assert calls == [(16, 16), (16, 16), (13, 13)]

@@ -7,15 +7,9 @@ from hf_densefeat.encoders.multimodal import (
     MultimodalPairCollator,
     MultimodalProcessor,
 )
+from hf_densefeat.encoders.processor import EventProcessor, WindowPairCollator, WindowPairs
 from hf_densefeat.encoders.tabular import EventConfig, EventModel, EventModelForMaskedValues
-from hf_densefeat.encoders.windows import (
-    EventProcessor,
-    WindowPairCollator,
-    WindowPairs,
-    event_windows,
-    latest_of_each,
-    pack_windows,
-)
+from hf_densefeat.encoders.windows import event_windows, latest_of_each, pack_windows
 
 __all__ = [
     "EventConfig",

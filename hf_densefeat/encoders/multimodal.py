@@ -14,15 +14,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from hf_densefeat.collator import DensePairCollator
+from hf_densefeat.encoders.processor import EventProcessor, EventStats, WindowPairCollator, WindowPairs, pad_rows
 from hf_densefeat.encoders.tabular import EventConfig, EventModel, WindowModel, prediction_head, transformer
-from hf_densefeat.encoders.windows import (
-    EventProcessor,
-    EventStats,
-    WindowPairCollator,
-    WindowPairs,
-    note_of,
-    pad_rows,
-)
+from hf_densefeat.encoders.windows import note_of
 from hf_densefeat.notes import column
 from hf_densefeat.pairs import adjacent_pairs
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from hf_densefeat.encoders.windows import EventProcessor
+from hf_densefeat.encoders.processor import EventProcessor
 from hf_densefeat.modeling import DenseFeatureMixin
 
 CARD_USE = """With hf_densefeat; one value is a code, a number, and hours since the window began:

@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import alternate, spread
 from hf_densefeat import DenseObjective, effective_rank
+from hf_densefeat.baselines import vicreg
 
 
 def objective(args) -> dict:
@@ -26,7 +27,7 @@ def objective(args) -> dict:
             "tracked, running window": run(lambda a, b: windowed(a, b)["loss"]),
             "exact eigenspaces": run(lambda a, b: exact(a, b)["loss"]),
             "literal SVD": run(literal_loss),
-            "VICReg": run(vicreg_loss),
+            "VICReg": run(vicreg),
         },
         args.repeats,
     )
@@ -52,20 +53,6 @@ def literal_loss(z_a, z_b, k=20):
     subspace_term = torch.linalg.norm(bases[0] @ bases[0].T - bases[1] @ bases[1].T) ** 2
     standard = z / z.std(0, unbiased=False)
     return spread_term + subspace_term + torch.linalg.norm(standard.T @ standard / len(z) - identity) ** 2
-
-
-def vicreg_loss(x, y):
-    """VICReg (Bardes et al., 2022, algorithm 1), weights 25, 25, 1."""
-
-    def off_diagonal(c):
-        return c.square().sum() - c.diagonal().square().sum()
-
-    n, d = x.shape
-    invariance = nn.functional.mse_loss(x, y)
-    x, y = x - x.mean(0), y - y.mean(0)
-    variance = sum(torch.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() for z in (x, y)) / 2
-    covariance = sum(off_diagonal(z.T @ z / (n - 1)) for z in (x, y)) / d
-    return 25 * invariance + 25 * variance + covariance
 
 
 def running(args) -> dict:

@@ -41,6 +41,7 @@ class Domain:
         degrade: (inputs, share, seed) → the inputs with this share of their sections or values missing.
         shift: probes that train at one place or time and are tested at another; may be empty.
         training: options of `DenseTrainingArguments` for every method: batch size, learning rate, subspace_dim, …
+        sides: the encoder is not one stack of layers, so that "layer 0" names nothing.
         key: what else tells runs apart, beside the facts, these options and the inputs: a checkpoint's weights, labels.
     """
 
@@ -64,4 +65,5 @@ class Domain:
     degrade: Callable[[list[str], float, int], list[str]]
     shift: list[ProbeTask] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+    sides: bool = False
     key: str = ""

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from domains import Domain, text
-from domains.tabular import YEAR, balanced, packed, rows_with, task, values_of
+from domains.rows import balanced, rows_with, sample, task, training, values_of, with_cohort_labels
+from domains.tabular import YEAR, packed
 from hf_densefeat import ProbeTask, adjacent_pairs, load_notes
 from hf_densefeat.encoders import (
     EventConfig,
@@ -30,7 +31,6 @@ from hf_densefeat.encoders import (
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 MAX_EVENTS, TOKENS = 32, 64
-ENCODED = {"train": 2200, "validation": 800, "test": 10**9}  # windows at random of each split
 MISSING = 0.15  # share of the training windows that lose their note, and of those that lose their values
 
 
@@ -64,8 +64,9 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
             return MultimodalModelForMaskedPrediction(config)
 
     lacking = {side: np.mean([not len(row[side]) for row in pairs.rows]) for side in ("input_ids", "event_ids")}
+    paired = str(pairs.pairs).replace("notes", "windows")
     facts = (
-        f"{source} {pairs.pairs}; {stats}. Of the training windows {lacking['input_ids']:.0%} have no note and "
+        f"{source} {paired}; {stats}. Of the training windows {lacking['input_ids']:.0%} have no note and "
         f"{lacking['event_ids']:.0%} no values ({MISSING:.0%} of those with both lost each at random). "
         f"Held out: {len(held_out):,} windows of {following.patients:,} patients. "
         f"Encoder: {make_model(0).num_parameters():,} parameters, {TOKENS} tokens and {MAX_EVENTS} events of a window."
@@ -98,14 +99,8 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
             task(one_side(windows, side), primary, "binary", f"{primary}, tested {name}")
             for side, name in (("events", "on notes alone"), ("text", "on values alone"))
         ],
-        training={
-            "per_device_train_batch_size": 32,
-            "learning_rate": 1e-3,
-            "warmup_steps": 0.1,
-            "lr_scheduler_type": "cosine",
-            "weight_decay": 0.01,
-            "subspace_dim": 20,
-        },
+        training=training(),
+        sides=True,
     )
 
 
@@ -114,7 +109,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
 
 def clinosim(data: Path):
     """Days with a note. The labels are those of the day's last note: see the text domain."""
-    notes, *_ = text._clinosim(data)
+    notes, tasks, *_ = text.clinosim(data)
     patient, time = np.array(values_of(notes, "patient_id")), np.array(values_of(notes, "time"), "datetime64[s]")
     days = np.stack([patient, time.astype("datetime64[D]").astype(int)], 1)
     _, window = np.unique(days, axis=0, return_inverse=True)
@@ -134,16 +129,8 @@ def clinosim(data: Path):
     values = np.array(observed["numeric_value"])[kept]
     texts = packed(place, code[kept], values, hours, ["\n\n".join(day) for day in written], codes, MAX_EVENTS)
     windows = notes.select(last).remove_columns("text").add_column("text", texts)
-    labels = [
-        ("inpatient_within_1y", "binary"),
-        ("acute_within_1y", "binary"),
-        ("onset_within_1y", "binary"),
-        ("next_reason", "multiclass"),
-        ("age_sd", "regression"),
-        ("kind", "clustering"),
-    ]
     source = "clinosim 0.6.5: days of synthetic patients, template notes and simulated observations."
-    return windows, labels, "inpatient_within_1y", source
+    return windows, tasks, "inpatient_within_1y", source
 
 
 def cohort():
@@ -162,12 +149,7 @@ def cohort():
     values = np.array(observed["value"])[kept]
     texts = packed(place[kept], code[kept], values, hours[kept], values_of(notes, "text"), codes, MAX_EVENTS)
     windows = notes.remove_columns("text").add_column("text", texts)
-    age, train = np.array(values_of(windows, "age")), np.array(values_of(windows, "split")) == "train"
-    windows = windows.add_column("age_sd", ((age - age[train].mean()) / age[train].std()).tolist())
-    kinds = [
-        kind if kind in ("ambulatory", "wellness", "emergency") else None for kind in values_of(notes, "note_type")
-    ]
-    windows = windows.add_column("kind", kinds)
+    windows = with_cohort_labels(windows)
     labels = [
         ("acute_within_1y", "binary"),
         ("died_within_5y", "binary"),
@@ -181,13 +163,6 @@ def cohort():
 
 
 # ---- Inputs --------------------------------------------------------------------------------------------------------
-
-
-def sample(windows: datasets.Dataset) -> datasets.Dataset:
-    """What is encoded: some windows of training and validation patients, and all of the test patients'."""
-    split, rng = np.array(values_of(windows, "split")), np.random.default_rng(0)
-    kept = [rng.permutation(np.flatnonzero(split == name))[:most] for name, most in ENCODED.items()]
-    return windows.select(np.sort(np.concatenate(kept)))
 
 
 def without_a_side(inputs: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from collections import Counter
 import datasets
 import numpy as np
 
+from domains.rows import standardised
 from hf_densefeat import load_notes, split_by_patient
 from hf_densefeat.notes import column, dense_codes, time_ticks
 
@@ -75,15 +76,6 @@ def labels_key(notes: datasets.Dataset, tasks: list[tuple[str, str]]) -> str:
     """A digest of what the tasks ask, and of whom."""
     columns = ["split", *(label for label, _ in tasks)]
     return hashlib.sha256(repr((tasks, [labels_of(notes, label) for label in columns])).encode()).hexdigest()
-
-
-def standardised(values: list[float | None], split: list[str]) -> list[float | None]:
-    """In standard deviations of the training rows: RMSE 1 is a constant."""
-    values = np.array(values, dtype=float)
-    known = np.isfinite(values)
-    train = (np.array(split) == "train") & known
-    found = (values - values[train].mean()) / values[train].std()
-    return [value if there else None for value, there in zip(found.tolist(), known, strict=True)]
 
 
 def _with_split(notes: datasets.Dataset) -> datasets.Dataset:

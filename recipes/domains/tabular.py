@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from domains import Domain
+from domains.rows import balanced, resplit, rows_with, task, training, values_of, with_cohort_labels
 from hf_densefeat import ProbeTask, adjacent_pairs
 from hf_densefeat.encoders import (
     EventConfig,
@@ -24,7 +25,6 @@ from hf_densefeat.encoders import (
     latest_of_each,
     pack_windows,
 )
-from hf_densefeat.notes import column
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 YEAR = 365 * 24.0
@@ -50,8 +50,9 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
             torch.manual_seed(seed)
             return EventModelForMaskedValues(EventConfig.of(processor))
 
+    paired = str(pairs.pairs).replace("notes", "windows")
     facts = (
-        f"{source} {pairs.pairs}; {stats}. Held out: {len(held_out):,} windows of {following.patients:,} patients. "
+        f"{source} {paired}; {stats}. Held out: {len(held_out):,} windows of {following.patients:,} patients. "
         f"Encoder: {make_model(0).num_parameters():,} parameters, {len(processor.codes)} codes, {processor.max_events} events "
         "of a window."
     )
@@ -75,14 +76,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
         supervised_task=primary,
         degrade=without_values,
         shift=shift,
-        training={
-            "per_device_train_batch_size": 32,
-            "learning_rate": 2e-3,
-            "warmup_steps": 0.1,
-            "lr_scheduler_type": "cosine",
-            "weight_decay": 0.01,
-            "subspace_dim": 20,
-        },
+        training=training(2e-3),
     )
 
 
@@ -186,12 +180,7 @@ def cohort():
     rows_of = {name: [note[name] for note, _ in ends] for name in notes[0] if name != "text"}
     texts = packed(window, code[rows], value[rows], hours, len(ends), codes)
     windows = datasets.Dataset.from_dict(rows_of | {"text": texts})
-    age, train = np.array(values_of(windows, "age")), np.array(values_of(windows, "split")) == "train"
-    windows = windows.add_column("age_sd", ((age - age[train].mean()) / age[train].std()).tolist())
-    kinds = [
-        kind if kind in ("ambulatory", "wellness", "emergency") else None for kind in values_of(windows, "note_type")
-    ]
-    windows = windows.add_column("kind", kinds)
+    windows = with_cohort_labels(windows)
     tasks = [
         task(windows, "acute_within_1y", "binary"),
         task(windows, "died_within_5y", "binary"),
@@ -226,37 +215,5 @@ def without_values(inputs: list[str], share: float, seed: int) -> list[str]:
     return left
 
 
-def values_of(windows: datasets.Dataset, name: str) -> list:
-    """A column, read in one go."""
-    return column(windows, name).to_pylist()
-
-
-def rows_with(windows: datasets.Dataset, name: str, value) -> datasets.Dataset:
-    """The rows with this value."""
-    return windows.select([i for i, found in enumerate(values_of(windows, name)) if found == value])
-
-
 def _with_none(values: np.ndarray) -> list[float | None]:
     return [None if value != value else value for value in values.tolist()]
-
-
-def resplit(windows: datasets.Dataset, split: list[str | None]) -> datasets.Dataset:
-    """The rows that have a split, with it."""
-    rows = [i for i, part in enumerate(split) if part]
-    return windows.select(rows).remove_columns("split").add_column("split", [split[i] for i in rows])
-
-
-def balanced(windows: datasets.Dataset, label: str, most: int) -> datasets.Dataset:
-    """Up to so many held-out rows of each class that has half as many: k-means is for classes of like size."""
-    values, rng, rows = np.array(values_of(windows, label), dtype=object), np.random.default_rng(0), []
-    held_out = np.array(values_of(windows, "split")) == "test"
-    for kind in sorted({value for value in values if value is not None}):
-        own = rng.permutation(np.flatnonzero((values == kind) & held_out))[:most]
-        rows += own.tolist() if len(own) >= most / 2 else []
-    return windows.select(sorted(rows)).select_columns(["patient_id", "text", label])
-
-
-def task(windows: datasets.Dataset, label: str, kind: str, name: str | None = None) -> ProbeTask:
-    """A probe on the rows that have the label."""
-    columns = ["patient_id", "text", "split", label]
-    return ProbeTask(name or label, windows.select_columns(columns), label, kind)

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from domains import Domain
-from domains.notes import CLUSTER, labels_key, labels_of, own_notes, standardised
+from domains.notes import CLUSTER, labels_key, labels_of, own_notes
+from domains.rows import balanced, sample, standardised, training
 from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, adjacent_pairs, load_notes
 from hf_densefeat.collator import tokenize_notes
 from hf_densefeat.pairs import NotePairs, TokenPairs
@@ -25,7 +26,6 @@ from hf_densefeat.probes import encoder_key
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DAY = 86400
-ENCODED = {"train": 2200, "validation": 800}  # notes at random of each split; of test patients all
 KINDS = {  # what a note is for, from its type
     "Outpatient Progress note": "outpatient",
     "Nurse Note": "nurse",
@@ -50,7 +50,7 @@ def load(
 ) -> Domain:
     """The domain, from the study's notes, notes of your own with `label:kind` tasks, or the bundled cohort."""
     own = notes is not None
-    found = own_notes(notes, tasks) if own else _clinosim(Path(data)) if data else _cohort()
+    found = own_notes(notes, tasks) if own else clinosim(Path(data)) if data else _cohort()
     notes, tasks, shift, primary, source = found
     key = labels_key(notes, tasks) if own else ""
     train = notes.filter(lambda split: split == "train", input_columns="split")
@@ -63,7 +63,7 @@ def load(
     pairs = adjacent_pairs(train)
     again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.notes, pairs.patients)
 
-    notes = _sample(notes)
+    notes = sample(notes)
     held_out = notes.filter(lambda split: split == "test", input_columns="split")
     following = adjacent_pairs(held_out)
     texts = np.array(held_out["text"][:], dtype=object)
@@ -93,14 +93,7 @@ def load(
         supervised_task=primary,
         degrade=partial(_without_sections, tokenizer=tokenizer, length=length),
         shift=shift(notes),
-        training={
-            "per_device_train_batch_size": 32,
-            "learning_rate": 5e-5 if model_name_or_path else 1e-3,
-            "warmup_steps": 0.1,
-            "lr_scheduler_type": "cosine",
-            "weight_decay": 0.01,
-            "subspace_dim": 20,
-        },
+        training=training(5e-5 if model_name_or_path else 1e-3),
         key=key,
     )
 
@@ -128,7 +121,7 @@ def _cohort():
     return notes, tasks, lambda notes: [_years(notes, "acute_within_1y", 2000)], "acute_within_1y", source
 
 
-def _clinosim(data: Path):
+def clinosim(data: Path):
     """Clinosim's notes, with what its other tables say happens afterwards."""
     folder = data / "clinosim_longitudinal"
     notes = load_notes(str(folder / "notes.parquet"))
@@ -187,29 +180,12 @@ def _clinosim(data: Path):
     return notes, tasks, shift, "inpatient_within_1y", "clinosim 0.6.5: template notes of synthetic patients."
 
 
-def _balanced(rows: datasets.Dataset, label: str, most: int) -> datasets.Dataset:
-    """At most so many rows of each class, and no class with less than half of that: k-means is for classes of like size."""
-    rng, classes = np.random.default_rng(0), np.array(rows[label][:])
-    found = [rng.permutation(np.flatnonzero(classes == name))[:most] for name in np.unique(classes)]
-    return rows.select(np.sort(np.concatenate([own for own in found if len(own) >= most / 2])))
-
-
-def _sample(notes: datasets.Dataset) -> datasets.Dataset:
-    """What is encoded: some notes of training and validation patients, and all of the test patients'."""
-    split, rng = np.array(notes["split"][:]), np.random.default_rng(0)
-    kept = [np.flatnonzero(split == "test")]
-    for name, most in ENCODED.items():
-        kept.append(rng.permutation(np.flatnonzero(split == name))[:most])
-    return notes.select(np.sort(np.concatenate(kept)))
-
-
 def _task(notes: datasets.Dataset, label: str, kind: str, name: str | None = None) -> ProbeTask:
     """A probe on the rows that have the label; clustering is of the test patients' alone."""
     columns = ["patient_id", "text", "split", label]
     rows = notes.select_columns(columns).filter(lambda value: value is not None, input_columns=label)
     if kind == "clustering":
-        rows = rows.filter(lambda value: value == "test", input_columns="split")
-        rows = _balanced(rows, label, 2 * CLUSTER)
+        rows = balanced(rows, label, 2 * CLUSTER)
     else:
         test = np.array(rows["split"][:]) == "test"
         left = np.random.default_rng(0).permutation(np.flatnonzero(test))[1500:]

@@ -1,0 +1,76 @@
+"""Rows of a domain's table: columns, splits, samples, and the probes on them."""
+
+import datasets
+import numpy as np
+
+from hf_densefeat import ProbeTask
+from hf_densefeat.notes import column
+
+ENCODED = {"train": 2200, "validation": 800}  # rows at random of each split; of test patients all
+COHORT_KINDS = ("ambulatory", "wellness", "emergency")
+
+
+def training(learning_rate: float = 1e-3) -> dict:
+    """Options of `DenseTrainingArguments` that every method of a domain has."""
+    return {
+        "per_device_train_batch_size": 32,
+        "learning_rate": learning_rate,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.01,
+        "subspace_dim": 20,
+    }
+
+
+def values_of(windows: datasets.Dataset, name: str) -> list:
+    """A column, read in one go."""
+    return column(windows, name).to_pylist()
+
+
+def rows_with(windows: datasets.Dataset, name: str, value) -> datasets.Dataset:
+    """The rows with this value."""
+    return windows.select([i for i, found in enumerate(values_of(windows, name)) if found == value])
+
+
+def resplit(windows: datasets.Dataset, split: list[str | None]) -> datasets.Dataset:
+    """The rows that have a split, with it."""
+    rows = [i for i, part in enumerate(split) if part]
+    return windows.select(rows).remove_columns("split").add_column("split", [split[i] for i in rows])
+
+
+def standardised(values: list[float | None], split: list[str]) -> list[float | None]:
+    """In standard deviations of the training rows: RMSE 1 is a constant."""
+    values = np.array(values, dtype=float)
+    known = np.isfinite(values)
+    train = (np.array(split) == "train") & known
+    found = (values - values[train].mean()) / values[train].std()
+    return [value if there else None for value, there in zip(found.tolist(), known, strict=True)]
+
+
+def with_cohort_labels(rows: datasets.Dataset) -> datasets.Dataset:
+    """The bundled cohort's rows with the age in standard deviations, and the frequent kinds of visit."""
+    rows = rows.add_column("age_sd", standardised(values_of(rows, "age"), values_of(rows, "split")))
+    return rows.add_column("kind", [kind if kind in COHORT_KINDS else None for kind in values_of(rows, "note_type")])
+
+
+def sample(rows: datasets.Dataset) -> datasets.Dataset:
+    """What is encoded: some rows of training and validation patients, and all of the test patients'."""
+    split, rng = np.array(values_of(rows, "split")), np.random.default_rng(0)
+    kept = [rng.permutation(np.flatnonzero(split == name))[:most] for name, most in ENCODED.items()]
+    return rows.select(np.sort(np.concatenate([*kept, np.flatnonzero(split == "test")])))
+
+
+def balanced(windows: datasets.Dataset, label: str, most: int) -> datasets.Dataset:
+    """Up to so many held-out rows of each class that has half as many: k-means is for classes of like size."""
+    values, rng, rows = np.array(values_of(windows, label), dtype=object), np.random.default_rng(0), []
+    held_out = np.array(values_of(windows, "split")) == "test"
+    for kind in sorted({value for value in values if value is not None}):
+        own = rng.permutation(np.flatnonzero((values == kind) & held_out))[:most]
+        rows += own.tolist() if len(own) >= most / 2 else []
+    return windows.select(sorted(rows)).select_columns(["patient_id", "text", label])
+
+
+def task(windows: datasets.Dataset, label: str, kind: str, name: str | None = None) -> ProbeTask:
+    """A probe on the rows that have the label."""
+    columns = ["patient_id", "text", "split", label]
+    return ProbeTask(name or label, windows.select_columns(columns), label, kind)
