@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict:
     study.plan(arguments.budget, arguments.seeds, arguments.steps)
     methods = {name: METHODS[name] for name in arguments.methods}
     if arguments.sweep:
-        methods = {name: METHODS[name] for name in ("mlm", "mlm+dense")} | sweep_methods()
+        methods = {name: METHODS[name] for name in ("mlm", "mlm+dense")} | sweep_methods(layers=not domain.sides)
     seeds = range(arguments.seeds)
     left, needed = study.untrained(methods, seeds)
     print(f"{domain.facts}\n{left} runs of {study.steps} steps to train, of {needed}.", flush=True)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import compare
 from domains import notes as own
 from domains import rows, text
-from study import measures, plots, runs, training
+from study import measures, methods, plots, runs, training
 from study.methods import METHODS, Method, sweep_methods
 
 NAMES = "mlm,mlm+dense,mlm+whitening"
@@ -29,9 +29,9 @@ NAMES = "mlm,mlm+dense,mlm+whitening"
 def small():
     """Less of everything that takes time."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"BOOTSTRAPS": 40, "GEOMETRY_BOOTSTRAPS": 40, "SHOTS": (4,), "MISSING_ROWS": 60}.items():
+        for name, value in {"BOOTSTRAPS": 40, "GEOMETRY_BOOTSTRAPS": 40, "SHOTS": (16,), "MISSING_ROWS": 60}.items():
             patch.setattr(measures, name, value)
-        patch.setattr(measures, "MISSING", (0.0, 0.8))
+        patch.setattr(measures, "MISSING", (0.0, 0.6))
         patch.setattr(rows, "ENCODED", {"train": 300, "validation": 150})
         yield
 
@@ -169,6 +169,31 @@ def test_clean_input_is_unmasked_for_the_dense_terms(tmp_path, tokenizer):
     assert torch.allclose(z_a, expected[1])
     assert torch.allclose(z_b, expected[2])
     assert not torch.allclose(outputs.logits, expected[0].logits)
+
+
+def test_embedding_of_another_layer(tokenizer):
+    """It is the pooled output of that layer; the last layer's is what it was."""
+    batch = tokenizer(["patient stable", "fever and cough improved"], padding=True, return_tensors="pt")
+    for layer in (0, 1):
+        model = make_model("bert", tokenizer).eval()
+        hidden = model(**batch, output_hidden_states=True).hidden_states[layer + 1]
+        training.embed_at(model, layer)
+        mask = batch["attention_mask"][:, :, None]
+        assert torch.allclose(model.encode(batch), (hidden * mask).sum(1) / mask.sum(1), atol=1e-6)
+
+
+def test_sweep(study, monkeypatch):
+    """One row a setting, compared with the default."""
+    folder, common, _ = study
+    monkeypatch.setattr(methods, "SWEEP", {"lambda_orth": [{"lambda_orth": 1e-3}]})
+    monkeypatch.setattr(methods, "SWEEP_METHODS", {"first layer": {"layer": 0}})
+    found = compare.main([*common, "--sweep"])["methods"]
+    assert list(found) == ["mlm", "mlm+dense", "lambda_orth 0.001", "first layer"]
+    ranks = [run["geometry effective_rank_centered"]["value"] for run in found.values()]
+    assert len(set(ranks)) == 4
+    written = (folder / "out" / "text-sweep.md").read_text()
+    assert all(f"| {title} " in written for title in ("lambda_orth 0.001", "first layer", "MLM + dense (default)"))
+    assert (folder / "out" / "text-sweep.png").exists()
 
 
 def test_every_run_has_a_file_of_its_own(tmp_path):

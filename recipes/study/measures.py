@@ -8,7 +8,7 @@ from domains import Domain
 from torch import Tensor
 
 from hf_densefeat import ProbeEvaluator, geometry_report
-from hf_densefeat.geometry import patient_subspaces
+from hf_densefeat.geometry import CONDITION_FLOOR, effective_rank_of_spectrum, patient_subspaces
 from hf_densefeat.probes import probe
 from hf_densefeat.scores import patient_weights
 
@@ -53,8 +53,8 @@ class Measures:
         report = geometry_report(z_a, z_b, k=k, groups=torch.from_numpy(patient))
         found = {key: np.array([value]) for key, value in report.items()}
         for key, drawn in geometry_replicates(z_a, z_b, patient, int(report["k"])).items():
-            # Redrawn patients are fewer different ones, which by itself lowers the rank and raises the distance.
-            found[key] = np.append(found[key], drawn * found[key] / drawn.mean())
+            # Redrawn patients are fewer different ones, which by itself lowers the rank and raises the other two.
+            found[key] = np.append(found[key], drawn * found[key] / max(drawn.mean(), 1e-300))
         last = np.append(np.diff(patient) != 0, True)
         owner = np.append(patient, patient[last])
         chain = np.argsort(owner, kind="stable")  # a patient's windows in order: those that are followed, and the last
@@ -95,19 +95,23 @@ class Known:
 
 
 def geometry_replicates(z_a: Tensor, z_b: Tensor, patient: np.ndarray, k: int) -> dict[str, np.ndarray]:
-    """Effective rank of the earlier side and normalised subspace distance, both centred, for redrawn patients."""
-    weights = torch.from_numpy(patient_weights(patient, GEOMETRY_BOOTSTRAPS)).float()
+    """Effective rank and condition of the earlier side and normalised subspace distance, centred, for redrawn patients."""
+    weights = torch.from_numpy(patient_weights(patient, GEOMETRY_BOOTSTRAPS)).double()
     count = weights.sum(1)[:, None]
-    ranks, bases = [], []
+    spectra, bases = [], []
     for z in (z_a, z_b):
-        z = (z - z.mean(0)).float()
+        z = (z - z.mean(0)).double()
         mean = weights @ z / count
         second = torch.stack([(z * row[:, None]).mT @ z for row in weights]) / count[:, :, None]
-        values, vectors = torch.linalg.eigh((second - mean[:, :, None] * mean[:, None]).double())
-        share = values.clamp(min=0) / values.clamp(min=0).sum(1, keepdim=True).clamp(min=1e-300)
-        ranks.append(torch.special.entr(share).sum(1).exp().numpy())
+        values, vectors = torch.linalg.eigh(second - mean[:, :, None] * mean[:, None])
+        spectra.append(values.clamp(min=0))
         bases.append(vectors[:, :, z.shape[1] - k :])
-    found = {"effective_rank_centered": ranks[0]}
+    top = spectra[0][:, -1:]
+    resolved = spectra[0].where(spectra[0] > CONDITION_FLOOR * top, top)
+    found = {
+        "effective_rank_centered": np.array([effective_rank_of_spectrum(values) for values in spectra[0]]),
+        "condition_resolved_centered": (top[:, 0] / resolved.min(1).values.clamp(min=1e-300)).numpy(),
+    }
     if k:
         distances = 1 - (bases[0].mT @ bases[1]).square().sum((1, 2)) / k
         found["subspace_distance_normalized_centered"] = distances.numpy()

@@ -23,6 +23,7 @@ class Method:
         broadening: of the projectors' gradient.
         pair_weight: of `unshared_variance`, beside the dense terms.
         clean: the dense terms see the unmasked input, in a second forward.
+        layer: the embedding is of this layer's output instead of the last's, in training and afterwards.
         after: (name of a method, function of (z of its training notes, z) → z): nothing is trained.
         trained: False for the common start itself.
     """
@@ -37,6 +38,7 @@ class Method:
     broadening: float = 1.0
     pair_weight: float = 0.0
     clean: bool = False
+    layer: int | None = None
     after: tuple[str, Callable] | None = None
     trained: bool = True
 
@@ -88,7 +90,8 @@ ABLATION = {
 BASELINES = tuple(name for name in METHODS if name not in ("supervised", *OURS, *ABLATION))
 SWEEP = {
     "lambda_sub": [{"lambda_sub": value} for value in (0.0, 0.001, 0.01, 0.03)],
-    "lambda_orth": [{"lambda_orth": value} for value in (1e-5, 1e-4, 1e-3)],
+    "lambda_orth": [{"lambda_orth": value} for value in (1e-5, 1e-4, 3e-4, 1e-3)],
+    "both": [{"lambda_orth": 3e-4, "lambda_sub": value} for value in (0.01, 0.03)],
     "dense_weight": [{"dense_weight": value} for value in (0.3, 1.0, 10.0)],
     "window": [{"window": value} for value in ("none", "512")],
     "centring": [{"center": False}],
@@ -103,16 +106,21 @@ SWEEP_METHODS = {
     "rank at most 16": {"most_rank": 16.0},
     "rank at most 32": {"most_rank": 32.0},
     "rank at most 64": {"most_rank": 64.0},
+    "MLM alone, first layer": {"layer": 0, "arguments": {"dense_weight": 0.0}},
+    "first layer": {"layer": 0},
     "pairing-aware, no L_sub": {"pair_weight": 0.1, "arguments": {"lambda_sub": 0.0}},
     "pairing-aware and L_sub": {"pair_weight": 0.1},
+    "pairing-aware at 0.5": {"pair_weight": 0.5},
+    "pairing-aware at 2": {"pair_weight": 2.0},
 }
 
 
-def sweep_methods() -> dict[str, Method]:
-    """One factor at a time around the default."""
+def sweep_methods(layers: bool = True) -> dict[str, Method]:
+    """One factor at a time around the default, and the two weights together; with or without other layers than the last."""
     found = {}
     for values in SWEEP.values():
         for change in values:
             name = ", ".join(f"{key} {value}" for key, value in change.items())
             found[name] = Method(name, change)
-    return found | {name: Method(name, **change) for name, change in SWEEP_METHODS.items()}
+    found |= {name: Method(name, **change) for name, change in SWEEP_METHODS.items()}
+    return {name: method for name, method in found.items() if layers or method.layer is None}

@@ -48,12 +48,7 @@ def report(study: Study, results: Results, arguments: argparse.Namespace) -> dic
         "steps": study.steps,
         "seeds": arguments.seeds,
         "seconds": {name: float(np.mean([run["seconds"] for run in runs])) for name, runs in results.runs.items()},
-        "methods": {
-            name: {
-                key: asdict(results.estimate(name, key)) for key in runs[0] if key != "seconds" and "shots" not in key
-            }
-            for name, runs in results.runs.items()
-        },
+        "methods": estimates(results),
     }
     stem = write(arguments.output, domain.name + ("" if whole else f"-table-{arguments.table}"), text, numbers)
     if whole:
@@ -67,11 +62,25 @@ def report(study: Study, results: Results, arguments: argparse.Namespace) -> dic
 def report_sweep(study: Study, results: Results, methods: dict[str, Method], arguments: argparse.Namespace) -> dict:
     """One row and one point a setting. Returns what the JSON holds."""
     titles = {name: method.title for name, method in methods.items()}
-    text = f"{study.domain.facts} {study.steps} steps.\n\n{table_sweep(results, titles)}"
-    numbers = {name: dict(zip(("rank", "distance", "auroc"), results.point(name), strict=True)) for name in methods}
+    seeds = f"{arguments.seeds} seeds, start: {study.warm_up} steps of MLM"
+    text = f"{study.domain.facts} {study.steps} steps, {seeds}.\n\n{table_sweep(results, titles)}"
+    numbers = {
+        "facts": study.domain.facts,
+        "steps": study.steps,
+        "seeds": arguments.seeds,
+        "methods": estimates(results),
+    }
     stem = write(arguments.output, f"{study.domain.name}-sweep", text, numbers)
     plot_pareto({name: (title, *results.point(name)) for name, title in titles.items()}, f"{stem}.png")
     return numbers
+
+
+def estimates(results: Results) -> dict[str, dict]:
+    """Every number of every method, with its interval."""
+    return {
+        name: {key: asdict(results.estimate(name, key)) for key in runs[0] if key != "seconds" and "shots" not in key}
+        for name, runs in results.runs.items()
+    }
 
 
 def write(folder: str, name: str, text: str, numbers: dict) -> Path:

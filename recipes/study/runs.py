@@ -15,7 +15,7 @@ from domains import Domain
 from hf_densefeat import DenseTrainingArguments
 from study.measures import Measures
 from study.methods import METHODS, Method
-from study.training import make_trainer
+from study.training import embed_at, make_trainer
 
 # What the trainer's defaults say of the objective: a run under other defaults is another run.
 DEFAULTS = (
@@ -74,6 +74,7 @@ class Study:
         arguments = {key: getattr(defaults, key) for key in DEFAULTS} | method.arguments
         rest = (method.supervised, method.self_pairs, method.spec_weight, method.most_rank, method.broadening)
         rest += (method.pair_weight, method.clean, self.steps, seed)
+        rest += () if method.layer is None else (method.layer,)
         digest = hashlib.sha256(repr((sorted(arguments.items()), rest)).encode()).hexdigest()[:8]
         clean = "".join(letter if letter.isalnum() or letter in "+-." else "_" for letter in name)
         return self.folder / f"{clean}-{self.steps}-{seed}-{digest}{ending}"  # a name may hold a dot: no with_suffix
@@ -84,6 +85,8 @@ class Study:
         if not path.exists():
             begun = time.perf_counter()
             model = self.start(seed)
+            if method.layer is not None:
+                embed_at(model, method.layer)
             if method.trained:
                 make_trainer(self.domain, method, model, seed, self.steps, self.folder, bar).train()
             z = self.domain.encode(model, self.measures.inputs).float().cpu().numpy()

@@ -41,12 +41,13 @@ def paper(name: str, *columns: int) -> list[str]:
 def table_1(results: Results) -> str:
     """Effective rank and condition number."""
     head = ["Method", "Effective rank, centred", "uncentred", "Condition number", "over median", "Mean cosine"]
-    keys = ("geometry effective_rank", CONDITION, "geometry condition_over_median_centered", "geometry mean_cosine")
+    keys = ("geometry effective_rank", "geometry condition_over_median_centered", "geometry mean_cosine")
     rows = [[*head, "Paper: rank", "Paper: condition"]]
     for name in results.shown:
-        plain, condition, median, cosine = (results.array(name, key)[0] for key in keys)
-        row = [METHODS[name].title, show(results.estimate(name, RANK), 1), f"{plain:.1f}", f"{condition:,.0f}"]
-        rows.append([*row, f"{median:,.1f}", f"{cosine:.2f}", *paper(name, 0, 1)])
+        plain, median, cosine = (results.array(name, key)[0] for key in keys)
+        row = [METHODS[name].title, show(results.estimate(name, RANK), 1), f"{plain:.1f}"]
+        row += [show(results.estimate(name, CONDITION), 0, ","), f"{median:,.1f}", f"{cosine:.2f}"]
+        rows.append([*row, *paper(name, 0, 1)])
     return markdown(rows)
 
 
@@ -129,11 +130,14 @@ def table_rows(measures: Measures) -> str:
 def table_sweep(results: Results, titles: dict[str, str]) -> str:
     """One row a setting, with the difference in AUROC to the default."""
     areas, others = results.summaries["AUROC"], [key for key in ("ARI", "RMSE") if results.summaries[key]]
-    rows = [["Setting", "Effective rank", "Subspace distance", "AUROC", "− default", *others]]
+    rows = [
+        ["Setting", "Effective rank", "Subspace distance", "AUROC", "− default", *others, "16 shots", "60% missing"]
+    ]
     for name, title in titles.items():
         row = [title, show(results.estimate(name, RANK), 1), show(results.estimate(name, DISTANCE))]
         row += [show(results.estimate(name, areas)), show(results.difference(name, "mlm+dense", areas), sign="+")]
-        rows.append(row + [show(results.estimate(name, results.summaries[key])) for key in others])
+        row += [show(results.estimate(name, results.summaries[key])) for key in others]
+        rows.append([*row, *(f"{results.array(name, key)[0]:.3f}" for key in ("16 shots", "missing 60%"))])
     return markdown(rows)
 
 
