@@ -17,12 +17,12 @@ from hf_densefeat.scores import patient_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import compare
+from domains import features, rows, text
 from domains import notes as own
-from domains import rows, text
 from study import measures, methods, plots, runs, training
 from study.methods import METHODS, Method, sweep_methods
 
-NAMES = "mlm,mlm+dense,mlm+whitening"
+NAMES = "features,mlm,mlm+dense,mlm+whitening"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,6 +180,27 @@ def test_embedding_of_another_layer(tokenizer):
         training.embed_at(model, layer)
         mask = batch["attention_mask"][:, :, None]
         assert torch.allclose(model.encode(batch), (hidden * mask).sum(1) / mask.sum(1), atol=1e-6)
+
+
+def test_features_of_events():
+    """Against the definition; what a window lacks is the training median, in units of the training deviation."""
+    windows = [json.dumps({"events": events}) for events in ([["HR", 80, 2], ["HR", 60, 1]], [["HR", 90, 0]], [])]
+    table = features.aggregated(windows)
+    assert list(table.columns.get_level_values(0)) == ["count", "mean", "min", "max", "last"]
+    assert table.to_numpy()[:2].tolist() == [[2, 70, 60, 80, 80], [1, 90, 90, 90, 90]]
+    z = features.of_events(windows[:2], [*windows, json.dumps({"events": [["Lactate", 2, 0]]})])
+    assert z.shape == (4, 10)
+    assert np.isfinite(z).all()
+    code = list(features.aggregated([*windows, json.dumps({"events": [["Lactate", 2, 0]]})]).columns)
+    means = z[:, code.index(("mean", "HR"))]
+    assert means == pytest.approx([-1, 1, 0, 0])  # 70, 90 and twice their median of 80, over a deviation of 10
+
+
+def test_features_of_words_are_fitted_on_training_inputs(notes):
+    train, test = notes["text"][:40], notes["text"][40:]
+    z = features.of_words(train, test, list)
+    assert z.shape[0] == len(test)
+    assert np.allclose(features.of_words(train, test[::-1], list)[::-1], z)
 
 
 def test_sweep(study, monkeypatch):

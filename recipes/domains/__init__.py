@@ -29,6 +29,7 @@ class Domain:
         self_pairs: the same with every training row as both sides of a pair (SimCSE); `.pairs.notes` as in `train`.
         collator: "mlm" (masked input, labels) or None (clean input, labels all −100) → the collator.
         encode: (model, inputs) → embeddings (N, d) on the CPU, without gradient and dropout.
+        features: (some training inputs, inputs) -> (N, any width), what can be had without an encoder.
         train_inputs: inputs of training patients that the post-hoc transforms are fitted on, some thousands.
         earlier: inputs of held-out patients, for the geometry …
         later: … and those that follow them, row by row.
@@ -53,6 +54,7 @@ class Domain:
     self_pairs: TokenPairs
     collator: Callable[[str | None], Callable]
     encode: Callable[[PreTrainedModel, list[str]], Tensor]
+    features: Callable[[list[str], list[str]], np.ndarray]
     train_inputs: list[str]
     earlier: list[str]
     later: list[str]

@@ -7,6 +7,7 @@ is a note and what was observed since the one before.
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from domains import Domain, text
+from domains import Domain, features, text
 from domains.rows import balanced, rows_with, sample, task, training, values_of, with_cohort_labels
 from domains.tabular import YEAR, packed
 from hf_densefeat import ProbeTask, adjacent_pairs, load_notes
@@ -80,6 +81,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
         self_pairs=WindowPairs(pairs.rows, replace(pairs.pairs, later=pairs.pairs.earlier)),
         collator=lambda objective: MultimodalPairCollator(processor, objective),
         encode=lambda model, inputs: model.encode(inputs, processor, batch_size=64),
+        features=partial(features.of_both, cut=partial(text.seen, tokenizer=tokenizer, length=TOKENS)),
         train_inputs=values_of(rows_with(windows, "split", "train"), "text"),
         earlier=texts[following.earlier].tolist(),
         later=texts[following.later].tolist(),

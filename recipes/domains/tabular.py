@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from domains import Domain
+from domains import Domain, features
 from domains.rows import balanced, resplit, rows_with, task, training, values_of, with_cohort_labels
 from hf_densefeat import ProbeTask, adjacent_pairs
 from hf_densefeat.encoders import (
@@ -65,6 +65,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
         self_pairs=WindowPairs(pairs.rows, again),
         collator=lambda objective: WindowPairCollator(processor, objective),
         encode=lambda model, inputs: model.encode(inputs, processor, batch_size=64),
+        features=features.of_events,
         train_inputs=np.random.default_rng(0).permutation(values_of(train, "text"))[:2000].tolist(),
         earlier=texts[following.earlier[some]].tolist(),
         later=texts[following.later[some]].tolist(),

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from domains import Domain
+from domains import Domain, features
 from domains.notes import CLUSTER, labels_key, labels_of, own_notes
 from domains.rows import balanced, sample, standardised, training
 from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, adjacent_pairs, load_notes
@@ -82,6 +82,7 @@ def load(
         self_pairs=TokenPairs(tokens, again),
         collator=lambda objective: DensePairCollator(tokenizer, objective, mlm_probability=0.3),
         encode=lambda model, inputs: model.encode(inputs, tokenizer, batch_size=64),
+        features=partial(features.of_words, cut=partial(seen, tokenizer=tokenizer, length=length)),
         train_inputs=notes.filter(lambda split: split == "train", input_columns="split")["text"][:],
         earlier=texts[following.earlier].tolist(),
         later=texts[following.later].tolist(),
@@ -248,18 +249,21 @@ def _model(train: datasets.Dataset, name_or_path: str | None, max_length: int | 
     return tokenizer, make, length
 
 
+def seen(texts: list[str], tokenizer, length: int) -> list[str]:
+    """What an encoder of so many tokens sees of them."""
+    ends = tokenizer(texts, truncation=True, max_length=length, return_offsets_mapping=True)["offset_mapping"]
+    return [text[: max(end for _, end in offsets)] for text, offsets in zip(texts, ends, strict=True)]
+
+
 def _without_sections(inputs: list[str], share: float, seed: int, tokenizer, length: int) -> list[str]:
     """Drop each section (of a note without sections, each sentence) with this probability; one stays.
 
     Only of what the encoder sees: else a section that is dropped would let another into the window.
     """
-    rng = np.random.default_rng(seed)
-    ends = tokenizer(inputs, truncation=True, max_length=length, return_offsets_mapping=True)["offset_mapping"]
-    left = []
-    for text, offsets in zip(inputs, ends, strict=True):
-        seen = text[: max(end for _, end in offsets)]
-        mark = "\n\n" if "\n\n" in seen else ". "
-        parts = seen.split(mark)
+    rng, left = np.random.default_rng(seed), []
+    for text in seen(inputs, tokenizer, length):
+        mark = "\n\n" if "\n\n" in text else ". "
+        parts = text.split(mark)
         drawn = rng.random(len(parts))
         kept = drawn >= share
         kept[drawn.argmax()] = True

@@ -25,7 +25,8 @@ class Method:
         clean: the dense terms see the unmasked input, in a second forward.
         layer: the embedding is of this layer's output instead of the last's, in training and afterwards.
         after: (name of a method, function of (z of its training notes, z) → z): nothing is trained.
-        trained: False for the common start itself.
+        trained: False for the common start itself, and for what has no encoder.
+        encoder: False for the domain's features of words and values.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Method:
     layer: int | None = None
     after: tuple[str, Callable] | None = None
     trained: bool = True
+    encoder: bool = True
 
     @property
     def free(self) -> bool:
@@ -61,6 +63,7 @@ def top_removed(train: Tensor, z: Tensor) -> Tensor:
 ALONE = {"mlm_weight": 0.0, "dense_weight": 1.0}
 ORTH = {"lambda_orth": 1e-4}
 METHODS = {
+    "features": Method("Words and values, no encoder", trained=False, encoder=False),
     "start": Method("The start, not trained on", trained=False),
     "supervised": Method("Supervised CE", ALONE, supervised=True),
     "mlm": Method("Masked reconstruction (MLM)", {"dense_weight": 0.0}),
@@ -87,7 +90,7 @@ ABLATION = {
     "mlm+dense": "w/o Orthogonality",
 }
 # What ours has to beat: trained without labels, or made from such at no cost.
-BASELINES = tuple(name for name in METHODS if name not in ("supervised", *OURS, *ABLATION))
+BASELINES = tuple(name for name in METHODS if name not in ("features", "supervised", *OURS, *ABLATION))
 SWEEP = {
     "lambda_sub": [{"lambda_sub": value} for value in (0.0, 0.001, 0.01, 0.03)],
     "lambda_orth": [{"lambda_orth": value} for value in (1e-5, 1e-4, 3e-4, 1e-3)],

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from benchmarks.timing import machine
 
 from study.methods import METHODS, Method
 from study.plots import plot_missing, plot_pareto
@@ -38,18 +39,11 @@ def report(study: Study, results: Results, arguments: argparse.Namespace) -> dic
     }
     asked = tables.values() if whole else [tables[arguments.table]]
     head = (
-        f"{domain.facts} {study.steps} steps of {domain.training['per_device_train_batch_size']} pairs for every method, "
-        f"{arguments.seeds} seeds, start: {f'{study.warm_up} steps of MLM' if study.warm_up else 'the same weights'}. The "
-        f"supervised encoder has seen the training patients' labels of {domain.supervised_task}."
+        f"{conditions(study, results, arguments)} The supervised encoder has seen the training patients' labels of "
+        f"{domain.supervised_task}."
     )
     text = "\n\n".join([head, *verdict(results), *(f"## {title}\n\n{table()}" for title, table in asked)])
-    numbers = {
-        "facts": domain.facts,
-        "steps": study.steps,
-        "seeds": arguments.seeds,
-        "seconds": {name: float(np.mean([run["seconds"] for run in runs])) for name, runs in results.runs.items()},
-        "methods": estimates(results),
-    }
+    numbers = numbers_of(study, results, arguments)
     stem = write(arguments.output, domain.name + ("" if whole else f"-table-{arguments.table}"), text, numbers)
     if whole:
         plot_pareto(
@@ -62,24 +56,41 @@ def report(study: Study, results: Results, arguments: argparse.Namespace) -> dic
 def report_sweep(study: Study, results: Results, methods: dict[str, Method], arguments: argparse.Namespace) -> dict:
     """One row and one point a setting. Returns what the JSON holds."""
     titles = {name: method.title for name, method in methods.items()}
-    seeds = f"{arguments.seeds} seeds, start: {study.warm_up} steps of MLM"
-    text = f"{study.domain.facts} {study.steps} steps, {seeds}.\n\n{table_sweep(results, titles)}"
-    numbers = {
-        "facts": study.domain.facts,
-        "steps": study.steps,
-        "seeds": arguments.seeds,
-        "methods": estimates(results),
-    }
+    text = f"{conditions(study, results, arguments)}\n\n{table_sweep(results, titles)}"
+    numbers = numbers_of(study, results, arguments)
     stem = write(arguments.output, f"{study.domain.name}-sweep", text, numbers)
     plot_pareto({name: (title, *results.point(name)) for name, title in titles.items()}, f"{stem}.png")
     return numbers
 
 
-def estimates(results: Results) -> dict[str, dict]:
-    """Every number of every method, with its interval."""
+def conditions(study: Study, results: Results, arguments: argparse.Namespace) -> str:
+    """Data, steps, seeds, and what they took on which machine."""
+    took = [name for name in results.runs if name not in METHODS or not METHODS[name].after]
+    seconds = sum(run["seconds"] for name in took for run in results.runs[name])
+    start = f"{study.warm_up} steps of MLM" if study.warm_up else "the same weights"
+    here = machine()
+    return (
+        f"{study.domain.facts} {study.steps} steps of {study.domain.training['per_device_train_batch_size']} pairs for "
+        f"every method, seeds: {arguments.seeds}, start: {start}. Training and encoding took {seconds / 60:.0f} minutes, "
+        f"report written on {here['processor']}, threads: {here['threads']}, torch {here['versions']['torch']}."
+    )
+
+
+def numbers_of(study: Study, results: Results, arguments: argparse.Namespace) -> dict:
+    """Every number of every method, with its interval, and under which conditions."""
     return {
-        name: {key: asdict(results.estimate(name, key)) for key in runs[0] if key != "seconds" and "shots" not in key}
-        for name, runs in results.runs.items()
+        "facts": study.domain.facts,
+        "steps": study.steps,
+        "warm_up": study.warm_up,
+        "seeds": arguments.seeds,
+        "machine": machine(),
+        "seconds": {name: float(np.mean([run["seconds"] for run in runs])) for name, runs in results.runs.items()},
+        "methods": {
+            name: {
+                key: asdict(results.estimate(name, key)) for key in runs[0] if key != "seconds" and "shots" not in key
+            }
+            for name, runs in results.runs.items()
+        },
     }
 
 

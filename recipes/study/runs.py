@@ -84,15 +84,21 @@ class Study:
         path = self.path(name, method, seed)
         if not path.exists():
             begun = time.perf_counter()
-            model = self.start(seed)
-            if method.layer is not None:
-                embed_at(model, method.layer)
-            if method.trained:
-                make_trainer(self.domain, method, model, seed, self.steps, self.folder, bar).train()
-            z = self.domain.encode(model, self.measures.inputs).float().cpu().numpy()
+            if method.encoder:
+                z = self._encoded(method, seed, bar)
+            else:
+                z = self.domain.features(self.domain.train_inputs, self.measures.inputs).astype(np.float32)
             save(path, z=z, seconds=time.perf_counter() - begun)
         with np.load(path) as kept:
             return kept["z"], float(kept["seconds"])
+
+    def _encoded(self, method: Method, seed: int, bar) -> np.ndarray:
+        model = self.start(seed)
+        if method.layer is not None:
+            embed_at(model, method.layer)
+        if method.trained:
+            make_trainer(self.domain, method, model, seed, self.steps, self.folder, bar).train()
+        return self.domain.encode(model, self.measures.inputs).float().cpu().numpy()
 
     def untrained(self, methods: dict[str, Method], seeds: Sequence[int]) -> tuple[int, int]:
         """How many of the runs that these methods need are not on disk, and how many they need."""

@@ -1,0 +1,50 @@
+"""Embeddings without an encoder: what scikit-learn makes of words and values. The rows that tell what an encoder adds."""
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+DIMENSIONS = 128
+
+
+def of_words(train: list[str], texts: list[str], cut: Callable[[list[str]], list[str]]) -> np.ndarray:
+    """Latent semantic analysis: TF-IDF of words and of pairs of words, and its leading directions, at most 128.
+
+    Of the texts as `cut` leaves them: an encoder has a limit on tokens, too.
+    """
+    train, texts = cut(train), cut(texts)
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=3, max_features=20_000)
+    counted = words.fit_transform(train)
+    directions = TruncatedSVD(min(DIMENSIONS, counted.shape[1]), random_state=0).fit(counted)
+    return directions.transform(words.transform(texts))
+
+
+def of_events(train: list[str], windows: list[str]) -> np.ndarray:
+    """Of every code: how often, and the values' mean, least, largest and last; a missing one is the training median."""
+    table = aggregated(windows)
+    known = aggregated(train).reindex(columns=table.columns)
+    numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
+    return numbers.fit(known.to_numpy()).transform(table.to_numpy())
+
+
+def of_both(train: list[str], windows: list[str], cut: Callable[[list[str]], list[str]]) -> np.ndarray:
+    """Words and values side by side."""
+    notes = [[json.loads(window).get("text", "") for window in part] for part in (train, windows)]
+    return np.hstack([of_words(*notes, cut), of_events(train, windows)])
+
+
+def aggregated(windows: list[str]) -> pd.DataFrame:
+    """One row a window, one column a code and aggregate; not a number where nothing was measured."""
+    events = [(i, *event) for i, window in enumerate(windows) for event in json.loads(window)["events"]]
+    table = pd.DataFrame(events, columns=["window", "code", "value", "hours"]).sort_values("hours", kind="stable")
+    found = table.groupby(["window", "code"])["value"].agg(["count", "mean", "min", "max", "last"]).unstack("code")
+    found = found.reindex(range(len(windows)))
+    found["count"] = found["count"].fillna(0)
+    return found
