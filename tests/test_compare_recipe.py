@@ -58,6 +58,7 @@ def test_it_writes_tables_numbers_and_plots(study):
         "51.6",
         "0.618",
         "within the interval of",
+        "Spearman's correlation",
     ):
         assert words in text
     kept = json.loads((folder / "out" / "text.json").read_text())

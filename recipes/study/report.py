@@ -17,6 +17,7 @@ from study.tables import (
     table_2,
     table_3,
     table_4,
+    table_rank,
     table_robust,
     table_rows,
     table_sweep,
@@ -35,6 +36,7 @@ def report(study: Study, results: Results, arguments: argparse.Namespace) -> dic
         "4": ("Table 4. Ablation", lambda: table_4(results)),
         "tasks": ("Every probe", lambda: table_tasks(results)),
         "robust": ("Few labels, missing parts, shift", lambda: table_robust(results, study.measures)),
+        "rank": ("Effective rank and probes: Spearman's correlation", lambda: table_rank(results)),
         "rows": ("Rows behind the probes", lambda: table_rows(study.measures)),
     }
     asked = tables.values() if whole else [tables[arguments.table]]

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from hf_densefeat.report import markdown
 from hf_densefeat.scores import Estimate
@@ -111,6 +112,20 @@ def table_robust(results: Results, measures: Measures) -> str:
         means = [np.mean([run[key] for run in results.runs[name]], axis=0) for key in few]
         cells = [Estimate(*mean) for mean in means] + [results.estimate(name, key) for key in keys]
         rows.append([METHODS[name].title, *map(show, cells)])
+    return markdown(rows)
+
+
+def table_rank(results: Results) -> str:
+    """Spearman's correlation of effective rank with each probe, over the encoders of the study."""
+    names = [name for name in results.shown if METHODS[name].encoder]
+    run = results.runs[names[0]][0]
+    found = {title: keys for title, keys in results.summaries.items() if keys}
+    found |= {key: [key] for key in run if key.endswith(" shots") or key.startswith("missing ")}
+    ranks = [results.array(name, RANK)[0] for name in names]
+    rows = [["", *found], [f"over {len(names)} encoders"]]
+    for keys in found.values():
+        values = [np.mean([[each[key][0] for key in keys] for each in results.runs[name]]) for name in names]
+        rows[1].append(f"{spearmanr(ranks, values).statistic:+.2f}")
     return markdown(rows)
 
 
