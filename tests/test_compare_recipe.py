@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, make_model, make_notes
+from scipy.stats import norm
 
 from hf_densefeat import DenseTrainer, DenseTrainingArguments, geometry_report
 from hf_densefeat.pairs import adjacent_pairs
@@ -184,17 +185,17 @@ def test_embedding_of_another_layer(tokenizer):
 
 
 def test_features_of_events():
-    """Against the definition; what a window lacks is the training median, in units of the training deviation."""
+    """Against the definition: aggregates, then normal scores; what a window lacks is the training median, a score of 0."""
     windows = [json.dumps({"events": events}) for events in ([["HR", 80, 2], ["HR", 60, 1]], [["HR", 90, 0]], [])]
     table = features.aggregated(windows)
     assert list(table.columns.get_level_values(0)) == ["count", "mean", "min", "max", "last"]
     assert table.to_numpy()[:2].tolist() == [[2, 70, 60, 80, 80], [1, 90, 90, 90, 90]]
-    z = features.of_events(windows[:2], [*windows, json.dumps({"events": [["Lactate", 2, 0]]})])
+    train = [json.dumps({"events": [["HR", value, 0]]}) for value in range(60, 101)]
+    others = [*windows, json.dumps({"events": [["Lactate", 2, 0]]})]
+    z = features.of_events(train, others)
     assert z.shape == (4, 10)
-    assert np.isfinite(z).all()
-    code = list(features.aggregated([*windows, json.dumps({"events": [["Lactate", 2, 0]]})]).columns)
-    means = z[:, code.index(("mean", "HR"))]
-    assert means == pytest.approx([-1, 1, 0, 0])  # 70, 90 and twice their median of 80, over a deviation of 10
+    means = z[:, list(features.aggregated(others).columns).index(("mean", "HR"))]
+    assert means == pytest.approx(norm.ppf([0.25, 0.75, 0.5, 0.5]), abs=0.02)
 
 
 def test_features_of_words_are_fitted_on_training_inputs(notes):

@@ -9,7 +9,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import QuantileTransformer
 
 DIMENSIONS = 128
 
@@ -27,17 +27,21 @@ def of_words(train: list[str], texts: list[str], cut: Callable[[list[str]], list
 
 
 def of_events(train: list[str], windows: list[str]) -> np.ndarray:
-    """Of every code: how often, and the values' mean, least, largest and last; a missing one is the training median."""
+    """Of every code: how often, and the values' mean, least, largest and last, as normal scores of training quantiles.
+
+    What is missing is the training median.
+    """
     table = aggregated(windows)
     known = aggregated(train).reindex(columns=table.columns)
-    numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
+    scores = QuantileTransformer(n_quantiles=min(100, len(train)), output_distribution="normal")
+    numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), scores)
     return numbers.fit(known.to_numpy()).transform(table.to_numpy())
 
 
 def of_both(train: list[str], windows: list[str], cut: Callable[[list[str]], list[str]]) -> np.ndarray:
-    """Words and values side by side."""
+    """Words and values side by side, each of total variance 1."""
     notes = [[json.loads(window).get("text", "") for window in part] for part in (train, windows)]
-    return np.hstack([of_words(*notes, cut), of_events(train, windows)])
+    return np.hstack([z / np.sqrt(z.var(0).sum()) for z in (of_words(*notes, cut), of_events(train, windows))])
 
 
 def aggregated(windows: list[str]) -> pd.DataFrame:
