@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 HERE = Path(__file__).resolve().parent
-DOMAINS = ("text", "tabular", "multimodal")
+# Each domain, and what --data has to hold for it; the columns are in results/study.md.
+DOMAINS = {"text": "clinosim_longitudinal", "tabular": "physionet2012", "multimodal": "clinosim_longitudinal"}
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -96,6 +97,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in arguments.methods if name not in METHODS]
     if unknown:
         parser.error(f"--methods: no method {', '.join(unknown)}. There are {', '.join(METHODS)}.")
+    if arguments.data and not (Path(arguments.data) / DOMAINS[arguments.domain]).is_dir():
+        parser.error(
+            f"--data: expected a folder with {DOMAINS[arguments.domain]} in it for --domain {arguments.domain}, got "
+            f"{arguments.data}. Without --data the bundled cohort is taken; --notes is for notes of your own."
+        )
     if arguments.domain != "text" and (arguments.notes or arguments.max_length):
         parser.error(f"--notes and --max_length are for --domain text, not {arguments.domain}.")
     if arguments.task and not arguments.notes:

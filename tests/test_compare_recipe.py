@@ -4,13 +4,14 @@ import datetime
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import WORDS, make_model, make_notes
-from scipy.stats import norm
+from scipy.stats import norm, spearmanr
 
 from hf_densefeat import DenseTrainer, DenseTrainingArguments, geometry_report
 from hf_densefeat.pairs import adjacent_pairs
@@ -20,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import compare
 from domains import features, rows, text
 from domains import notes as own
-from study import measures, methods, plots, runs, training
+from study import measures, methods, plots, runs, tables, training
 from study.methods import METHODS, Method, sweep_methods
+from study.results import Results
 
 NAMES = "features,mlm,mlm+dense,mlm+whitening"
 
@@ -99,7 +101,11 @@ def test_no_note_text_is_written(study):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--domain", "image"], "invalid choice: 'image'"), (["--methods", "mlm,mystery"], "no method mystery")],
+    [
+        (["--domain", "image"], "invalid choice: 'image'"),
+        (["--methods", "mlm,mystery"], "no method mystery"),
+        (["--domain", "tabular", "--data", "nowhere"], "a folder with physionet2012 in it for --domain tabular"),
+    ],
 )
 def test_wrong_names_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
@@ -196,6 +202,21 @@ def test_features_of_events():
     assert z.shape == (4, 10)
     means = z[:, list(features.aggregated(others).columns).index(("mean", "HR"))]
     assert means == pytest.approx(norm.ppf([0.25, 0.75, 0.5, 0.5]), abs=0.02)
+
+
+def test_rank_and_probes():
+    """Spearman's correlation over encoders; what is none is left out."""
+    domain = SimpleNamespace(tasks=[SimpleNamespace(name="died", kind="binary")])
+    names = ["features", "start", "mlm", "infonce", "simcse", "dense"]
+    numbers = [(1, 0.9), (2, 0.5), (3, 0.6), (5, 0.7), (8, 0.8), (9, 0.6)]
+    found = {
+        name: [{tables.RANK: np.array([rank, rank]), "died auroc": np.array([area, area])}]
+        for name, (rank, area) in zip(names, numbers, strict=True)
+    }
+    expected = spearmanr(*zip(*numbers[1:], strict=True)).statistic
+    assert f"| over 5 encoders | {expected:+.2f} |" in tables.table_rank(Results(found, domain))
+    del found["mlm"]
+    assert "too few" in tables.table_rank(Results(found, domain))
 
 
 def test_features_of_words_are_fitted_on_training_inputs(notes):

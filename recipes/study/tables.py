@@ -118,6 +118,8 @@ def table_robust(results: Results, measures: Measures) -> str:
 def table_rank(results: Results) -> str:
     """Spearman's correlation of effective rank with each probe, over the encoders of the study."""
     names = [name for name in results.shown if METHODS[name].encoder]
+    if len(names) < 5:
+        return f"{len(names)} encoders are too few to tell."
     run = results.runs[names[0]][0]
     found = {title: keys for title, keys in results.summaries.items() if keys}
     found |= {key: [key] for key in run if key.endswith(" shots") or key.startswith("missing ")}
