@@ -16,9 +16,9 @@ class DenseTrainingArguments(TrainingArguments):
     Batch sizes count pairs: a forward sees 2 x `per_device_train_batch_size` notes. Different from the stock defaults:
     repositories are private, buffers are not broadcast, `logging_steps` is 10.
 
-    The defaults of the objective are those around which the sweeps of `recipes/results/study.md` found nothing better:
-    `lambda_orth` above 0 raises the effective rank, `lambda_sub` brings the leading subspaces together, each at the cost
-    of the other, and probes do not tell the settings apart.
+    The defaults of the objective are those around which the sweeps of `recipes/results/study.md` found nothing better in
+    both of their domains: `lambda_orth` above 0 raises the effective rank, `lambda_sub` brings the leading subspaces
+    together, each at the cost of the other, and probes hardly tell the settings apart.
     """
 
     mlm_weight: float = field(
