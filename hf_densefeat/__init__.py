@@ -1,23 +1,23 @@
 """Dense embeddings for clinical encoders: shape the linear structure of the embedding matrix while pretraining."""
 
-from hf_densefeat import encoders  # their import makes them known to transformers' auto classes
-from hf_densefeat.arguments import DenseTrainingArguments
-from hf_densefeat.collator import DensePairCollator
-from hf_densefeat.geometry import condition_number, effective_rank, geometry_report, subspace_distance
-from hf_densefeat.modeling import AutoDenseModel, DenseFeatureMixin
-from hf_densefeat.moments import Moments
-from hf_densefeat.notes import load_notes
-from hf_densefeat.objective import (
+from hf_densefeat import events  # their import makes them known to transformers' auto classes
+from hf_densefeat.data.collator import DensePairCollator
+from hf_densefeat.data.notes import load_notes
+from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.splits import split_by_patient
+from hf_densefeat.evaluation.geometry import condition_number, effective_rank, geometry_report, subspace_distance
+from hf_densefeat.evaluation.probes import ProbeEvaluator
+from hf_densefeat.evaluation.tasks import ProbeTask
+from hf_densefeat.models.dense import AutoDenseModel, DenseFeatureMixin
+from hf_densefeat.objective.moments import Moments
+from hf_densefeat.objective.objective import (
     DenseObjective,
     orthogonality_loss,
     spectral_spreading_loss,
     subspace_consistency_loss,
 )
-from hf_densefeat.pairs import adjacent_pairs
-from hf_densefeat.probes import ProbeEvaluator
-from hf_densefeat.splits import split_by_patient
-from hf_densefeat.tasks import ProbeTask
-from hf_densefeat.trainer import DenseTrainer
+from hf_densefeat.training.arguments import DenseTrainingArguments
+from hf_densefeat.training.trainer import DenseTrainer
 
 __all__ = [
     "AutoDenseModel",
@@ -32,7 +32,7 @@ __all__ = [
     "adjacent_pairs",
     "condition_number",
     "effective_rank",
-    "encoders",
+    "events",
     "geometry_report",
     "load_notes",
     "orthogonality_loss",

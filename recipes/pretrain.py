@@ -34,10 +34,10 @@ from hf_densefeat import (
     load_notes,
     split_by_patient,
 )
-from hf_densefeat.export import PICTURE, measured_table
-from hf_densefeat.geometry import spectrum
-from hf_densefeat.notes import describe_notes
-from hf_densefeat.plots import plot_spectra
+from hf_densefeat.data.notes import describe_notes
+from hf_densefeat.evaluation.geometry import spectrum
+from hf_densefeat.reporting.card import PICTURE, measured_table
+from hf_densefeat.reporting.plots import plot_spectra
 
 HERE = Path(__file__).resolve().parent
 COHORT = HERE / "configs" / "cohort.yaml"

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.models.modernbert import modeling_modernbert
 
-from hf_densefeat import DenseTrainer, DenseTrainingArguments, Moments, moments
-from hf_densefeat.pairs import PairBatchSampler
+from hf_densefeat import DenseTrainer, DenseTrainingArguments, Moments
+from hf_densefeat.data.pairs import PairBatchSampler
+from hf_densefeat.objective import moments
 
 LR = 0.001
 FSDP2 = {

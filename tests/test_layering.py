@@ -10,40 +10,22 @@ import hf_densefeat
 
 PACKAGE = Path(hf_densefeat.__file__).parent
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
-CORE = {"moments", "subspace", "objective", "pooling", "geometry"}
-# What each room may import of ours; rooms that are not named here may import anything but the trainer's users.
-ALLOWED = {
-    "moments": CORE,
-    "subspace": CORE,
-    "objective": CORE,
-    "pooling": CORE,
-    "geometry": CORE,
-    "tables": set(),
-    "notes": {"tables"},
-    "splits": {"notes"},
-    "sections": {"notes"},
-    "pairs": {"notes"},
-    "collator": {"notes", "pairs"},
-    "streaming": {"pairs"},
-    "modeling": {"pooling"},
-    "arguments": {"objective"},
-    "linear": set(),
-    "scores": set(),
-    "tasks": {"splits"},
-    "probes": {"linear", "scores", "tasks"},
-    "plots": {"scores"},
-    "report": {"probes", "scores"},
-    "export": set(),
-    "adapters": set(),
-    "encoders.windows": {"notes"},
-    "encoders.processor": {"encoders", "notes", "pairs"},
-    "encoders.tabular": {"encoders", "modeling"},
-    "encoders.multimodal": {"collator", "encoders", "notes", "pairs"},
-    "baselines": {"trainer"},
-    "saving": {"adapters", "export", "modeling", "pairs"},
-    "loading": {"collator", "pairs", "streaming"},
-    "trainer": CORE | {"adapters", "arguments", "collator", "loading", "modeling", "pairs", "saving", "streaming"},
+# The floors, and what each may import of ours: floors, or rooms of them (design, section 2).
+FLOORS = {
+    "objective": set(),
+    "data": set(),
+    "models": {"objective.moments"},
+    "events": {"data", "models"},
+    "evaluation": {"models", "data.splits", "data.notes", "objective.moments"},
+    "reporting": {"evaluation"},
+    "training": {"data", "models", "events", "objective", "evaluation", "reporting"},
+    "baselines": {"data", "models", "events", "objective", "evaluation", "training"},
 }
+MATHEMATICS = [
+    *sorted(name for name in MODULES if name.startswith("objective.")),
+    "models.pooling",
+    "evaluation.geometry",
+]
 
 
 def imports(module):
@@ -59,8 +41,10 @@ def imports(module):
 
 
 def ours(module):
-    """Rooms of the package that a module imports."""
-    return {name.split(".")[1] for name in imports(module) if name.split(".")[0] == "hf_densefeat" and "." in name}
+    """Rooms of the package, as floor.room, that a module imports."""
+    names = {name.removeprefix("hf_densefeat.") for name in imports(module) if name.startswith("hf_densefeat.")}
+    rooms = {".".join(name.split(".")[:2]) for name in names}
+    return {room if room in MODULES else room.split(".")[0] + ".__init__" for room in rooms}
 
 
 def outside(module):
@@ -74,16 +58,22 @@ def test_every_module_can_be_imported(module):
     importlib.import_module(f"hf_densefeat.{module}".removesuffix(".__init__"))
 
 
-@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_every_room_is_on_a_floor():
+    """The folders are the floors of the table, and no room stands beside them."""
+    assert {module.split(".")[0] for module in MODULES if module != "__init__"} == set(FLOORS)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
 def test_dependencies_point_one_way(module):
-    """A room imports those rooms alone that the design's table lets it."""
-    assert module in MODULES
-    assert ours(module) <= ALLOWED[module]
+    """A room imports from its own floor and from those that the table lets it."""
+    floor = module.split(".")[0]
+    for room in ours(module):
+        assert room.split(".")[0] in FLOORS[floor] | {floor} or room in FLOORS[floor], f"{module} imports {room}"
 
 
-@pytest.mark.parametrize("module", sorted(CORE))
+@pytest.mark.parametrize("module", MATHEMATICS)
 def test_mathematics_knows_torch_alone(module):
-    """Moments, subspaces, objective, pooling and geometry import neither transformers nor datasets nor the data rooms."""
+    """The objective, pooling and geometry import neither transformers nor datasets nor the data rooms."""
     assert not outside(module) & {"transformers", "datasets", "accelerate", "peft", "sklearn", "pyarrow", "evaluate"}
 
 
@@ -102,17 +92,19 @@ def test_only_moments_communicates():
     for module in MODULES:
         uses = any(name.startswith("torch.distributed") for name in imports(module))
         text = (PACKAGE / (module.replace(".", "/") + ".py")).read_text()
-        assert (uses or "torch.distributed" in text or "dist.all_reduce" in text) == (module == "moments"), module
+        assert (uses or "torch.distributed" in text or "dist.all_reduce" in text) == (module == "objective.moments"), (
+            module
+        )
 
 
 def test_only_the_trainer_knows_the_trainer():
-    """transformers' Trainer is imported by `trainer` alone, TrainingArguments by `arguments` alone, ours by the package."""
+    """transformers' Trainer is imported on the training floor alone; ours by the package and the baselines."""
     for module in MODULES:
         names = imports(module)
-        assert ("transformers.Trainer" in names) == (module == "trainer"), module
-        assert ("transformers.TrainingArguments" in names) == (module == "arguments"), module
-        if module not in ("__init__", "baselines"):
-            assert "trainer" not in ours(module), module
+        assert ("transformers.Trainer" in names) == (module == "training.trainer"), module
+        assert ("transformers.TrainingArguments" in names) == (module == "training.arguments"), module
+        if module.split(".")[0] not in ("__init__", "training", "baselines"):
+            assert "training.trainer" not in ours(module), module
 
 
 def test_no_pandas_no_utils_no_leftovers():

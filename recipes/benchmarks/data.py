@@ -24,9 +24,9 @@ from hf_densefeat import (
     load_notes,
     split_by_patient,
 )
-from hf_densefeat.collator import tokenize_notes
-from hf_densefeat.notes import column, order_of_notes
-from hf_densefeat.pairs import PairBatchSampler, TokenPairs
+from hf_densefeat.data.collator import tokenize_notes
+from hf_densefeat.data.notes import column, order_of_notes
+from hf_densefeat.data.pairs import PairBatchSampler, TokenPairs
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data"
 KEYS = ["subject_id", "charttime", "note_seq"]

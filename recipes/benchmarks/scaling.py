@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from benchmarks.step import make_trainer, one_update
 from benchmarks.timing import spread
 from hf_densefeat import DenseObjective, Moments
-from hf_densefeat.moments import sum_over_ranks
+from hf_densefeat.objective.moments import sum_over_ranks
 
 WIDTHS = (384, 768, 1024, 4096)
 

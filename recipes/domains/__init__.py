@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_densefeat import ProbeTask
-from hf_densefeat.pairs import TokenPairs
+from hf_densefeat.data.pairs import TokenPairs
 
 
 @dataclass

@@ -20,7 +20,7 @@ from domains import Domain, features, text
 from domains.rows import balanced, rows_with, sample, task, training, values_of, with_cohort_labels
 from domains.tabular import YEAR, packed
 from hf_densefeat import ProbeTask, adjacent_pairs, load_notes
-from hf_densefeat.encoders import (
+from hf_densefeat.events import (
     EventConfig,
     EventProcessor,
     MultimodalConfig,

@@ -16,7 +16,7 @@ import torch
 from domains import Domain, features
 from domains.rows import balanced, resplit, rows_with, task, training, values_of, with_cohort_labels
 from hf_densefeat import ProbeTask, adjacent_pairs
-from hf_densefeat.encoders import (
+from hf_densefeat.events import (
     EventConfig,
     EventModelForMaskedValues,
     EventProcessor,

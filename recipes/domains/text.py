@@ -20,9 +20,9 @@ from domains import Domain, features
 from domains.notes import CLUSTER, labels_key, labels_of, own_notes
 from domains.rows import balanced, sample, standardised, training
 from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, adjacent_pairs, load_notes
-from hf_densefeat.collator import tokenize_notes
-from hf_densefeat.pairs import NotePairs, TokenPairs
-from hf_densefeat.probes import encoder_key
+from hf_densefeat.data.collator import tokenize_notes
+from hf_densefeat.data.pairs import NotePairs, TokenPairs
+from hf_densefeat.evaluation.probes import encoder_key
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DAY = 86400

@@ -8,9 +8,9 @@ from domains import Domain
 from torch import Tensor
 
 from hf_densefeat import ProbeEvaluator, geometry_report
-from hf_densefeat.geometry import CONDITION_FLOOR, effective_rank_of_spectrum, patient_subspaces
-from hf_densefeat.probes import probe
-from hf_densefeat.scores import patient_weights
+from hf_densefeat.evaluation.geometry import CONDITION_FLOOR, effective_rank_of_spectrum, patient_subspaces
+from hf_densefeat.evaluation.metrics import patient_weights
+from hf_densefeat.evaluation.probes import probe
 
 BOOTSTRAPS = 1000
 GEOMETRY_BOOTSTRAPS = 200

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hf_densefeat import baselines as b
+from hf_densefeat.baselines import trainer as b
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from sklearn.isotonic import isotonic_regression
 
-from hf_densefeat.plots import COLOURS, STYLES
+from hf_densefeat.reporting.plots import COLOURS, STYLES
 from study.methods import ABLATION, METHODS, OURS
 from study.results import Results
 

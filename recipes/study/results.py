@@ -3,7 +3,7 @@
 import numpy as np
 from domains import Domain
 
-from hf_densefeat.scores import Estimate
+from hf_densefeat.evaluation.metrics import Estimate
 from study.methods import BASELINES, METHODS
 
 RANK, DISTANCE = "geometry effective_rank_centered", "geometry subspace_distance_normalized_centered"

@@ -5,8 +5,8 @@ import math
 import numpy as np
 from scipy.stats import spearmanr
 
-from hf_densefeat.report import markdown
-from hf_densefeat.scores import Estimate
+from hf_densefeat.evaluation.metrics import Estimate
+from hf_densefeat.reporting.tables import markdown
 from study.measures import PATIENT_K, Measures
 from study.methods import ABLATION, BASELINES, METHODS
 from study.results import CONDITION, DISTANCE, RANK, Results

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_densefeat import DenseObjective, DenseTrainer, DenseTrainingArguments
-from hf_densefeat import baselines as b
+from hf_densefeat.baselines import trainer as b
 from study.methods import Method
 
 

@@ -1,0 +1,1 @@
+"""The peers that the study compares with."""

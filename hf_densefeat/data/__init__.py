@@ -1,0 +1,1 @@
+"""Tables to notes, notes to pairs, pairs to batches of tokens."""

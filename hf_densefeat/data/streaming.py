@@ -1,0 +1,190 @@
+"""A stream of notes, sorted by patient and time, to batches of adjacent pairs, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from itertools import count, islice, pairwise
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from hf_densefeat.data.pairs import NotePairs, PairBatchSampler, pair_tokens
+
+logger = logging.getLogger(__name__)
+
+
+class _Note(NamedTuple):
+    """A note, the run of notes of one patient it stands in, and where the stream stood before it was read."""
+
+    run: int
+    time: datetime | float
+    text: str
+    position: dict
+
+
+class PairStream(IterableDataset):
+    """The micro-batches of one rank, without end: after the last note the stream is read again.
+
+    Notes of a patient follow each other, in the order of time; shards are read one after another, so that pairs
+    across their borders are kept. Of the stream's pairs, in order, `buffer` at a time are held, in whole step batches of
+    `batch_size · ranks · accumulation` pairs, and `PairBatchSampler` mixes them: a step batch depends on (seed, number
+    of the buffer) alone, not on how it is cut. Lengths are those of the texts, in characters. All ranks read all notes,
+    and tokenise what is theirs.
+
+    Every batch brings `stream`, the JSON of where reading is to go on after it, the same on every rank; it holds no
+    text and no id. Reading goes on with the shard and the buffer it was in, not at the beginning.
+
+    Iterating raises ValueError, naming the row, for a note without patient or time, for times that decrease, and for a
+    patient who comes back after another's notes. The latter costs some 60 bytes a patient, and is noticed for patients
+    who were read since the last start or resume. Notes without text are left out, and counted in a warning.
+
+    Args:
+        notes: A stream with `patient_id`, `time` (timestamps, dates, or numbers of days) and `text`.
+        tokenize: Texts to columns, as `tokenize_texts` does.
+        collate: Pairs of tokenised notes to a batch, such as a `DensePairCollator`.
+        batch_size: Pairs per rank and micro-batch.
+        ranks: Number of ranks.
+        rank: This rank.
+        accumulation: Micro-batches per optimiser step.
+        pairs_per_patient: As for `PairBatchSampler`.
+        spread_patients: As for `PairBatchSampler`.
+        max_gap: Largest time between the two notes of a pair, in days; pairs further apart are left out.
+        seed: Seed of everything random here.
+        buffer: Pairs held, and mixed; rounded down to whole step batches, at least one.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+
+    def __init__(
+        self,
+        notes: datasets.IterableDataset,
+        tokenize: Callable[[list[str]], dict],
+        collate: Callable[[list[dict]], dict],
+        batch_size: int,
+        ranks: int = 1,
+        rank: int = 0,
+        accumulation: int = 1,
+        pairs_per_patient: int = 1,
+        spread_patients: bool = False,
+        max_gap: float | None = None,
+        seed: int = 0,
+        buffer: int = 8192,
+    ):
+        names = ["patient_id", "time", "text"]
+        if missing := [name for name in names if name not in (notes.column_names or names)]:
+            raise ValueError(f"The stream lacks the columns {missing}. Rename yours: `notes.rename_columns(...)`.")
+        self.notes, self.tokenize, self.collate = notes.select_columns(names), tokenize, collate
+        self.cut = {"batch_size": batch_size, "ranks": ranks, "rank": rank, "accumulation": accumulation}
+        self.grouping = {"pairs_per_patient": pairs_per_patient, "spread_patients": spread_patients, "seed": seed}
+        self.max_gap = max_gap
+        step_size = batch_size * ranks * accumulation
+        self.buffer = max(1, buffer // step_size) * step_size
+        self.start = {"row": 0, "notes": self.notes.state_dict()}
+        self.state = {"position": self.start, "number": 0, "steps": 0}
+        self.said_cut = False
+
+    def load_state(self, state: str) -> None:
+        """Go on after the batch that brought this `stream`."""
+        self.state = json.loads(state)
+
+    def __iter__(self) -> Iterator[dict]:
+        """Yield batches."""
+        position, number, done = self.state["position"], self.state["number"], self.state["steps"]
+        pairs = self._pairs(position)
+        while True:
+            held = list(islice(pairs, self.buffer))
+            earlier, later = zip(*held, strict=True)
+            rows, texts = np.arange(2 * len(held)), [note.text for note in (*earlier, *later)]
+            runs = np.array([note.run for note in earlier])
+            indices = NotePairs(*rows.reshape(2, -1), runs, len(rows), len(np.unique(runs)))
+            lengths = [len(text) for text in texts]
+            sampler = PairBatchSampler(indices, lengths, **self.cut, **self.grouping)
+            sampler.set_epoch(number)
+            for micro_step, items in enumerate(sampler):
+                steps, rest = divmod(micro_step + 1, self.cut["accumulation"])
+                if steps + (rest > 0) > done:
+                    state = {"position": position, "number": number, "steps": steps}
+                    yield self._batch(items, texts) | {"stream": json.dumps(state)}
+            position, number, done = later[-1].position, number + 1, 0
+
+    def _batch(self, items: list[tuple[int, int]], texts: list[str]) -> dict:
+        """Tokenise and collate one micro-batch."""
+        if not items:
+            return self.collate([])
+        n = len(texts) // 2
+        columns = self.tokenize([texts[pair + side] for side in (0, n) for pair, _ in items])
+        if any(columns["cut"]) and not self.said_cut:
+            self.said_cut = True
+            logger.warning("The stream has notes longer than the limit on tokens: they are cut, and not counted.")
+        return self.collate(pair_tokens(columns, [draw for _, draw in items]))
+
+    def _pairs(self, position: dict) -> Iterator[tuple[_Note, _Note]]:
+        """Yield the pairs of adjacent notes from a position on, one pass after another."""
+        runs = count()
+        while True:
+            found = False
+            for pair in pairwise(self._read(position, runs)):
+                if pair[0].run == pair[1].run and self._near(*pair):
+                    found = True
+                    yield pair
+            if not found and position is self.start:
+                raise ValueError(
+                    "The stream has no pair of adjacent notes: expected patients with at least two notes in a row"
+                    + (f", at most {self.max_gap} days apart." if self.max_gap is not None else ".")
+                )
+            position = self.start
+
+    def _near(self, earlier: _Note, later: _Note) -> bool:
+        if self.max_gap is None:
+            return True
+        gap = later.time - earlier.time
+        return (gap / timedelta(days=1) if isinstance(gap, timedelta) else gap) <= self.max_gap
+
+    def _read(self, position: dict, runs: Iterator[int]) -> Iterator[_Note]:
+        """Yield the notes from a position to the end."""
+        row, last, time, ended, blank = position["row"], None, None, set(), 0
+        # Not `set_epoch`: it has `datasets` shuffle the shards, and patients who stand in two would be torn apart.
+        self.notes.load_state_dict(position["notes"])
+        before = position
+        for note in self.notes:
+            row += 1
+            if not (note["text"] or "").strip():
+                blank += 1
+            else:
+                self._check(row, note, last, time, ended)
+                if note["patient_id"] != last:
+                    ended.add(hash(last))
+                    run, last = next(runs), note["patient_id"]
+                time = note["time"]
+                yield _Note(run, time, note["text"], before)
+            before = {"row": row, "notes": self.notes.state_dict()}
+        if blank:
+            logger.warning("Of %s rows of the stream, %s had no text: left out.", f"{row:,}", f"{blank:,}")
+
+    def _check(self, row: int, note: dict, last, time, ended: set) -> None:
+        """Refuse a note that cannot follow the one before."""
+        if note["patient_id"] is None or note["time"] is None:
+            what = "patient" if note["patient_id"] is None else "time"
+            raise ValueError(f"Row {row:,} of the stream has no {what}. Fill it in, or leave the row out by `filter`.")
+        if isinstance(note["time"], str):
+            raise ValueError(
+                "Column time of the stream holds strings: expected timestamps, dates or days. Cast it: "
+                '`notes.cast_column("time", datasets.Value("timestamp[us]"))`.'
+            )
+        if note["patient_id"] != last:
+            if hash(note["patient_id"]) in ended:
+                raise ValueError(
+                    f"Row {row:,} of the stream is of a patient whose notes had ended before: the notes of a patient "
+                    "must follow each other. Sort the table by patient and time, and do not shuffle the stream."
+                )
+        elif note["time"] < time:
+            raise ValueError(
+                f"Row {row:,} of the stream is earlier than the same patient's note before it. Sort the table by "
+                "patient and time."
+            )

@@ -1,0 +1,1 @@
+"""What an encoder became: geometry, similarity, probes."""

@@ -1,0 +1,365 @@
+"""What a frozen encoder knows: linear probes with intervals over patients, after EHRSHOT's protocol.
+
+Embeddings are computed once. Rows are split by patient 70/15/15 (or as given); features are standardised on the
+training rows; the regularisation is chosen on the validation rows; the test rows are used once, for the numbers.
+Intervals are the 2.5 and 97.5 percentiles of bootstrap replicates that redraw *patients*, never rows.
+"""
+
+import hashlib
+import inspect
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from huggingface_hub.constants import HF_HOME
+from sklearn.cluster import KMeans
+
+from hf_densefeat.evaluation.linear import ALPHAS, CS, fit_path, predict
+from hf_densefeat.evaluation.metrics import (
+    Estimate,
+    best_threshold,
+    class_auroc,
+    metrics_of,
+    patient_weights,
+    replicate,
+)
+from hf_densefeat.evaluation.tasks import Kind, ProbeTask, task_rows
+
+logger = logging.getLogger(__name__)
+
+SHOTS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+# ---------------------------------------------------------------------------------------------------- embeddings
+
+
+def _accepted(model: Any, **options: Any) -> dict[str, Any]:
+    known = inspect.signature(model.encode).parameters
+    return {name: value for name, value in options.items() if value is not None and name in known}
+
+
+def encoder_key(model: Any, tokenizer: Any = None) -> str:
+    """SHA-256 over the weights below the head, architecture, config and tokenizer: equal keys, equal embeddings."""
+    digest = hashlib.sha256(repr(model).encode())
+    if hasattr(model, "config"):
+        digest.update(model.config.to_json_string().encode())
+    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    if tokenizer is not None:
+        digest.update(repr(tokenizer).encode() + repr(sorted(tokenizer.get_vocab().items())).encode())
+    # The body only: a language-modelling head has no part in embeddings, and is random where a checkpoint has none.
+    for name, weight in sorted(getattr(model, "base_model", model).state_dict().items()):
+        digest.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def embed(
+    model: Any,
+    texts: Sequence[str],
+    tokenizer: Any = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    cache: str | Path | bool = False,
+    key: str | None = None,
+) -> np.ndarray:
+    """Embeddings (N, d) float32 of the texts, each different text encoded once, longest first; bf16 autocast on CUDA.
+
+    Args:
+        model: anything with ``encode(texts, ...)``: one of our encoders or a `SentenceTransformer`.
+        texts: N strings.
+        tokenizer: passed on where ``encode`` takes one.
+        batch_size: passed on.
+        max_length: passed on where ``encode`` takes it.
+        cache: True for the private folder ``$HF_HOME/hf_densefeat/embeddings``, or a folder; made with mode 0700.
+            The file name is a hash of weights, tokenizer, options and texts; the file holds numbers only.
+        key: `encoder_key` of the model, where it is known already.
+    """
+    unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
+    path = None
+    if cache:
+        folder = Path(HF_HOME) / "hf_densefeat" / "embeddings" if cache is True else Path(cache)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        digest = hashlib.sha256(f"{key or encoder_key(model, tokenizer)} {max_length}".encode())
+        for text in unique:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        path = folder / f"{digest.hexdigest()}.npy"
+        if path.exists():
+            return np.load(path, allow_pickle=False)[inverse]
+    order = np.argsort([-len(text) for text in unique], kind="stable")
+    options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    device = next(model.parameters()).device.type if isinstance(model, torch.nn.Module) else "cpu"
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        encoded = torch.as_tensor(model.encode([unique[i] for i in order], **options)).float().cpu().numpy()
+    z = np.empty_like(encoded)
+    z[order] = encoded
+    if path is not None:
+        partial = path.with_suffix(f".{time.monotonic_ns()}.tmp")
+        with open(partial, "wb") as file:
+            partial.chmod(0o600)
+            np.save(file, z)
+        partial.rename(path)
+    return z[inverse]
+
+
+# ---------------------------------------------------------------------------------------------- one probe, its result
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What one probe found on its test rows.
+
+    Attributes:
+        kind: the task's kind.
+        metrics: metric name to `Estimate`.
+        replicates: metric name to the bootstrap values (B,), replicate b redrawing the same patients for any encoder.
+        rows: row counts: train, validation, test, unlabelled; ``patients`` in the test rows.
+        strength: the C, or the ridge penalty per row, that the validation rows chose; None for clustering.
+        shots: k to the AUROC `Estimate` with k rows of each class, mean over the draws.
+        test_index: position of the test rows in the task's table.
+        y: their label codes or values.
+        output: probabilities (N, K), predictions (N,) or clusters (N,).
+        threshold: the validation rows' threshold for macro-F1 (binary).
+        patient: patient codes of the test rows.
+    """
+
+    kind: Kind
+    metrics: dict[str, Estimate]
+    replicates: dict[str, np.ndarray] = field(repr=False)
+    rows: dict[str, int]
+    strength: float | None
+    shots: dict[int, Estimate]
+    test_index: np.ndarray = field(repr=False)
+    y: np.ndarray = field(repr=False)
+    output: np.ndarray = field(repr=False)
+    threshold: float
+    patient: np.ndarray = field(repr=False)
+
+
+def _chosen(features: np.ndarray, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
+    """Index into the path of the best RMSE or AUROC on the validation rows; log-loss decides between equal AUROCs."""
+    outputs = [predict(features, w, kind) for w in path]
+    if kind == "regression":
+        return int(np.argmin([np.mean((y - output) ** 2) for output in outputs]))
+    one, rows = np.ones((1, len(y))), np.arange(len(y))
+    area = [np.nan_to_num(class_auroc(y, output, one)[0]) for output in outputs]
+    loss = [-np.log(np.maximum(output[rows, y], 1e-12)).mean() for output in outputs]
+    return int(np.lexsort((loss, -np.round(area, 9)))[0])
+
+
+def _nested_shots(y: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Rows of each class in a random order; the first k are the k-shot sample, so samples are nested."""
+    return [rng.permutation(rows[y[rows] == c]) for c in np.unique(y[rows])]
+
+
+def _shot_curve(z, y, split, kind, classes, patient, shots, draws, bootstraps, seed) -> dict[int, Estimate]:
+    test = split == 2
+    outputs: dict[int, list[np.ndarray]] = {}
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        train, validation = (_nested_shots(y, np.flatnonzero(split == code), rng) for code in (0, 1))
+        for k in shots:
+            if k > max(len(rows) for rows in train):
+                continue
+            t, v = (np.concatenate([rows[:k] for rows in side]) for side in (train, validation))
+            design, path = fit_path(z[t], y[t], kind, classes)
+            w = path[_chosen(design(z[v]), path, y[v], kind)]
+            outputs.setdefault(k, []).append(predict(design(z[test]), w, kind))
+    weights = patient_weights(patient[test], bootstraps, seed) if bootstraps else np.empty((0, int(test.sum())))
+    one, curve = np.ones((1, int(test.sum()))), {}
+    for k, found in outputs.items():
+        drawn = np.mean([replicate(class_auroc, y[test], output, weights) for output in found], axis=0)
+        curve[k] = Estimate.of(np.mean([class_auroc(y[test], output, one)[0] for output in found]), drawn)
+    return curve
+
+
+def probe(
+    z: np.ndarray,
+    y: np.ndarray,
+    patient: np.ndarray,
+    split: np.ndarray,
+    kind: Kind,
+    bootstraps: int = 1000,
+    shots: Sequence[int] = (),
+    draws: int = 3,
+    seed: int = 0,
+) -> ProbeResult:
+    """One probe on embeddings (N, d): ridge, logistic regression or k-means, and its metrics on the test rows.
+
+    Args:
+        z: embeddings (N, d).
+        y: label codes 0, 1, … (int) or values (float), (N,).
+        patient: patient codes (N,).
+        split: 0 train, 1 validation, 2 test, (N,). Not used by clustering, which takes all rows.
+        kind: see `ProbeTask`.
+        bootstraps: replicates over patients; 0 for none.
+        shots: k of the few-shot curve (classes only): k training and k validation rows of each class, or all that a
+            class has; EHRSHOT's nested samples, without its oversampling.
+        draws: random draws of the few-shot samples.
+        seed: seed of k-means, samples and bootstrap.
+    """
+    z = np.asarray(z)
+    if not np.isfinite(z).all():
+        raise ValueError("Expected finite embeddings but got NaN or infinity; has the encoder diverged?")
+    classes, strength, threshold = int(y.max()) + 1 if kind != "regression" else 0, None, 0.5
+    rows = {name: int((split == code).sum()) for code, name in enumerate(("train", "validation", "test"))}
+    if kind == "clustering":
+        test = np.arange(len(y))
+        rows = {"train": 0, "validation": 0, "test": len(y)}
+        output = KMeans(classes, n_init=10, random_state=seed).fit_predict(z)
+    else:
+        train, validation, test = (np.flatnonzero(split == code) for code in range(3))
+        design, path = fit_path(z[train], y[train], kind, classes)
+        features = design(z[validation])
+        best = _chosen(features, path, y[validation], kind)
+        strength = (ALPHAS if kind == "regression" else CS)[best]
+        output = predict(design(z[test]), path[best], kind)
+        if kind == "binary":
+            threshold = best_threshold(y[validation], predict(features, path[best], kind)[:, 1])
+    ours, owners, one = y[test], patient[test], np.ones((1, len(test)))
+    weights = patient_weights(owners, bootstraps, seed) if bootstraps else np.empty((0, len(test)))
+    metrics = metrics_of(kind, threshold)
+    drawn = {name: replicate(metric, ours, output, weights) for name, metric in metrics.items()}
+    curve = {}
+    if shots and kind in ("binary", "multiclass"):
+        curve = _shot_curve(z, y, split, kind, classes, patient, shots, draws, bootstraps, seed)
+    return ProbeResult(
+        kind=kind,
+        metrics={name: Estimate.of(f(ours, output, one)[0], drawn[name]) for name, f in metrics.items()},
+        replicates=drawn,
+        rows=rows | {"patients": len(np.unique(owners))},
+        strength=strength,
+        shots=curve,
+        test_index=test,
+        y=ours,
+        output=output,
+        threshold=threshold,
+        patient=owners,
+    )
+
+
+def paired_difference(ours: ProbeResult, theirs: ProbeResult) -> dict[str, Estimate]:
+    """Metric name to ``ours - theirs`` with its 95 % interval, both scored on the same redrawn patients.
+
+    Raises:
+        ValueError: if the two are not of the same test rows, or have no replicates.
+    """
+    if not np.array_equal(ours.y, theirs.y) or not np.array_equal(ours.patient, theirs.patient):
+        raise ValueError("Expected two results of the same task, seed and split; their test rows differ.")
+    if [len(drawn) for drawn in ours.replicates.values()] != [len(drawn) for drawn in theirs.replicates.values()]:
+        raise ValueError("Expected two results with the same number of bootstrap replicates.")
+    return {
+        name: Estimate.of(ours.metrics[name].value - theirs.metrics[name].value, drawn - theirs.replicates[name])
+        for name, drawn in ours.replicates.items()
+    }
+
+
+def meds_predictions(task: ProbeTask, result: ProbeResult, time: str = "time") -> pa.Table:
+    """The test rows' predictions in the schema of meds-evaluation, one row a prediction. It holds patient ids.
+
+    Columns: ``subject_id`` int64, ``prediction_time`` timestamp[us], ``boolean_value``, ``predicted_boolean_value``
+    (at the validation rows' threshold), ``predicted_boolean_probability`` float32.
+
+    Raises:
+        ValueError: if the task is not binary, comes as a mapping of splits, or lacks integer patients or the time.
+    """
+    if task.kind != "binary" or isinstance(task.dataset, dict) or task.patient is None:
+        raise ValueError(
+            f"Probe {task.name!r}: MEDS predictions need a binary task on one table with a patient column."
+        )
+    columns = [np.asarray(task.column(task.dataset, name)) for name in (task.patient, time)]
+    patients, times = (column[result.test_index] for column in columns)
+    if patients.dtype.kind not in "iu":
+        raise ValueError(f"Probe {task.name!r}: MEDS subject ids are integers; the column {task.patient!r} is not.")
+    return pa.table(
+        {
+            "subject_id": pa.array(patients, pa.int64()),
+            "prediction_time": pa.array(times.astype("datetime64[us]")),
+            "boolean_value": pa.array(result.y == 1),
+            "predicted_boolean_value": pa.array(result.output[:, 1] >= result.threshold),
+            "predicted_boolean_probability": pa.array(result.output[:, 1], pa.float32()),
+        }
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- the evaluator
+
+
+class ProbeEvaluator:
+    """Probes of one encoder after another, on tasks that are read once.
+
+    Called as ``evaluator(model, tokenizer)`` it gives flat numbers (``mortalityclass_auroc``) for a trainer's log and
+    ``metric_for_best_model``; `evaluate` gives intervals, replicates and few-shot curves.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[ProbeTask],
+        bootstraps: int = 1000,
+        shots: Sequence[int] = (),
+        batch_size: int = 32,
+        max_length: int | None = None,
+        cache: str | Path | bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Read the tasks' tables and split them; nothing is encoded yet.
+
+        Args:
+            tasks: the `ProbeTask`s; names must differ.
+            bootstraps: replicates of `evaluate`.
+            shots: k of the few-shot curves of `evaluate`; none by default.
+            batch_size: passed to ``encode``.
+            max_length: passed to ``encode`` where it takes it.
+            cache: disk cache of `evaluate`, see `embed`.
+            seed: seed of splits, k-means, samples and bootstrap.
+
+        Raises:
+            ValueError: for tasks that cannot be split or read, see `task_rows`; before any encoding.
+        """
+        names = [task.name for task in tasks]
+        if len(set(names)) < len(names) or not names:
+            raise ValueError(f"Expected at least one task, with different names, but got {names}.")
+        self.tasks, self.bootstraps, self.shots = list(tasks), bootstraps, shots
+        self.batch_size, self.max_length, self.cache, self.seed = batch_size, max_length, cache, seed
+        self.rows = {task.name: task_rows(task, seed) for task in tasks}
+        for name, rows in self.rows.items():
+            if rows.unlabelled:
+                logger.info("Probe %s: %d rows without a label are left out.", name, rows.unlabelled)
+
+    def _embeddings(self, model: Any, tokenizer: Any, cache: str | Path | bool) -> dict[str, np.ndarray]:
+        key = encoder_key(model, tokenizer) if cache else None
+        texts = [text for rows in self.rows.values() for text in rows.texts]
+        z = embed(model, texts, tokenizer, self.batch_size, self.max_length, cache, key)
+        ends = np.cumsum([len(rows.texts) for rows in self.rows.values()])
+        return dict(zip(self.rows, np.split(z, ends[:-1]), strict=True))
+
+    def _probe(self, name: str, z: np.ndarray, kind: Kind, bootstraps: int, shots: Sequence[int]) -> ProbeResult:
+        rows = self.rows[name]
+        result = probe(z, rows.y, rows.patient, rows.split, kind, bootstraps, shots, seed=self.seed)
+        result.rows["unlabelled"] = rows.unlabelled
+        result.test_index[:] = rows.index[result.test_index]
+        return result
+
+    def __call__(self, model: Any, tokenizer: Any = None) -> dict[str, float]:
+        """Point values, ``{task}_{metric}``, and ``probe_seconds``.
+
+        Every rank encodes every text in the same order and nothing is read from disk, so that ranks stay in step where
+        a forward is a collective (FSDP); the numbers are the same on all ranks.
+        """
+        start = time.perf_counter()
+        z = self._embeddings(model, tokenizer, cache=False)
+        metrics = {}
+        for task in self.tasks:
+            result = self._probe(task.name, z[task.name], task.kind, 0, ())
+            metrics |= {f"{task.name}_{name}": found.value for name, found in result.metrics.items()}
+        return metrics | {"probe_seconds": time.perf_counter() - start}
+
+    def evaluate(self, model: Any, tokenizer: Any = None) -> dict[str, ProbeResult]:
+        """Task name to `ProbeResult` with bootstrap intervals; embeddings come from the cache where they are there."""
+        z = self._embeddings(model, tokenizer, self.cache)
+        return {t.name: self._probe(t.name, z[t.name], t.kind, self.bootstraps, self.shots) for t in self.tasks}

@@ -1,0 +1,282 @@
+"""Windows to tensors, and pairs of windows to one batch with masks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from transformers import FeatureExtractionMixin
+
+from hf_densefeat.data.notes import column
+from hf_densefeat.data.pairs import NotePairs, TokenPairs, adjacent_pairs
+from hf_densefeat.events.records import events_of, latest_of_each
+
+logger = logging.getLogger(__name__)
+
+MASKED = -1.0  # in place of a quantile that is to be predicted
+EMPTY = {"input_ids": np.zeros(0, np.int64), "quantiles": np.zeros(0, np.float32), "hours": np.zeros(0, np.float32)}
+
+
+@dataclass(frozen=True)
+class EventStats:
+    """What reading did to the windows: their number, events kept, events of unknown codes, events over the limit."""
+
+    windows: int
+    events: int
+    unknown: int
+    cut: int
+    max_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Events kept, under the name that counts of tokens have."""
+        return self.events
+
+    @property
+    def truncated(self) -> int:
+        """Events cut, under the name that the model card reads."""
+        return self.cut
+
+    def __str__(self) -> str:
+        """Return one line of counts."""
+        return (
+            f"{self.events:,} events in {self.windows:,} windows; {self.unknown:,} of unknown codes dropped, "
+            f"{self.cut:,} over {self.max_length:,} a window cut"
+        )
+
+
+class EventProcessor(FeatureExtractionMixin):
+    """Windows to tensors: codes as numbers, values as quantiles of the training values of their code.
+
+    It stands where a tokenizer stands: `processor(windows)` gives lists, `processor.pad` a batch, and an event is a token.
+    Codes unknown to it are dropped, with a warning that counts them. Of a window with more than `max_events` the latest
+    of each code are kept first, then the latest but one, and so on: a morning's only lactate outlives the tenth heart rate.
+
+    A quantile is the mid-rank of the value among the training values of its code, in [0, 1], linear between `points`
+    stored quantiles; values outside the training range become 0 or 1.
+
+    Args:
+        codes: known codes; code i has number i + 1, 0 is padding.
+        values: for each code, increasing values …
+        levels: … and their quantiles.
+        max_events: events kept of a window.
+        bins: number of equal bins that a masked quantile is predicted in.
+        max_hours: length of a window, for the scale of time.
+        kwargs: as for `FeatureExtractionMixin`.
+    """
+
+    model_input_names = ("input_ids", "quantiles", "hours", "attention_mask")
+
+    def __init__(self, codes=(), values=(), levels=(), max_events=128, bins=32, max_hours=24.0, **kwargs):
+        super().__init__(**kwargs)
+        self.codes, self.values, self.levels = list(codes), list(values), list(levels)
+        self.max_events, self.bins, self.max_hours = max_events, bins, max_hours
+
+    @classmethod
+    def fit(
+        cls, windows: Sequence[str], max_events: int = 128, bins: int = 32, points: int = 65, min_count: int = 10
+    ) -> EventProcessor:
+        """Codes, quantiles and hours of training windows; windows without events are passed over.
+
+        Args:
+            windows: JSON; of training patients only.
+            max_events: see the class.
+            bins: see the class.
+            points: number of quantiles stored of each code, the least and the largest value among them. They are saved,
+                and pushed, with the processor.
+            min_count: events that a code needs to become known.
+
+        Raises:
+            ValueError: For windows that cannot be read, or no code that is frequent enough.
+        """
+        _, names, value, hours = events_of(windows)
+        place: dict[str, int] = {}
+        number = np.array([place.setdefault(name, len(place)) for name in names], dtype=np.int64)
+        codes, count = list(place), np.bincount(number)
+        grid = np.linspace(0, 1, points)
+        known, values, levels = [], [], []
+        for i in sorted(np.flatnonzero(count >= min_count), key=codes.__getitem__):
+            quantiles = np.quantile(value[number == i], grid)
+            distinct, place = np.unique(quantiles, return_inverse=True)
+            known.append(codes[i])
+            values.append(distinct.tolist())
+            levels.append((np.bincount(place, grid) / np.bincount(place)).tolist())
+        if not known:
+            raise ValueError(f"Expected a code with at least {min_count} events, got none in {len(windows)} windows.")
+        return cls(known, values, levels, max_events, bins, float(max(hours.max(), 1.0)))
+
+    @property
+    def model_max_length(self) -> int:
+        """`max_events`, under the name that tokenizers give it."""
+        return self.max_events
+
+    @property
+    def vocab_size(self) -> int:
+        """Codes and padding."""
+        return len(self.codes) + 1
+
+    def get_vocab(self) -> dict[str, int]:
+        """Code to number."""
+        return {code: number for number, code in enumerate(self.codes, 1)}
+
+    def __call__(self, windows: Sequence[str], max_length: int | None = None, **_) -> dict[str, list[np.ndarray]]:
+        """`input_ids`, `quantiles` and `hours` of each window, not padded; `pad` makes tensors of them.
+
+        Raises:
+            ValueError: For a window that cannot be read, or in which no event is left.
+        """
+        rows, stats = self.read(windows, max_length)
+        if stats.unknown:
+            logger.warning("Codes that the processor does not know are dropped: %s.", stats)
+        _refuse_empty(rows)
+        return {name: [row[name] for row in rows] for name in EMPTY}
+
+    def read(self, windows: Sequence[str], max_length: int | None = None) -> tuple[list[dict], EventStats]:
+        """One dict of `input_ids`, `quantiles` and `hours` a window, some of them empty, and the counts.
+
+        Raises:
+            ValueError: For a window that cannot be read.
+        """
+        limit = min(max_length or self.max_events, self.max_events)
+        window, names, value, hours = events_of(windows)
+        vocabulary = self.get_vocab()
+        number = np.array([vocabulary.get(name, 0) for name in names], dtype=np.int64)
+        known = number > 0
+        window, number, value, hours = window[known], number[known], value[known], hours[known]
+        if np.bincount(window, minlength=1).max() > limit:
+            kept = latest_of_each(window, number, hours, limit)
+            window, number, value, hours = window[kept], number[kept], value[kept], hours[kept]
+        order = np.lexsort((value, number, hours, window))
+        window, number, value, hours = window[order], number[order], value[order], hours[order]
+        columns = {
+            "input_ids": number,
+            "quantiles": self._quantiles(number, value).astype(np.float32),
+            "hours": hours.astype(np.float32),
+        }
+        cuts = np.searchsorted(window, np.arange(1, len(windows)))
+        split = {name: np.split(column, cuts) for name, column in columns.items()}
+        rows = [{name: split[name][i] for name in split} for i in range(len(windows))]
+        stats = EventStats(len(windows), len(number), int((~known).sum()), int(known.sum() - len(number)), limit)
+        return rows, stats
+
+    def _quantiles(self, number: np.ndarray, value: np.ndarray) -> np.ndarray:
+        quantiles, order = np.empty(len(value)), np.argsort(number, kind="stable")
+        cuts = np.searchsorted(number[order], np.arange(1, self.vocab_size + 1))
+        for i, rows in enumerate(np.split(order, cuts)[1:-1]):
+            quantiles[rows] = np.interp(value[rows], self.values[i], self.levels[i])
+        return quantiles
+
+    def pad(self, rows: dict[str, list] | list[dict], **_) -> dict[str, torch.Tensor]:
+        """One batch, padded on the right to the longest row: (B, L) each, and `attention_mask`."""
+        if isinstance(rows, list):
+            rows = {name: [row[name] for row in rows] for name in rows[0]}
+        return pad_rows(rows)
+
+    def pair_collator(self, objective: str | None, mask_probability: float) -> WindowPairCollator:
+        """What the trainer puts pairs of windows into batches with."""
+        return WindowPairCollator(self, objective, mask_probability)
+
+    def window_pairs(
+        self, windows: datasets.Dataset, max_gap: float | None = None, max_length: int | None = None
+    ) -> tuple[WindowPairs, EventStats]:
+        """Adjacent windows of each patient, read; and the counts.
+
+        Raises:
+            ValueError: For windows that cannot be read or are empty, and if there is no pair.
+        """
+        rows, stats = self.read(column(windows, "text").to_pylist(), max_length)
+        _refuse_empty(rows)
+        return WindowPairs(rows, adjacent_pairs(windows, max_gap=max_gap)), stats
+
+
+def _refuse_empty(rows: list[dict]) -> None:
+    empty = next((i for i, row in enumerate(rows) if not len(row["input_ids"])), None)
+    if empty is not None:
+        raise ValueError(
+            f"Window {empty} has no event of a known code, so there is nothing to embed. Leave such windows out, or use the "
+            "multimodal encoder, which takes a note alone."
+        )
+
+
+def pad_rows(rows: dict[str, list[np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Arrays of different lengths to (B, L) tensors, L at least 1, padded on the right: labels with −100, others with 0.
+
+    `attention_mask`, 1 where a row has something, comes with them.
+    """
+    lengths = np.array([len(row) for row in next(iter(rows.values()))])
+    shape = (len(lengths), max(int(lengths.max()), 1))
+    inside = np.arange(shape[1]) < lengths[:, None]
+    batch = {}
+    for name, values in rows.items():
+        padded = np.full(shape, -100 if name == "labels" else 0, dtype=values[0].dtype)
+        padded[inside] = np.concatenate(values)
+        batch[name] = torch.from_numpy(padded)
+    return batch | {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
+
+
+# ------------------------------------------------------------------------------------------------ pairs to a batch
+
+
+class WindowPairs(TokenPairs):
+    """Pairs of windows that have been read: `{"earlier": row, "later": row, "draw": draw}`, by `(pair, draw)` or pair."""
+
+    def __init__(self, rows: list[dict], pairs: NotePairs):
+        if len(rows) != pairs.notes:
+            raise ValueError(f"Expected the {pairs.notes:,} windows the pairs were made from, got {len(rows):,} rows.")
+        self.rows, self.pairs = rows, pairs
+        self.lengths = np.array([sum(len(row[name]) for name in row if name.endswith("ids")) for row in rows])
+
+    def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> list[dict]:
+        """Return the pairs of one micro-batch; an empty list for an empty list."""
+        found = []
+        for item in items:
+            index, draw = item if isinstance(item, tuple) else (item, 0)
+            earlier, later = self.pairs.earlier[index], self.pairs.later[index]
+            found.append({"earlier": self.rows[earlier], "later": self.rows[later], "draw": int(draw)})
+        return found
+
+
+class WindowPairCollator:
+    """B pairs of windows to one batch of 2B rows, earlier windows first, with a share of the values masked.
+
+    The batch holds what the processor's `pad` gives, `labels` (the bin of each masked value's quantile, −100 elsewhere)
+    and `num_pairs`. A masked quantile is replaced by `MASKED`: its value is not in the batch but as a label. Masks are
+    drawn for each row from (draw, side), whatever else is in the batch. An empty list gives two rows without labels.
+
+    Args:
+        processor: what the windows were read with.
+        objective: "mlm", or None: nothing is masked, no labels.
+        mask_probability: share of the values to predict.
+    """
+
+    def __init__(self, processor: EventProcessor, objective: str | None = "mlm", mask_probability: float = 0.30):
+        if objective not in ("mlm", None):
+            raise ValueError(f'Expected `objective` "mlm" or None, got {objective!r}.')
+        if not 0 <= mask_probability <= 1:
+            raise ValueError(f"Expected `mask_probability` in [0, 1], got {mask_probability}.")
+        self.processor, self.objective, self.mask_probability = processor, objective, mask_probability
+
+    def __call__(self, pairs: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Return the batch of the pairs that `WindowPairs` yields."""
+        rows = [self.row(pair["earlier"], (pair["draw"], 0)) for pair in pairs]
+        rows += [self.row(pair["later"], (pair["draw"], 1)) for pair in pairs]
+        rows = rows or [self.nothing()] * 2
+        return self.processor.pad(rows) | {"num_pairs": len(pairs)}
+
+    def row(self, row: dict, seed: tuple[int, int]) -> dict:
+        """The row with masked values, and its labels."""
+        if self.objective is None:
+            return row | {"labels": np.full(len(row["input_ids"]), -100)}
+        masked = np.random.default_rng(seed).random(len(row["input_ids"])) < self.mask_probability
+        bins = np.minimum((row["quantiles"] * self.processor.bins).astype(np.int64), self.processor.bins - 1)
+        quantiles = np.where(masked, np.float32(MASKED), row["quantiles"])
+        return row | {"quantiles": quantiles, "labels": np.where(masked, bins, -100)}
+
+    def nothing(self) -> dict:
+        """A row for a rank that was left without pairs: one event, no label."""
+        zero = np.zeros(1, np.float32)
+        return {"input_ids": np.ones(1, np.int64), "quantiles": zero, "hours": zero, "labels": np.full(1, -100)}

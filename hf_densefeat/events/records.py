@@ -1,0 +1,158 @@
+"""Windows of timed values, such as labs and vital signs: from tables to text, and back to events.
+
+A window is what a note is elsewhere: one row of a table with `patient_id`, `time` and `text`, whose text is JSON,
+`{"events": [["HR", 88.0, 1.5], ["Lactate", 2.1, 3.0]]}`: code, value, and hours since the window began. What was not
+measured is not in the list; nothing is imputed. A note of the same time may stand beside the events, as `"text"`.
+So splits, adjacent pairs, probes and caches work on windows as they do on notes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+
+from hf_densefeat.data.notes import column, dense_codes, time_ticks
+
+
+def pack_windows(window, code, value, hours, texts: Sequence[str | None] | int) -> list[str]:
+    """Windows as JSON, from one row an event.
+
+    Args:
+        window: (E,) which window each event belongs to, 0 … W − 1, in any order.
+        code: (E,) strings.
+        value: (E,) finite numbers.
+        hours: (E,) finite hours since the window began.
+        texts: W notes, None where a window has none; or W, for windows without notes.
+
+    Returns:
+        W strings; events are in the order of their hours. A window may be empty.
+
+    Raises:
+        ValueError: For arrays of different lengths, numbers that are not finite, and windows outside 0 … W − 1.
+    """
+    texts = [None] * texts if isinstance(texts, int) else texts
+    window, code = np.asarray(window), np.asarray(code)
+    value, hours = np.asarray(value, np.float64), np.asarray(hours, np.float64)
+    if not len(window) == len(code) == len(value) == len(hours):
+        raise ValueError(
+            "Expected one window, code, value and hour an event, got "
+            f"{len(window)}, {len(code)}, {len(value)} and {len(hours)}."
+        )
+    for name, numbers in {"value": value, "hours": hours}.items():
+        if not np.isfinite(numbers).all():
+            raise ValueError(
+                f"Column `{name}`, row {int(np.argmin(np.isfinite(numbers)))}: expected a finite number, got "
+                f"{numbers[~np.isfinite(numbers)][0]}. A value that is missing is no event: leave its row out."
+            )
+    if len(window) and (window.min() < 0 or window.max() >= len(texts)):
+        raise ValueError(f"Expected windows 0 to {len(texts) - 1}, got {window.min()} to {window.max()}.")
+    order = np.lexsort((hours, window))
+    ends = np.searchsorted(window[order], np.arange(len(texts)), side="right")
+    events = list(zip(code[order].tolist(), value[order].tolist(), np.round(hours[order], 4).tolist(), strict=True))
+    packed, start = [], 0
+    for text, end in zip(texts, ends.tolist(), strict=True):
+        packed.append(json.dumps({"events": events[start:end]} | ({"text": text} if text else {})))
+        start = end
+    return packed
+
+
+def latest_of_each(window: np.ndarray, code: np.ndarray, hours: np.ndarray, limit: int) -> np.ndarray:
+    """Which events a window of at most `limit` keeps: the latest of each code, then the latest but one, and so on.
+
+    Args:
+        window: (E,) windows.
+        code: (E,) numbers or strings.
+        hours: (E,) hours.
+        limit: events kept of a window.
+
+    Returns:
+        Indices into the events. Among events of one rank the later come first.
+    """
+    order = np.lexsort((-hours, code, window))
+    rank = np.empty(len(window), dtype=np.int64)
+    rank[order] = _place(window[order], code[order])
+    order = np.lexsort((-hours, rank, window))
+    return order[_place(window[order]) < limit]
+
+
+def event_windows(events: datasets.Dataset, every: float = 24.0) -> datasets.Dataset:
+    """Cut each patient's events into windows of `every` hours, from the patient's first event on.
+
+    Args:
+        events: one row a value: `patient_id`, `time` (a timestamp, or a number of days), `code`, `value`. Rows may lie in
+            any order; rows without a value are left out.
+        every: hours.
+
+    Returns:
+        `patient_id`, `time` (of the window's last event, so that it is known by then) and `text`, sorted by patient and
+        time. Windows without events are not there.
+
+    Raises:
+        ValueError: For a missing column, no rows, or values that are not finite.
+    """
+    ticks, ticks_per_day = time_ticks(events)
+    patient, value = dense_codes(events, "patient_id"), column(events, "value")
+    code = np.asarray(column(events, "code").to_pylist(), dtype=str)
+    rows = np.flatnonzero(value.is_valid().to_numpy())
+    if not len(rows):
+        raise ValueError("Expected rows with a value, got none.")
+    patient, code, value, ticks = (part[rows] for part in (patient, code, value.to_numpy(), ticks))
+    first = np.full(patient.max() + 1, ticks.max())
+    np.minimum.at(first, patient, ticks)
+    hours = (ticks - first[patient]) / ticks_per_day * 24
+    place = (hours // every).astype(np.int64)
+    keys, window = np.unique(np.stack([patient, place], 1), axis=0, return_inverse=True)
+    last = rows[np.lexsort((ticks, window))][np.cumsum(np.bincount(window)) - 1]
+    texts = pack_windows(window, code, value, hours - place * every, len(keys))
+    return events.select(last).select_columns(["patient_id", "time"]).flatten_indices().add_column("text", texts)
+
+
+def events_of(windows: Sequence[str]) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+    """All events of all windows: window (E,), codes, value (E,) and hours (E,); ValueError for what is not a window."""
+    if isinstance(windows, str):
+        raise ValueError("Expected a list of windows but got one string: wrap it in a list.")
+    found = []
+    for i, window in enumerate(windows):
+        try:
+            found.append(json.loads(window).get("events", []))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f'Window {i}: expected JSON such as {{"events": [["HR", 88.0, 1.5]]}}, got something else. '
+                "`pack_windows` and `event_windows` make it from a table."
+            ) from error
+    events = [event for events in found for event in events]
+    window = np.repeat(np.arange(len(found)), [len(events) for events in found])
+    try:
+        code, value, hours = zip(*events, strict=True) if events else ((), (), ())
+        value, hours = np.array(value, np.float64), np.array(hours, np.float64)
+    except (TypeError, ValueError) as error:
+        bad = next(i for i, event in zip(window, events, strict=True) if not _is_event(event))
+        message = f"Window {bad}: expected events of code, value and hours, the last two numbers, got another."
+        raise ValueError(message) from error
+    finite = np.isfinite(value) & np.isfinite(hours)
+    if not finite.all():
+        raise ValueError(
+            f"Window {window[np.argmin(finite)]} has an event whose value or hours are not finite. A value that is missing is "
+            "no event: leave it out."
+        )
+    return window, list(code), value, hours
+
+
+def note_of(window: str) -> str | None:
+    """The note of a window, if it has one."""
+    note = json.loads(window).get("text")
+    return note if note and note.strip() else None
+
+
+def _is_event(event) -> bool:
+    return isinstance(event, list) and len(event) == 3 and all(isinstance(x, int | float) for x in event[1:])
+
+
+def _place(*keys: np.ndarray) -> np.ndarray:
+    """0, 1, … within each run of equal keys."""
+    index = np.arange(len(keys[0]))
+    new = np.any([np.r_[True, key[1:] != key[:-1]] for key in keys], axis=0) if len(index) else index
+    return index - np.maximum.accumulate(np.where(new, index, 0)) if len(index) else index

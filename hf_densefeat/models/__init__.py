@@ -1,0 +1,1 @@
+"""Embeddings for any transformers model, and folders that everything else can open."""

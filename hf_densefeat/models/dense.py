@@ -1,0 +1,290 @@
+"""A mixin that gives any transformers encoder an embedding, and native folders that everything else can open."""
+
+from __future__ import annotations
+
+import functools
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from hf_densefeat.models.pooling import POOLINGS, over_chunks, pool
+
+SENTENCE_TRANSFORMERS_POOLING = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
+SENTENCE_TRANSFORMERS_FILES = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling",
+)
+HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+class DenseFeatureMixin:
+    """Embeddings for a transformers model: `encode`, a `densefeat` block in the config, and folders that open anywhere.
+
+    It adds no parameter and overrides no `forward`. The class keeps the native name, so the saved folder has the native
+    `model_type`, `architectures` and keys: `AutoModel`, `AutoModelForMaskedLM`, `pipeline("fill-mask")` and
+    `SentenceTransformer` open it without this package, and the latter's embeddings equal those of `encode`.
+    """
+
+    @property
+    def pooling(self) -> str:
+        """How tokens become an embedding: "mean", "cls", "last" or "max"."""
+        return self.config.densefeat["pooling"]
+
+    @property
+    def language_modeling(self) -> str | None:
+        """What the head predicts: "mlm", "causal", or None for a model without a language-modelling head."""
+        name = type(self).__name__.removeprefix("FSDP")
+        if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+            return "mlm"
+        return "causal" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of a note that the embedding sees: the config's `densefeat.max_length`, or all positions there are."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        # the RoBERTa family numbers positions from padding_idx + 1
+        if positions and hasattr(getattr(self.base_model, "embeddings", None), "padding_idx"):
+            positions -= self.base_model.embeddings.padding_idx + 1
+        limits = [limit for limit in (positions, self.config.densefeat.get("max_length")) if limit]
+        return min(limits, default=None)
+
+    @property
+    def long_notes(self) -> str:
+        """What becomes of a note longer than `max_length`: "truncate", or "chunk" and average, weighted by tokens."""
+        return self.config.densefeat.get("long_notes", "truncate")
+
+    @contextmanager
+    def capture_hidden(self):
+        """Inside, `pooled(mask)` after a forward of the (wrapped) model gives embeddings with their graph.
+
+        The forward goes through whatever wraps the model (DDP, FSDP2, torch.compile), and no layer but the last is kept.
+        """
+        base = self.base_model
+        if not hasattr(base, "_densefeat_hook"):
+            base._densefeat_hook = base.register_forward_hook(_keep_hidden)
+        base._densefeat_capture = True
+        try:
+            yield
+        finally:
+            base._densefeat_capture, base._densefeat_hidden = False, None
+
+    def pooled(self, attention_mask: Tensor, owner: Tensor | None = None, notes: int = 0) -> Tensor:
+        """Embeddings (B, d) of the forward that just ran inside `capture_hidden`; (notes, d) where rows are chunks."""
+        z = pool(self.base_model._densefeat_hidden, attention_mask, self.pooling)
+        return z if owner is None else over_chunks(z, attention_mask.sum(1), owner, notes)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: list[str] | dict[str, Tensor],
+        tokenizer=None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        show_progress: bool = False,
+    ) -> Tensor:
+        """Embeddings (N, d), float32 on the CPU, row i of text i; without dropout, whatever mode the model is in.
+
+        Longer texts are cut, or with `long_notes` "chunk" read whole; SentenceTransformer cuts them always.
+
+        Args:
+            texts: notes, or one batch of tokens (`input_ids`, `attention_mask`).
+            tokenizer: by default that of the folder or repository that the model was loaded from.
+            batch_size: rows of a forward; texts are sorted by length first, so that little is padded.
+            max_length: tokens kept of a text; by default `max_length` of the model.
+            show_progress: show a progress bar.
+        """
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            if not isinstance(texts, list):
+                if isinstance(texts, str):
+                    raise ValueError("Expected a list of texts but got one string: wrap it in a list.")
+                if not hasattr(texts, "keys"):
+                    texts = list(texts)
+            if not isinstance(texts, list):
+                return self._embed(texts)
+            if not texts:
+                return torch.empty(0, self.config.hidden_size)
+            tokenizer = tokenizer or self._default_tokenizer()
+            limit = max_length or self.max_length or tokenizer.model_max_length
+            chunk = self.long_notes == "chunk"
+            tokens = tokenizer(texts, truncation=True, max_length=limit, return_overflowing_tokens=chunk)
+            owner = tokens.pop("overflow_to_sample_mapping", None)
+            lengths = [len(ids) for ids in tokens["input_ids"]]
+            order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+            out = []
+            for start in tqdm(range(0, len(order), batch_size), desc="Encoding", disable=not show_progress):
+                rows = order[start : start + batch_size]
+                batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
+                # to the right, as in training: learned positions count from the left
+                out.append(self._embed(tokenizer.pad(batch, padding_side="right", return_tensors="pt")))
+            out = torch.cat(out)
+            out = torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
+            return over_chunks(out, torch.tensor(lengths), torch.tensor(owner), len(texts)) if chunk else out
+        finally:
+            for module in training:
+                module.training = True
+
+    def _embed(self, tokens) -> Tensor:
+        tokens = {name: values.to(self.device) for name, values in tokens.items()}
+        with self.capture_hidden():
+            # the base model alone: no logits. Under FSDP2 only the root's forward gathers the parameters
+            (self if type(self).__name__.startswith("FSDP") else self.base_model)(**tokens)
+            return self.pooled(tokens["attention_mask"]).float().cpu()
+
+    def _default_tokenizer(self):
+        if getattr(self, "_densefeat_tokenizer", None) is None:
+            try:
+                self._densefeat_tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
+            except (OSError, ValueError) as error:
+                raise ValueError("No tokenizer beside the model: pass one, model.encode(texts, tokenizer).") from error
+        return self._densefeat_tokenizer
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As in transformers, always with the native keys, plus the files that pin pooling for sentence-transformers."""
+        # keys renamed on load would be saved under their old names, which a resumed Trainer does not find
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_sentence_transformers_files(
+                save_directory, width=self.config.hidden_size, pooling=self.pooling, max_length=self.max_length
+            )
+
+
+def _keep_hidden(module, args, output):
+    if module._densefeat_capture:
+        module._densefeat_hidden = output[0]
+
+
+@functools.cache
+def _dense_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The native class with the mixin before it, under the native name and module, which saving and loading read."""
+    return type(native.__name__, (DenseFeatureMixin, native), {"__module__": native.__module__})
+
+
+def as_dense(
+    model: PreTrainedModel,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    long_notes: str | None = None,
+) -> PreTrainedModel:
+    """Mix `DenseFeatureMixin` into a model that exists, in place: its weights, hooks and state stay as they are.
+
+    None keeps what the config says, or else `pooling` is "mean" for encoders and "last" for decoders, `max_length` all
+    positions, and `long_notes` "truncate".
+    """
+    if pooling not in (None, *POOLINGS):
+        raise ValueError(f"Expected pooling to be one of {', '.join(POOLINGS)} but got {pooling!r}.")
+    if long_notes not in (None, "truncate", "chunk"):
+        raise ValueError(f"Expected long_notes to be truncate or chunk but got {long_notes!r}.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: it has no one embedding of a text. Use an encoder, or the "
+            "encoder alone, such as T5EncoderModel with mlm_weight=0."
+        )
+    if not isinstance(model, DenseFeatureMixin):
+        model.__class__ = _dense_class(type(model))
+    block = dict(getattr(model.config, "densefeat", None) or {})
+    if model.language_modeling and model.base_model is model:
+        raise ValueError(f"{type(model).__name__} has no body apart from its head: no hidden states to pool.")
+    default = "last" if model.language_modeling == "causal" else "mean"
+    block["pooling"] = pooling or block.get("pooling", default)
+    if block["pooling"] == "cls" and model.language_modeling == "causal":
+        raise ValueError(
+            f"cls pooling takes the first token, which in {type(model).__name__}, a decoder, has seen nothing of the note. "
+            "Use last or mean."
+        )
+    if max_length is not None:
+        block["max_length"] = max_length
+    if long_notes is not None:
+        block["long_notes"] = long_notes
+    model.config.densefeat = block
+    return model
+
+
+class AutoDenseModel:
+    """The native masked-LM class of a checkpoint (or causal, or base class, where there is none) with the mixin."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, pooling: str | None = None, max_length: int | None = None, **kwargs):
+        """As `AutoModelForMaskedLM.from_pretrained`, in float32 unless `dtype` says otherwise.
+
+        Args:
+            name_or_path: Hub name or folder.
+            pooling: "mean", "cls", "last" or "max"; None for what the checkpoint says, else "mean" ("last" for decoders).
+            max_length: tokens of a note that the embedding sees; None for what the checkpoint says.
+            kwargs: passed on.
+        """
+        kwargs.setdefault("dtype", torch.float32)
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
+        loaded = _auto_class(config).from_pretrained(name_or_path, **kwargs)
+        if kwargs.get("output_loading_info"):
+            return as_dense(loaded[0], pooling, max_length), loaded[1]
+        return as_dense(loaded, pooling, max_length)
+
+    @classmethod
+    def from_config(cls, config, pooling: str | None = None, max_length: int | None = None, **kwargs):
+        """A model with random weights."""
+        return as_dense(_auto_class(config).from_config(config, **kwargs), pooling, max_length)
+
+
+def _auto_class(config):
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return AutoModelForMaskedLM
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+
+
+def write_sentence_transformers_files(folder, width: int, pooling: str, max_length: int | None) -> None:
+    """Beside a transformers model, the files by which `SentenceTransformer(folder)` pools and truncates as we do.
+
+    In the older form, which every release from 2 to 6 reads.
+    """
+    types = "sentence_transformers.models"
+    modes = {f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_tokens", "max_tokens")}
+    modes |= {f"pooling_mode_{mode}": False for mode in ("mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}
+    modes[f"pooling_mode_{SENTENCE_TRANSFORMERS_POOLING[pooling]}"] = True
+    files = {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": f"{types}.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{types}.Pooling"},
+        ],
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": width, **modes, "include_prompt": True},
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer",
+            "__version__": {},
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    }
+    for name, content in files.items():
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")

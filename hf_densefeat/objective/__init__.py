@@ -1,0 +1,1 @@
+"""The dense-feature objective: functions of the second moments of embeddings."""

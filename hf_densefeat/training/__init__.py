@@ -1,0 +1,1 @@
+"""DenseTrainer: the transformers Trainer on adjacent notes."""

@@ -1,0 +1,107 @@
+"""DenseTrainingArguments: TrainingArguments and what the dense objective, its pairs and its masks add."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from hf_densefeat.objective.objective import DenseObjective
+
+
+@dataclass(repr=False)  # the one of TrainingArguments hides tokens
+class DenseTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with `loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth)`.
+
+    Batch sizes count pairs: a forward sees 2 x `per_device_train_batch_size` notes. Different from the stock defaults:
+    repositories are private, buffers are not broadcast, `logging_steps` is 10.
+
+    The defaults of the objective are those around which the sweeps of `recipes/results/study.md` found nothing better in
+    both of their domains: `lambda_orth` above 0 raises the effective rank, `lambda_sub` brings the leading subspaces
+    together, each at the cost of the other, and probes hardly tell the settings apart.
+    """
+
+    mlm_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the language-modelling loss; 0 freezes its head."}
+    )
+    dense_weight: float = field(default=3.0, metadata={"help": "Weight of the dense objective; 0 is plain MLM."})
+    lambda_sub: float = field(default=0.003, metadata={"help": "Weight of L_sub, in [0, 2 subspace_dim]."})
+    lambda_orth: float = field(default=0.0, metadata={"help": "Weight of L_orth, in [0, d (d - 1)]."})
+    subspace_dim: int = field(default=20, metadata={"help": "k, the dimension of the leading subspaces."})
+    window: str = field(
+        default="auto",
+        metadata={"help": "Running covariances: 'none' (the batch alone), 'auto' (d samples) or a number of samples."},
+    )
+    center: bool = field(default=True, metadata={"help": "Subtract each side's mean; the paper's Sigma is uncentred."})
+    unbiased: bool = field(
+        default=False,
+        metadata={
+            "help": "Estimate L_spec without the i = j terms; a patient is then once in an update, where that can be."
+        },
+    )
+    power_iterations: int = field(default=2, metadata={"help": "Power steps an update; 0 for exact eigenspaces."})
+    pooling: str | None = field(default=None, metadata={"help": "mean, cls, last or max; default: the model's."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a note; default: the model's."})
+    long_notes: str | None = field(
+        default=None, metadata={"help": "truncate, or chunk and average; default: the model's, else truncate."}
+    )
+    mlm_probability: float = field(default=0.30, metadata={"help": "Share of tokens to predict."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words."})
+    pairs_per_patient: int = field(
+        default=1, metadata={"help": "Adjacent pairs of a patient kept together in a batch."}
+    )
+    max_gap: float | None = field(
+        default=None, metadata={"help": "Largest time between the notes of a pair, in days."}
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "Patient text trained it: private unless said."}
+    )
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Buffers are constants here."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many updates (or a share, below 1)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("mlm_weight", "dense_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Expected {name} >= 0 but got {getattr(self, name)}.")
+        if self.mlm_weight == self.dense_weight == 0:
+            raise ValueError("mlm_weight and dense_weight are both 0: nothing would be trained.")
+        if self.unbiased and self.pairs_per_patient > 1:
+            raise ValueError(
+                f"unbiased takes the pairs of an update for independent, but pairs_per_patient is {self.pairs_per_patient}. "
+                "Set one of them back."
+            )
+        self.dense_objective()
+
+    def __getstate__(self) -> dict:
+        """What pickles hold, without token and folders: `training_args.bin` is one, and goes to the Hub with the model."""
+        return self.__dict__ | {"hub_token": None} | self._without_folders()
+
+    def to_json_string(self) -> str:
+        """What TensorBoard writes into a folder that goes to the Hub with the model: without folders too."""
+        return json.dumps(self.to_dict() | self._without_folders(), indent=2)
+
+    def _without_folders(self) -> dict:
+        return {"output_dir": Path(self.output_dir).name, "resume_from_checkpoint": None}
+
+    def dense_objective(self) -> DenseObjective:
+        """The objective that these arguments describe; ValueError names the one that is out of range."""
+        window = None if str(self.window) == "none" else self.window
+        if isinstance(window, str) and window != "auto":
+            try:
+                window = float(window)
+            except ValueError:
+                raise ValueError(
+                    f"Expected window 'none', 'auto' or a number of samples but got {window!r}."
+                ) from None
+        return DenseObjective(
+            self.lambda_sub,
+            self.lambda_orth,
+            self.subspace_dim,
+            window=window,
+            center=self.center,
+            unbiased=self.unbiased,
+            power_iterations=self.power_iterations or None,
+        )

@@ -1,0 +1,122 @@
+"""Notes, windows or streams to the micro-batches of one rank."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+
+from hf_densefeat.data.collator import tokenize_notes, tokenize_texts
+from hf_densefeat.data.pairs import PairBatchSampler, TokenPairs, adjacent_pairs
+from hf_densefeat.data.streaming import PairStream
+
+logger = logging.getLogger(__name__)
+
+
+class PairDataLoader(DataLoader):
+    """A loader whose batch sampler is told the epoch, and which cuts batches over ranks itself."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the sampler."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class Loading:
+    """The part of `DenseTrainer` that makes pairs, tokens and loaders; it stands before `Trainer` among the bases."""
+
+    def _token_pairs(self, notes, name, model, args, tokenizer) -> TokenPairs:
+        if isinstance(notes, TokenPairs):
+            return notes
+        if hasattr(tokenizer, "window_pairs"):
+            made, self.token_stats[name] = tokenizer.window_pairs(notes, args.max_gap, model.max_length)
+            logger.info("%s: %s; %s", name, made.pairs, self.token_stats[name])
+            return made
+        pairs = adjacent_pairs(notes, max_gap=args.max_gap)
+        tokens, self.token_stats[name] = tokenize_notes(
+            notes,
+            tokenizer,
+            max_length=model.max_length,
+            num_proc=args.preprocessing_num_workers,
+            word_ids=args.whole_word_mask,
+            chunk=model.long_notes == "chunk",
+        )
+        logger.info("%s: %s; %s", name, pairs, self.token_stats[name])
+        return TokenPairs(tokens, pairs)
+
+    def _pair_loader(self, dataset: TokenPairs, batch_size: int, **sampling) -> PairDataLoader:
+        sampler = PairBatchSampler(
+            dataset.pairs,
+            dataset.lengths,
+            batch_size=batch_size,
+            ranks=self.args.world_size,
+            rank=self.args.process_index,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            **sampling,
+        )
+        return PairDataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches of this rank. The sampler cuts the global batch, so accelerate must not shard it again."""
+        if self.train_dataset is None:
+            raise ValueError("Training needs a train_dataset: notes with patient_id, time and text.")
+        if isinstance(self.train_dataset, IterableDataset):
+            return self._stream_loader()
+        return self._pair_loader(
+            self.train_dataset,
+            self._train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            pairs_per_patient=self.args.pairs_per_patient,
+            drop_last=self.args.dataloader_drop_last,
+            spread_patients=self.args.unbiased,
+        )
+
+    def _stream_loader(self) -> DataLoader:
+        model, args = self._dense_model, self.args
+        self._stream = PairStream(
+            self.train_dataset,
+            partial(
+                tokenize_texts,
+                tokenizer=self.processing_class,
+                max_length=model.max_length,
+                word_ids=args.whole_word_mask,
+                chunk=model.long_notes == "chunk",
+            ),
+            self.data_collator,
+            self._train_batch_size,
+            args.world_size,
+            args.process_index,
+            args.gradient_accumulation_steps,
+            args.pairs_per_patient,
+            args.unbiased,
+            args.max_gap,
+            args.data_seed if args.data_seed is not None else args.seed,
+        )
+        return DataLoader(
+            self._stream,
+            batch_size=None,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            generator=torch.Generator(),  # its own: a loader that starts draws a number, a resumed run starts one more
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """All pairs once, longest first, the same masks each time."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        eval_dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if eval_dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset: notes with patient_id, time and text.")
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = self._token_pairs(eval_dataset, "eval", self._dense_model, self.args, self.processing_class)
+        return self._pair_loader(eval_dataset, self.args.eval_batch_size, shuffle=False)

@@ -1,0 +1,191 @@
+"""The pretraining recipe, run as a user would, small, and given what users give by mistake."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+from conftest import make_model, make_notes
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("pretrain", RECIPES / "pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pretrain"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    make_model("bert", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("notes") / "notes.parquet"
+    notes = make_notes(40)
+    notes = notes.add_column("old", [patient % 2 == 0 for patient in notes["patient_id"]])
+    notes.add_column("words", [float(len(text.split())) for text in notes["text"]]).to_parquet(path)
+    return path
+
+
+SMALL = ["--max_steps", "3", "--per_device_train_batch_size", "8", "--subspace_dim", "4", "--use_cpu"]
+SMALL += ["--save_strategy", "no", "--logging_steps", "1", "--disable_tqdm", "true"]
+
+
+@pytest.fixture
+def run(recipe, monkeypatch, capsys, tmp_path):
+    """Run the recipe with arguments; what it printed, or what it exits with."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, argv), "--output_dir", str(tmp_path / "out")])
+        try:
+            recipe.main()
+        except SystemExit as error:
+            return f"{error.code} {capsys.readouterr().err}"
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_run_reads_measures_trains_and_writes_a_folder_that_opens(run, encoder, table, tmp_path):
+    """What was read is printed, numbers before and after are saved, and the folder is an encoder."""
+    out = run("--notes", table, "--model_name_or_path", encoder, "--probe", "old:binary", "words:regression", *SMALL)
+    for words in ("notes of 40 patients", "adjacent pairs", "truncated", "effective rank", "old auroc", "words rmse"):
+        assert words in out
+    folder = tmp_path / "out"
+    numbers = json.loads((folder / "report.json").read_text())
+    assert numbers["updates"] == 3
+    assert numbers["before"]["geometry"]["n"] == numbers["after"]["geometry"]["n"] > 0
+    assert (folder / "spectra.png").stat().st_size > 10_000
+    before, after = AutoModel.from_pretrained(encoder), AutoModel.from_pretrained(folder)
+    assert any(not torch.equal(x, y) for x, y in zip(before.parameters(), after.parameters(), strict=True))
+    assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(encoder))
+
+
+def test_a_new_head_is_trained_alone_first(run, tokenizer, encoder, table, tmp_path, recipe, monkeypatch):
+    """A checkpoint without a masked-LM head gets one, and its encoder does not move while the head warms up."""
+    bare = tmp_path / "bare"
+    AutoModel.from_pretrained(encoder).save_pretrained(bare)
+    tokenizer.save_pretrained(bare)
+    start = load_file(bare / "model.safetensors")
+    seen = {}
+    train = recipe.warm_up_head
+
+    def watched(model, *args):
+        head = model.cls.predictions.transform.dense.weight.detach().clone()
+        train(model, *args)
+        seen["head moved"] = not torch.equal(head, model.cls.predictions.transform.dense.weight)
+        body = dict(model.bert.named_parameters())
+        seen["body moved"] = any(not torch.equal(body[name], start[name]) for name in body)
+        seen["all train again"] = all(parameter.requires_grad for parameter in model.parameters())
+
+    monkeypatch.setattr(recipe, "warm_up_head", watched)
+    out = run("--notes", table, "--model_name_or_path", bare, "--head_warmup_steps", "2", *SMALL)
+    assert "trained alone first, for 2 updates" in out
+    assert seen == {"head moved": True, "body moved": False, "all train again": True}
+
+
+def test_yaml_values_get_the_options_types_and_the_command_line_wins(recipe, tmp_path):
+    """1e-4 is a float, no is a word, paths are relative to the file, and an option of the command line overrides."""
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "notes: ./notes.csv\nmodel_name_or_path: m\nlearning_rate: 1e-4\nsave_strategy: no\nmax_steps: 7\n"
+        "bf16: false\nprobe: [died:binary, age:regression]\nmax_gap: null\n"
+    )
+    parsed, args = recipe.parse(["--config", str(config), "--max_steps", "9", "--use_cpu"])
+    assert args.learning_rate == 1e-4
+    assert args.max_steps == 9
+    assert args.save_strategy == "no"
+    assert args.bf16 is False
+    assert args.max_gap is None
+    assert parsed.notes == str(tmp_path / "notes.csv")
+    assert parsed.probe == ["died:binary", "age:regression"]
+
+
+def test_without_arguments_the_bundled_cohort_and_encoder_are_used(recipe):
+    """The default run needs nothing that is not in the repository."""
+    parsed, args = recipe.parse(["--use_cpu"])
+    assert Path(parsed.notes).is_file()
+    assert Path(parsed.model_name_or_path, "model.safetensors").is_file()
+    assert args.dense_weight > 0
+
+
+def write(path, rows):
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    return path
+
+
+GOOD = {"patient_id": [1, 1, 2, 2, 3, 3, 4, 4], "time": [1, 2] * 4, "text": ["fever and cough"] * 7 + ["stable"]}
+MISTAKES = {
+    "missing column": (GOOD | {"texts": GOOD["text"], "text": None}, [], ["text", "texts"]),
+    "one patient only": ({k: v[:2] for k, v in GOOD.items()}, [], ["patient"]),
+    "no patient with two notes": (
+        {"patient_id": list(range(8)), "time": [1] * 8, "text": list("abcdefgh")},
+        [],
+        ["two notes", "got 8 notes of 8 patients"],
+    ),
+    "texts all empty": (GOOD | {"text": [""] * 8}, [], ["text", "8"]),
+    "times that are none": (GOOD | {"time": ["yesterday"] * 8}, [], ["time", "row"]),
+    "k too large": (GOOD, ["--subspace_dim", "20", "--window", "none"], ["subspace_dim is 20", "batch"]),
+    "pooling unknown": (GOOD, ["--pooling", "middle"], ["middle", "mean, cls, last, max"]),
+    "probe of no column": (GOOD, ["--subspace_dim", "1", "--probe", "died:binary"], ["died"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_clear_error_before_training(run, encoder, tmp_path, mistake):
+    """What is wrong, where, and no traceback."""
+    rows, options, words = MISTAKES[mistake]
+    path = write(tmp_path / "bad.parquet", {name: values for name, values in rows.items() if values})
+    message = run("--notes", path, "--model_name_or_path", encoder, *SMALL[:6], *SMALL[6:], *options)
+    assert "error:" in message
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(("name", "words"), [("", "Repo id must use"), ("someone/dense", "offline mode is enabled")])
+def test_a_push_that_cannot_be_is_refused_before_training(run, encoder, table, monkeypatch, name, words):
+    """A name that the Hub does not take, and no network: one line."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = run("--notes", table, "--model_name_or_path", encoder, *SMALL, "--push_to_hub", f"--hub_model_id={name}")
+    assert "pretrain.py: error: " in message
+    assert words in message
+
+
+def test_an_empty_file_an_unknown_key_and_a_model_without_a_head_are_named(run, encoder, table, tmp_path):
+    """Each gives one line."""
+    empty = tmp_path / "empty.csv"
+    empty.write_text("")
+    assert "empty.csv" in run("--notes", empty, "--model_name_or_path", encoder)
+    config = tmp_path / "c.yaml"
+    config.write_text("learning_rat: 1")
+    message = run("--config", config)
+    assert "unknown key 'learning_rat'" in message
+    assert "learning_rate" in message
+    assert "no_such_file.csv" in run("--notes", tmp_path / "no_such_file.csv", "--model_name_or_path", encoder)
+    message = run("--notes", table, "--model_name_or_path", tmp_path / "no_such_model", *SMALL)
+    assert "error:" in message
+    assert "no_such_model" in message
+    vision = tmp_path / "vision"
+    vision.mkdir()
+    (vision / "config.json").write_text('{"model_type": "vit"}')
+    (vision / "tokenizer.json").write_bytes((encoder / "tokenizer.json").read_bytes())
+    (vision / "tokenizer_config.json").write_bytes((encoder / "tokenizer_config.json").read_bytes())
+    message = run("--notes", table, "--config_name", vision, *SMALL)
+    assert "no language-modelling head" in message
+    assert "mlm_weight=0" in message

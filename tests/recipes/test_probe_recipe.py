@@ -1,0 +1,227 @@
+"""The probe recipe end to end: every file written, nothing private in them, and a page that a browser shows well."""
+
+import html.parser
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_model, make_notes
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from hf_densefeat.evaluation.geometry import geometry_report
+from hf_densefeat.evaluation.metrics import Estimate
+from hf_densefeat.reporting.tables import direction, geometry_state
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "probe.py"
+SPEC = importlib.util.spec_from_file_location("probe_recipe", RECIPE)
+recipe = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(recipe)
+
+CHROMIUM = shutil.which("chromium")
+QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
+QUIET += ("--disable-background-networking", "--disable-component-update", "--hide-scrollbars")
+SENTINEL = "zebrasentinel"
+
+
+def sick_notes(patients=60):
+    """Notes whose outcome shows in a word, with a sentinel in text and patient id."""
+    notes = make_notes(patients)
+    rng = np.random.default_rng(1)
+    sick = rng.random(len(notes)) < 0.5
+    texts = [f"{SENTINEL} {'sepsis sepsis ' * int(s)}{text}" for s, text in zip(sick, notes["text"], strict=True)]
+    columns = {
+        "patient_id": [f"{SENTINEL}{patient}" for patient in notes["patient_id"]],
+        "time": list(notes["time"]),
+        "text": texts,
+        "sick": sick.tolist(),
+        "ward": [("north", "south", "west")[i] for i in rng.integers(0, 3, len(notes))],
+        "severity": (sick + rng.normal(size=len(notes))).tolist(),
+    }
+    return datasets.Dataset.from_dict(columns)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A report on two tiny encoders, made once."""
+    work = tmp_path_factory.mktemp(f"{SENTINEL}_work")
+    for name, hidden in (("small", 8), ("wide", 32)):
+        make_model("bert", tokenizer, hidden=hidden).save_pretrained(work / name)
+        tokenizer.save_pretrained(work / name)
+    sick_notes().to_parquet(work / "notes.parquet")
+    sick_notes(20).remove_columns(["patient_id", "time"]).to_parquet(work / "letters.parquet")
+    models = ["--model", f"base={work / 'small'}", "--model", str(work / "wide")]
+    tasks = [f"--task={task}" for task in ("sick:binary", "ward:multiclass", "ward:clustering", "severity:regression")]
+    tasks.append(f"--task=ward:multiclass:{work / 'letters.parquet'}")
+    options = ["--bootstraps", "50", "--shots", "1", "4", "--k", "4", "--no_cache"]
+    recipe.main([*models, "--notes", str(work / "notes.parquet"), *tasks, *options, "--output", str(work / "report")])
+    return work / "report"
+
+
+def test_every_file_is_written_and_holds_the_numbers(folder):
+    """Page, JSON, Markdown and pictures; the JSON has both encoders, intervals, differences and noise floors."""
+    names = {path.name for path in folder.iterdir()}
+    pictures = {"spectrum.png", "angles.png", "shots.png", "projection.png"}
+    assert names == {"report.html", "report.json", "report.md"} | pictures
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["verdicts"]) == ["base", "wide"]
+    assert report["geometry"]["wide"]["d"] == 32
+    sick = report["probes"]["wide"]["sick"]["metrics"]["auroc"]
+    assert sick["low"] <= sick["value"] <= sick["high"]
+    assert sick["value"] > 0.7
+    assert set(report["probes"]["base"]["sick"]["shots"]) == {"1", "4"}
+    assert set(report["differences"]["wide"]) == {
+        "sick",
+        "ward multiclass",
+        "ward clustering",
+        "severity",
+        "letters ward",
+    }
+    assert report["adjacent"]["base"]["subspace_noise_floor_centered"] > 0
+    assert report["probes"]["base"]["letters ward"]["rows"]["patients"] > 5
+
+
+def test_pictures_are_drawn(folder):
+    """Each PNG is of a printable size and not blank."""
+    for path in folder.glob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert min(pixels.shape) >= 500
+        assert pixels.std() > 5
+
+
+def test_no_text_patient_or_path_is_written(folder):
+    """The sentinel of notes, patient ids and folders is in no file; the page asks for nothing outside itself."""
+    for path in folder.iterdir():
+        assert SENTINEL.encode() not in path.read_bytes()
+    page = (folder / "report.html").read_text()
+    assert "http" not in page
+    assert "src=" in page
+    assert all(part.startswith('"data:image/png;base64,') for part in page.split("src=")[1:])
+
+
+def test_verdict_comes_first_and_markup_is_balanced(folder):
+    """The sentence stands before every table and picture; each tag is closed in order."""
+    page = (folder / "report.html").read_text()
+    assert page.index('class="verdict"') < page.index("<table") < page.index("<img")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["verdicts"]["wide"]["state"] in page[page.index('class="verdict"') :][:200]
+    stack = []
+
+    class Balance(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "img"):
+                stack.append(tag)
+
+        def handle_endtag(self, tag):
+            assert stack.pop() == tag
+
+    Balance().feed(page)
+    assert not stack
+
+
+def test_predictions_are_written_for_meds_on_request(folder, tmp_path):
+    """One private file an encoder and binary task, beside the report and never in it."""
+    notes = sick_notes()
+    patient = [int(name.removeprefix(SENTINEL)) for name in notes["patient_id"]]
+    notes.remove_columns("patient_id").add_column("patient_id", patient).to_parquet(tmp_path / "notes.parquet")
+    model, tasks = f"base={folder.parent / 'small'}", ["--task", "sick:binary", "--task", "ward:multiclass"]
+    options = ["--notes", str(tmp_path / "notes.parquet"), "--bootstraps", "0", "--no_cache", "--shots"]
+    places = ["--output", str(tmp_path / "report"), "--meds", str(tmp_path / "meds")]
+    report = recipe.main(["--model", model, *tasks, *options, *places])
+    (path,) = (tmp_path / "meds").iterdir()
+    assert path.name == "base sick.parquet"
+    assert (path.parent.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+    table = pq.read_table(path)
+    assert len(table) == report["probes"]["base"]["sick"]["rows"]["test"]
+    assert set(table["subject_id"].to_pylist()) < set(patient)
+    area = roc_auc_score(table["boolean_value"], table["predicted_boolean_probability"])
+    assert area == pytest.approx(report["probes"]["base"]["sick"]["metrics"]["auroc"]["value"], abs=1e-6)
+    assert not list((tmp_path / "report").glob("*.parquet"))
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_browser_shows_the_page(folder, tmp_path, width, scheme):
+    """In Chromium, wide and narrow, light and dark: pictures load, nothing overflows, ink stands off the paper."""
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("The report is to be opened in a browser, but there is no chromium: apt-get install chromium.")
+        warnings.warn("No chromium on this machine: the report was not opened in a browser.", stacklevel=1)
+        return
+    script = """<script>const m = getComputedStyle(document.body); document.title = JSON.stringify({
+      overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+      width: innerWidth, images: [...document.images].map(i => i.naturalWidth),
+      ink: m.color, paper: m.backgroundColor});</script></body>"""
+    page = tmp_path / "page.html"
+    # A narrow window cannot be asked for in headless mode, a narrow frame can.
+    inner = (folder / "report.html").read_text().replace("</body>", script)
+    page.write_text(inner)
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f"<body><iframe id=f src=page.html width={width} height=900></iframe><script>onload = () => "
+        "document.body.dataset.found = f.contentDocument.title</script>"
+    )
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    command = [CHROMIUM, *QUIET, *dark, "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
+    found = subprocess.run(
+        [*command, "--window-size=1400,1000", "--dump-dom", outer.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    text = found.stdout.split('data-found="')[1].split('"')[0].replace("&quot;", '"')
+    seen = json.loads(text)
+    assert seen["width"] == width
+    assert seen["overflow"] <= 0
+    assert len(seen["images"]) == 4
+    assert min(seen["images"]) > 500
+    ink, paper = (sum(map(int, seen[name].strip("rgb()").split(","))) for name in ("ink", "paper"))
+    assert (paper - ink if scheme == "light" else ink - paper) > 400
+
+
+# ----------------------------------------------------------------------------------------------------- the verdict
+
+
+def cloud(n, d, slope, mean=0.0):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, d, generator=generator) * torch.arange(1, d + 1) ** -slope + mean
+
+
+@pytest.mark.parametrize(
+    ("z", "state"),
+    [
+        (torch.ones(500, 64), "collapsed"),
+        (cloud(500, 64, 3.0), "collapsed"),
+        (cloud(500, 64, 0.0, mean=30.0), "collapsed"),
+        (cloud(500, 64, 0.8), "healthy"),
+        (cloud(500, 64, 0.0), "over-spread"),
+    ],
+    ids=["constant", "few directions", "one common direction", "falling spectrum", "isotropic"],
+)
+def test_state_of_the_geometry(z, state):
+    """Constant, few directions, and a mean that hides the rest are collapsed; white noise is over-spread."""
+    assert geometry_state(geometry_report(z, k=2)) == state
+
+
+def test_direction_of_a_difference():
+    """The interval decides, and for RMSE lower is better."""
+    assert direction(Estimate(0.02, 0.01, 0.03), "auroc") == "better"
+    assert direction(Estimate(0.02, 0.01, 0.03), "rmse") == "worse"
+    assert direction(Estimate(0.02, -0.01, 0.05), "auroc") == "equal"
+    assert direction(Estimate(0.02), "auroc") == "equal"
+
+
+@pytest.mark.parametrize("task", ["sick", "sick:ordinal", "sick:binary:letters.docx"])
+def test_bad_tasks_are_named(task):
+    """What was expected is said before anything is encoded."""
+    with pytest.raises(ValueError, match="Expected"):
+        recipe.parse_tasks([task], sick_notes(3))
