@@ -10,17 +10,15 @@ from hf_densefeat.evaluation.probes import ProbeEvaluator
 from hf_densefeat.evaluation.tasks import ProbeTask
 from hf_densefeat.models.dense import AutoDenseModel, DenseFeatureMixin
 from hf_densefeat.objective.moments import Moments
-from hf_densefeat.objective.objective import (
-    DenseObjective,
-    orthogonality_loss,
-    spectral_spreading_loss,
-    subspace_consistency_loss,
-)
+from hf_densefeat.objective.objective import BatchLoss, DenseObjective
+from hf_densefeat.objective.statistics import Statistics
+from hf_densefeat.objective.terms import orthogonality_loss, spectral_spreading_loss, subspace_consistency_loss
 from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.trainer import DenseTrainer
 
 __all__ = [
     "AutoDenseModel",
+    "BatchLoss",
     "DenseFeatureMixin",
     "DenseObjective",
     "DensePairCollator",
@@ -29,6 +27,7 @@ __all__ = [
     "Moments",
     "ProbeEvaluator",
     "ProbeTask",
+    "Statistics",
     "adjacent_pairs",
     "condition_number",
     "effective_rank",

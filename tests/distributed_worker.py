@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.models.modernbert import modeling_modernbert
 
-from hf_densefeat import DenseTrainer, DenseTrainingArguments, Moments
+from hf_densefeat import DenseTrainer, DenseTrainingArguments
 from hf_densefeat.data.pairs import PairBatchSampler
-from hf_densefeat.objective import moments
+from hf_densefeat.objective import distributed
+from hf_densefeat.objective.moments import PairGradient
 
 LR = 0.001
 FSDP2 = {
@@ -133,6 +134,7 @@ def train(
     encode=None,
     save=None,
     peft_config=None,
+    objective=None,
     **arguments,
 ) -> dict:
     """Train, and say what happened on this rank.
@@ -163,6 +165,7 @@ def train(
         processing_class=tokenizer,
         evaluator=evaluator,
         peft_config=peft_config,
+        objective=objective,
     )
     trainer.cut, trainer.poison = cut, poison
     recorder = Recorder(trainer)
@@ -295,7 +298,7 @@ def _whole(named) -> dict:
 
 def _all_reduce(after):
     real = dist.all_reduce
-    return mock.patch.object(moments.dist, "all_reduce", lambda tensor, *args: after(real, tensor, *args))
+    return mock.patch.object(distributed.dist, "all_reduce", lambda tensor, *args: after(real, tensor, *args))
 
 
 def _dropped(real, tensor, *args):
@@ -309,8 +312,9 @@ def _averaged(real, tensor, *args):
 
 def _gathered_without_scale():
     """The gradient of a gather that lets only the own slot through: 1 / world size of the dense gradient."""
-    real = Moments.pullback
-    return mock.patch.object(Moments, "pullback", lambda self, z: real(self, z) / dist.get_world_size())
+    real = PairGradient.pullback
+    scaled = lambda self, *sides: [g / dist.get_world_size() for g in real(self, *sides)]  # noqa: E731
+    return mock.patch.object(PairGradient, "pullback", scaled)
 
 
 def _world_size_lost():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hf_densefeat.training.trainer import DenseTrainer
+from hf_densefeat.training.trainer import DenseTrainer, add_parameters
 
 # ---- Losses of Z_a, Z_b (n, d), row i of b after row i of a, or another view of it ---------------------------------
 
@@ -218,10 +218,10 @@ class PairLossTrainer(DenseTrainer):
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if new and isinstance(self.pair_loss, nn.Module):
-            optimizer.add_param_group({"params": list(self.pair_loss.parameters()), "weight_decay": 0.0})
+            add_parameters(optimizer, list(self.pair_loss.parameters()))
         return optimizer
 
-    def _plan(self, update, a, b, tokens) -> None:
+    def _plan(self, update, pair, tokens) -> None:
         update.tokens = tokens[0]
 
     def _dense_term(self, update, z_a: Tensor, z_b: Tensor) -> Tensor:

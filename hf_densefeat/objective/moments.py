@@ -1,49 +1,47 @@
-"""Moments of embeddings: everything the objective needs of a batch, added over micro-batches, ranks and steps."""
+"""Moments of embeddings: all that the objective needs of a batch, added over micro-batches, ranks and steps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-
-def full_precision(z: Tensor) -> Tensor:
-    """Widen half precision to float32; float32 and float64 stay as they are."""
-    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+from hf_densefeat.objective.terms import full_precision, rounding_variance
 
 
 class _Scatter(torch.autograd.Function):
     """Y^T Y with a backward of one matrix product, y (G + G^T), where autograd takes two."""
 
     @staticmethod
-    def forward(ctx, y):
+    def forward(ctx: Any, y: Tensor) -> Tensor:
         ctx.save_for_backward(y)
         return y.mT @ y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return y @ (grad + grad.mT)
+        gradient: Tensor = y @ (grad + grad.mT)
+        return gradient
 
 
 @dataclass(frozen=True)
 class Moments:
     """Sums over the rows y = z - shift of an embedding matrix Z (N, d), about a constant `shift`.
 
-    | field  | value           | shape  |
-    |--------|-----------------|--------|
-    | shift  | any constant    | (d,)   |
-    | count  | N               | ()     |
-    | first  | sum y           | (d,)   |
-    | second | sum y y^T       | (d, d) |
-    | third  | sum |y|^2 y     | (d,)   |
-    | fourth | sum |y|^4       | ()     |
+    | field               | value         | shape  |
+    |---------------------|---------------|--------|
+    | shift               | any constant  | (d,)   |
+    | count               | N             | ()     |
+    | first               | sum y         | (d,)   |
+    | second              | sum y y^T     | (d, d) |
+    | square_weighted_sum | sum |y|^2 y   | (d,)   |
+    | quartic_sum         | sum |y|^4     | ()     |
 
-    The paper's terms are functions of `count`, `first` and `second` alone; `third` and `fourth` serve the unbiased
-    estimator, which leaves out the i = j terms. A shift near the mean keeps fp32 exact: the one-pass
-    E[z z^T] - mu mu^T about zero is 33 % wrong at mean 1e3 and standard deviation 1.
+    The paper's terms are functions of `count`, `first` and `second` alone; the last two serve the unbiased estimator,
+    which leaves out the i = j terms. A shift near the mean keeps fp32 exact: the one-pass E[z z^T] - mu mu^T about zero
+    is 33 % wrong at mean 1e3 and standard deviation 1.
 
     `a + b` is the moments of the rows of both. Half precision is widened to float32; autocast is off inside.
     No rows: every sum is zero.
@@ -53,8 +51,8 @@ class Moments:
     count: Tensor
     first: Tensor
     second: Tensor
-    third: Tensor
-    fourth: Tensor
+    square_weighted_sum: Tensor
+    quartic_sum: Tensor
 
     @classmethod
     def of(cls, z: Tensor, shift: Tensor | None = None) -> Moments:
@@ -68,7 +66,8 @@ class Moments:
             y = z - shift
             square = y.square().sum(1)
             count = z.new_tensor(float(len(z)))
-            return cls(shift, count, y.sum(0), _Scatter.apply(y), square @ y, square.square().sum())
+            second: Tensor = _Scatter.apply(y)  # type: ignore[no-untyped-call]
+            return cls(shift, count, y.sum(0), second, square @ y, square.square().sum())
 
     def about(self, shift: Tensor) -> Moments:
         """The same rows about another shift: y' = y + delta, expanded."""
@@ -76,24 +75,24 @@ class Moments:
             n, delta = self.count, self.shift - shift
             length = delta @ delta
             along, trace = self.first @ delta, self.second.trace()
-            cross = torch.outer(self.first, delta)
-            third = 2 * self.second @ delta + length * self.first + (trace + 2 * along + n * length) * delta
+            outer = torch.outer(self.first, delta)
+            added = 2 * self.second @ delta + length * self.first + (trace + 2 * along + n * length) * delta
             return Moments(
                 shift,
                 n,
                 self.first + n * delta,
-                self.second + cross + cross.mT + n * torch.outer(delta, delta),
-                self.third + third,
-                self.fourth_about(shift),
+                self.second + outer + outer.mT + n * torch.outer(delta, delta),
+                self.square_weighted_sum + added,
+                self.quartic_sum_about(shift),
             )
 
-    def fourth_about(self, shift: Tensor) -> Tensor:
+    def quartic_sum_about(self, shift: Tensor) -> Tensor:
         """Sum |z - shift|^4 over the rows."""
         with torch.autocast(shift.device.type, enabled=False):
             n, delta = self.count, self.shift - shift
             length, along, trace = delta @ delta, self.first @ delta, self.second.trace()
-            quadratic = delta @ self.second @ delta
-            return self.fourth + 4 * (quadratic + self.third @ delta) + length * (2 * trace + 4 * along + n * length)
+            mixed = delta @ self.second @ delta + self.square_weighted_sum @ delta
+            return self.quartic_sum + 4 * mixed + length * (2 * trace + 4 * along + n * length)
 
     def __add__(self, other: Moments) -> Moments:
         if other.shift is not self.shift:
@@ -101,9 +100,9 @@ class Moments:
         return Moments(self.shift, *(x + y for x, y in zip(self.sums, other.sums, strict=True)))
 
     @property
-    def sums(self) -> tuple[Tensor, ...]:
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The additive fields, all but the shift."""
-        return tuple(getattr(self, field.name) for field in fields(self)[1:])
+        return self.count, self.first, self.second, self.square_weighted_sum, self.quartic_sum
 
     @property
     def mean(self) -> Tensor:
@@ -114,118 +113,145 @@ class Moments:
         """Sigma (d, d): Z^T Z / N as the paper writes it (section 3), or about the mean. Equals `np.cov(z.T, ddof=0)`."""
         n = self.count.clamp(min=1)
         mean = self.first / n
+        centred = torch.addr(self.second / n, mean, mean, alpha=-1)
         if center:
-            return torch.addr(self.second / n, mean, mean, alpha=-1)
+            return centred
         total = mean + self.shift
-        return torch.addr(torch.addr(self.second / n, mean, mean, alpha=-1), total, total)
+        return torch.addr(centred, total, total)
 
     def resolution(self, center: bool) -> Tensor:
         """Variance (d,) below which a column is constant to rounding, so that its direction is noise."""
-        eps = 16 * torch.finfo(self.shift.dtype).eps
-        if not center:
-            return torch.full_like(self.shift, torch.finfo(self.shift.dtype).tiny)
         square = self.second.diagonal() / self.count.clamp(min=1)
-        rounding = eps * square + (eps * self.shift).square()
-        # a column far below the others is none: some checkpoints have such, and 1 / variance would overflow
-        rounding = rounding + eps**2 * square.mean()
-        return rounding.detach() + torch.finfo(self.shift.dtype).tiny
+        return rounding_variance(self.shift, square, center=center)
+
+    def noise_of_purity(self, covariance: Tensor, center: bool) -> Tensor:
+        """||Sigma_hat||_F^2 minus its U-statistic: what the i = j terms add, which measures N and not the model.
+
+        With rows x about the mean, S = sum x x^T and q = sum |x|^4, the U-statistic
+        [||S||_F^2 - q + (tr S)^2 / ((n-1)(n-2)) - 2 q / (n-2)] / (n (n-3)) is unbiased for ||Sigma||_F^2 (Song et al.,
+        2012, with both kernels Z Z^T); uncentred it is (||S||_F^2 - q) / (n (n-1)). Rows must be independent. With fewer
+        than 4 rows (2 uncentred) all of ||Sigma_hat||_F^2 is noise. `covariance` is `self.covariance(center)`.
+        """
+        n, plug_in = self.count, covariance.square().sum()
+        if center:
+            q, trace = self.quartic_sum_about(self.mean), n * covariance.trace()
+            rest = trace.square() / ((n - 1) * (n - 2)).clamp(min=1) - 2 * q / (n - 2).clamp(min=1)
+            unbiased = (n.square() * plug_in - q + rest) / (n * (n - 3)).clamp(min=1)
+            # Sigma_hat divides by n, the unbiased covariance by n - 1
+            unbiased = unbiased * ((n - 1) / n.clamp(min=1)).square()
+        else:
+            q = self.quartic_sum_about(torch.zeros_like(self.shift))
+            unbiased = (n.square() * plug_in - q) / (n * (n - 1)).clamp(min=1)
+        return torch.where(n >= (4 if center else 2), plug_in - unbiased, plug_in)
 
     def detached(self, requires_grad: bool = False) -> Moments:
         """The same values as leaves of a new graph."""
         return Moments(self.shift, *(x.detach().requires_grad_(requires_grad) for x in self.sums))
 
+
+@dataclass(frozen=True)
+class MomentsGradient:
+    """Gradient of a function with respect to the sums of `Moments` about `shift`, field by field."""
+
+    shift: Tensor
+    count: Tensor
+    first: Tensor
+    second: Tensor
+    square_weighted_sum: Tensor
+    quartic_sum: Tensor
+
     @torch.no_grad()
     def pullback(self, z: Tensor) -> Tensor:
-        """Gradient (N, d) with respect to the rows `z`, when `self` holds the gradient with respect to their moments.
+        """Gradient (N, d) with respect to rows `z`, any share of the rows behind the moments.
 
         Moments are sums over rows, so with G held constant the gradient of <G, moments> at a row y = z - shift is
-        G_first + 2 G_second y + |y|^2 G_third + 2 (G_third . y) y + 4 G_fourth |y|^2 y: exact for any cut of the batch.
+        G_first + 2 G_second y + |y|^2 G_w + 2 (G_w . y) y + 4 G_q |y|^2 y, with G_w and G_q those of the last two
+        fields: exact for any cut of the batch.
         """
         with torch.autocast(z.device.type, enabled=False):
             y = full_precision(z.detach()) - self.shift
             square = y.square().sum(1, keepdim=True)
-            along = (y @ self.third).unsqueeze(1)
+            along = (y @ self.square_weighted_sum).unsqueeze(1)
             linear = self.first + y @ (self.second + self.second.mT)
-            return linear + square * self.third + (2 * along + 4 * self.fourth * square) * y
+            return linear + square * self.square_weighted_sum + (2 * along + 4 * self.quartic_sum * square) * y
 
 
-@dataclass
-class RunningCovariance:
-    """Running average of trace-normalised covariances C_t / tr C_t (paper 4.5: "running estimates of covariance statistics").
+@dataclass(frozen=True)
+class PairMoments:
+    """Moments of both sides of pairs, row i of b after row i of a, and where asked for the cross moment.
 
-    average <- average + gain (C_t / tr C_t - average), and the gradient flows through C_t at full strength.
-
-    A fixed exponential average runs away: while the encoder moves, the average looks spread when it is only each batch
-    that collapses in another direction. So the gain is Kalman's, from two variances that the moments give without bias:
-    `noise`, of the average about its expectation, and the squared distance that the encoder has drifted from it,
-
-        |C_t|^2_U + |average|^2 - noise - 2 <C_t, average>        (|.|^2_U: the U-statistic)
-        gain = (4 drift + noise) / (4 drift + noise + noise_t),   noise_t = |C_t|^2 - |C_t|^2_U
-
-    with the distance averaged over about ten steps and doubled, for the lag. While the encoder drifts the batch stands
-    almost alone; once it is steady the average fills `window` samples, but no more than ten steps. The first step has
-    gain 1, the second about a half: no start-up bias. A batch without variance or with a non-finite value is left out.
+    `cross` (d, d) is sum (z_a - a.shift)(z_b - b.shift)^T over the pairs, or None. `p + q` is that of the pairs of both.
     """
 
-    covariance: Tensor | None = None
-    noise: Tensor | None = None
-    drift: Tensor | None = None
+    a: Moments
+    b: Moments
+    cross: Tensor | None = None
 
-    def average(
-        self, normalised: Tensor, noise: Tensor, count: Tensor, window: float, usable: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The new average (d, d) and its noise, given C_t / tr C_t, noise_t and the rows behind it."""
-        with torch.no_grad():
-            if self.covariance is None:
-                self.covariance, self.noise = torch.zeros_like(normalised), torch.zeros_like(noise)
-                self.drift = torch.full_like(noise, torch.nan)
-            empty = self.covariance.trace() == 0
-            distance = (normalised - self.covariance).square().sum() - noise - self.noise
-            drift = torch.where(self.drift.isnan(), distance, self.drift.lerp(distance, 0.1))
-            uncertain = 4 * drift.clamp(min=0) + self.noise
-            gain = uncertain / (uncertain + noise.clamp(min=0)).clamp(min=torch.finfo(noise.dtype).tiny)
-            gain = torch.maximum(gain, count / window).clamp(0.1, 1)
-            gain = torch.where(empty, 1, gain)
-            average = self.covariance.lerp(normalised, gain)
-            variance = (1 - gain).square() * self.noise + gain.square() * noise
-            keep = usable & average.isfinite().all()
-            self.covariance = torch.where(keep, average, self.covariance)
-            self.noise = torch.where(keep, variance, self.noise)
-            self.drift = torch.where(keep & ~empty, drift, self.drift)
-        return average + (normalised - normalised.detach()), variance + gain * (noise - noise.detach())
+    @classmethod
+    def of(cls, z_a: Tensor, z_b: Tensor, shift: Tensor | None = None, *, cross: bool = False) -> PairMoments:
+        """Moments of the rows of `z_a` and `z_b` (N, d), differentiable in both; `shift` as in `Moments.of`."""
+        a, b = Moments.of(z_a, shift), Moments.of(z_b, shift)
+        if not cross:
+            return cls(a, b)
+        if z_a.shape != z_b.shape:
+            raise ValueError(f"A cross moment is of pairs of rows, but the sides are {z_a.shape} and {z_b.shape}.")
+        with torch.autocast(z_a.device.type, enabled=False):
+            return cls(a, b, (full_precision(z_a) - a.shift).mT @ (full_precision(z_b) - b.shift))
+
+    def __add__(self, other: PairMoments) -> PairMoments:
+        if (self.cross is None) != (other.cross is None):
+            raise ValueError(
+                "Only one of these moments of pairs has the cross moment: pass `cross` to both or neither."
+            )
+        a, b = self.a + other.a, self.b + other.b
+        if self.cross is None or other.cross is None:
+            return PairMoments(a, b)
+        return PairMoments(a, b, self.cross + other._cross_about(self.a.shift, self.b.shift))
+
+    def _cross_about(self, shift_a: Tensor, shift_b: Tensor) -> Tensor:
+        """The cross moment about other shifts: (y_a + delta_a)(y_b + delta_b)^T, expanded."""
+        assert self.cross is not None
+        if shift_a is self.a.shift and shift_b is self.b.shift:
+            return self.cross
+        delta_a, delta_b = self.a.shift - shift_a, self.b.shift - shift_b
+        moved = torch.addr(self.cross, self.a.first, delta_b)
+        return torch.addr(moved, delta_a, self.b.first + self.b.count * delta_b)
+
+    def cross_covariance(self, center: bool) -> Tensor:
+        """C_ab (d, d): Z_a^T Z_b / N, or about the means of both sides. ValueError without the cross moment."""
+        if self.cross is None:
+            raise ValueError("These moments have no cross moment: make them by PairMoments.of(..., cross=True).")
+        n = self.a.count.clamp(min=1)
+        centred = torch.addr(self.cross / n, self.a.first / n, self.b.first / n, alpha=-1)
+        return centred if center else torch.addr(centred, self.a.mean, self.b.mean)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """All additive fields: five of a, five of b, and the cross moment if there is one."""
+        cross = () if self.cross is None else (self.cross,)
+        return (*self.a.sums, *self.b.sums, *cross)
+
+    def detached(self, requires_grad: bool = False) -> PairMoments:
+        """The same values as leaves of a new graph."""
+        cross = None if self.cross is None else self.cross.detach().requires_grad_(requires_grad)
+        return PairMoments(self.a.detached(requires_grad), self.b.detached(requires_grad), cross)
 
 
-@torch.no_grad()
-def sum_over_ranks(a: Moments, b: Moments, counts: Tensor) -> tuple[Moments, Moments, Tensor]:
-    """Global moments of both sides and global `counts` (m,): one all-reduce of one packed buffer, without gradient.
+@dataclass(frozen=True)
+class PairGradient:
+    """Gradient of a function with respect to the sums of `PairMoments`."""
 
-    The buffer holds the upper triangles: (d^2 + 5 d + 4 + m numbers whatever the batch, in the dtype of the moments.
-    All ranks must use the same shift. A rank without rows takes part with zeros. One process: returned as they are.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return a, b, counts
-    d = len(a.shift)
-    upper = torch.triu_indices(d, d, device=a.shift.device)
-    parts = [counts.to(a.shift)]
-    for side in (a, b):
-        parts += [side.count[None], side.first, side.second[upper[0], upper[1]], side.third, side.fourth[None]]
-    buffer = torch.cat(parts)
-    dist.all_reduce(buffer)
-    counts, *parts = buffer.split([len(part) for part in parts])
-    sides = []
-    for side, (n, first, triangle, third, fourth) in zip((a, b), (parts[:5], parts[5:]), strict=True):
-        second = first.new_zeros(d, d)
-        second[upper[0], upper[1]] = triangle
-        second = second + second.triu(1).mT
-        sides.append(Moments(side.shift, n[0], first, second, third, fourth[0]))
-    return *sides, counts
+    a: MomentsGradient
+    b: MomentsGradient
+    cross: Tensor | None = None
 
-
-@torch.no_grad()
-def mean_over_ranks(z: Tensor) -> Tensor:
-    """Mean row (d,) of the rows on all ranks: a first shift, before any moments are known."""
-    z = full_precision(z)
-    sums = torch.cat([z.sum(0), z.new_tensor([float(len(z))])])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums[:-1] / sums[-1].clamp(min=1)
+    @torch.no_grad()
+    def pullback(self, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (N, d) with respect to the rows of both sides, any share of the pairs, exact for any cut."""
+        g_a, g_b = self.a.pullback(z_a), self.b.pullback(z_b)
+        if self.cross is None:
+            return g_a, g_b
+        with torch.autocast(z_a.device.type, enabled=False):
+            y_a, y_b = full_precision(z_a.detach()) - self.a.shift, full_precision(z_b.detach()) - self.b.shift
+            # <G, sum y_a y_b^T>: y_a sees G y_b, y_b sees G^T y_a
+            return g_a + y_b @ self.cross.mT, g_b + y_a @ self.cross

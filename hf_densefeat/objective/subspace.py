@@ -1,9 +1,27 @@
 """Leading eigenspace of a covariance, and the distance of two of them with a gradient that survives closing gaps."""
 
+import functools
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def check_dimension(k: int, d: int) -> None:
+    """ValueError for a subspace dimension outside 1..d."""
+    if not 1 <= k <= d:
+        raise ValueError(f"Expected a subspace dimension k between 1 and d = {d} but got k = {k}.")
+
+
+@functools.lru_cache
+def warn_if_unsupported(k: int, rank: int) -> None:
+    """Say once that the rows cannot have k leading directions."""
+    if rank < k:
+        logger.warning("Subspace dimension reduced from %d to %d, the rank that the rows can have.", k, max(rank, 0))
 
 
 @dataclass(frozen=True)
@@ -64,14 +82,16 @@ def power_iteration(covariance: Tensor, basis: Tensor, iterations: int = 1) -> E
 
 class _SubspaceDistanceSquared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, covariance_a, covariance_b, a, b, k, broadening):
+    def forward(
+        ctx: Any, covariance_a: Tensor, covariance_b: Tensor, a: Eigenspace, b: Eigenspace, k: int, broadening: float
+    ) -> Tensor:
         mask_a, mask_b = a.leading(k), b.leading(k)
         top_a, top_b = a.basis[:, :k] * mask_a, b.basis[:, :k] * mask_b
         ctx.sides, ctx.tops, ctx.k, ctx.broadening = (a, b), (top_a, top_b), k, broadening
         return mask_a.sum() + mask_b.sum() - 2 * (top_a.mT @ top_b).square().sum()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (a, b), (top_a, top_b) = ctx.sides, ctx.tops
         # L = const - 2 tr(P_a P_b): the gradient with respect to one projector is -2 times the other
         grads = [
@@ -95,7 +115,7 @@ def _projector_gradient(side: Eigenspace, top: Tensor, image: Tensor, k: int, br
     mean = (side.values.sum() + (d - m) * side.rest) / d
     upper = side.values[: top.shape[1]]
 
-    def inverse(gap):
+    def inverse(gap: Tensor) -> Tensor:
         square = gap.square() + (broadening * mean).square()
         return torch.where(square > 0, gap / square.clamp(min=torch.finfo(gap.dtype).tiny), 0)
 
@@ -104,7 +124,7 @@ def _projector_gradient(side: Eigenspace, top: Tensor, image: Tensor, k: int, br
     moved = below @ (inside * inverse(upper - side.values[k:, None]))
     # all other directions: those left out, and those of the leading k without variance, which are none of the subspace
     moved = moved + outside * inverse(upper - side.rest)
-    half = moved @ top.mT
+    half: Tensor = moved @ top.mT
     return half + half.mT
 
 
@@ -118,4 +138,7 @@ def subspace_distance_squared(
     of the projector (design note: ties inside the leading k do not enter it), broadened as `_projector_gradient` says;
     `broadening=0` is the exact gradient. With m < d directions the trailing eigenvalues enter through their mean.
     """
-    return _SubspaceDistanceSquared.apply(covariance_a, covariance_b, a, b, k, broadening)
+    distance: Tensor = _SubspaceDistanceSquared.apply(  # type: ignore[no-untyped-call]
+        covariance_a, covariance_b, a, b, k, broadening
+    )
+    return distance

@@ -86,8 +86,8 @@ class DenseTrainingArguments(TrainingArguments):
     def _without_folders(self) -> dict:
         return {"output_dir": Path(self.output_dir).name, "resume_from_checkpoint": None}
 
-    def dense_objective(self) -> DenseObjective:
-        """The objective that these arguments describe; ValueError names the one that is out of range."""
+    def dense_objective(self, **more) -> DenseObjective:
+        """The objective that these arguments describe, with `more` options; ValueError names the one out of range."""
         window = None if str(self.window) == "none" else self.window
         if isinstance(window, str) and window != "auto":
             try:
@@ -96,12 +96,13 @@ class DenseTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"Expected window 'none', 'auto' or a number of samples but got {window!r}."
                 ) from None
-        return DenseObjective(
-            self.lambda_sub,
-            self.lambda_orth,
-            self.subspace_dim,
-            window=window,
-            center=self.center,
-            unbiased=self.unbiased,
-            power_iterations=self.power_iterations or None,
-        )
+        options = {
+            "lambda_sub": self.lambda_sub,
+            "lambda_orth": self.lambda_orth,
+            "subspace_dim": self.subspace_dim,
+            "window": window,
+            "center": self.center,
+            "unbiased": self.unbiased,
+            "power_iterations": self.power_iterations or None,
+        }
+        return DenseObjective(**options | more)

@@ -19,8 +19,9 @@ from hf_densefeat.data.streaming import PairStream
 from hf_densefeat.evaluation.geometry import effective_rank_of_spectrum
 from hf_densefeat.models.adapters import with_adapter, without_adapter
 from hf_densefeat.models.dense import AutoDenseModel, as_dense
-from hf_densefeat.objective.moments import Moments, mean_over_ranks, sum_over_ranks
-from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
+from hf_densefeat.objective.moments import PairGradient, PairMoments
+from hf_densefeat.objective.objective import BatchLoss, DenseObjective
 from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.checkpoints import Saving
 from hf_densefeat.training.loaders import Loading
@@ -28,7 +29,6 @@ from hf_densefeat.training.loaders import Loading
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 50  # in a row; the loss scale of float16 may need some
-TERMS = ("spectral_spreading", "subspace_consistency", "orthogonality")
 
 
 class DenseTrainer(Loading, Saving, Trainer):
@@ -46,6 +46,9 @@ class DenseTrainer(Loading, Saving, Trainer):
         train_dataset: notes as `load_notes` returns them (pairs and tokens are made here), `TokenPairs`, or with
             `max_steps` a `datasets.IterableDataset` of notes sorted by patient and time: see `PairStream`.
         eval_dataset: notes or `TokenPairs`, or a dict of such.
+        objective: the `DenseObjective` to train instead of that of `args` (whose lambda_sub and other options of the
+            objective are then without effect), with terms of your own, or a `BatchLoss`, which is refused with gradient
+            accumulation and with several ranks. Log, evaluation and checkpoints have each of its terms.
         processing_class: the tokenizer, or the processor of windows (`encoders`); by default that of the model.
         peft_config: train this adapter (LoRA and its kin) and freeze the rest. What is saved is the encoder with the adapter
             merged in, and in `adapter/` the adapter, from which a run resumes. A `PeftModel` as `model` does the same.
@@ -70,6 +73,8 @@ class DenseTrainer(Loading, Saving, Trainer):
         processing_class=None,
         evaluator=None,
         peft_config: PeftConfig | None = None,
+        *,
+        objective: DenseObjective | BatchLoss | None = None,
         **kwargs,
     ):
         args = args if args is not None else DenseTrainingArguments()
@@ -81,17 +86,18 @@ class DenseTrainer(Loading, Saving, Trainer):
         processing_class.padding_side = "right"  # as in training, wherever the saved one is used
         model._densefeat_tokenizer = processing_class
         self.evaluator = evaluator
-        self.objective = args.dense_objective()
+        self.objective = args.dense_objective() if objective is None else objective
+        _check_objective(self.objective, args)
         _check_head(model, args)
         chunk = model.long_notes == "chunk"
         if chunk and model.max_length is None:
             raise ValueError("long_notes is chunk, but nothing says how long a chunk is: set max_length.")
-        objective = model.language_modeling if args.mlm_weight else None
+        language_modeling = model.language_modeling if args.mlm_weight else None
         if data_collator is None and hasattr(processing_class, "pair_collator"):  # of windows, not a tokenizer
-            data_collator = processing_class.pair_collator(objective, args.mlm_probability)
+            data_collator = processing_class.pair_collator(language_modeling, args.mlm_probability)
         data_collator = data_collator or DensePairCollator(
             processing_class,
-            objective=objective,
+            objective=language_modeling,
             mlm_probability=args.mlm_probability,
             whole_word_mask=args.whole_word_mask and model.language_modeling == "mlm",
             chunk_length=model.max_length if chunk else None,
@@ -131,7 +137,11 @@ class DenseTrainer(Loading, Saving, Trainer):
             _check_sharding(model)
         if train_dataset is not None and args.dense_weight:
             pairs = math.inf if isinstance(train_dataset, IterableDataset) else len(train_dataset)
-            _check_subspace(pairs, self.get_total_train_batch_size(args), model.config.hidden_size, args)
+            if isinstance(self.objective, DenseObjective):
+                batch = self.get_total_train_batch_size(args)
+                _check_subspace(pairs, batch, model.config.hidden_size, self.objective)
+        if isinstance(self.objective, BatchLoss):
+            self.objective.to(args.device)
         self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
         self.measured: list[dict] = []
         self.skipped_updates = 0
@@ -153,6 +163,14 @@ class DenseTrainer(Loading, Saving, Trainer):
         self._updates_summed = 0
 
     # ---- The loss ----
+
+    def create_optimizer(self, *args, **kwargs):
+        """Also with the parameters of a `BatchLoss`."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and isinstance(self.objective, BatchLoss):
+            add_parameters(optimizer, self.objective.parameters())
+        return optimizer
 
     @property
     def _dense_model(self):
@@ -184,7 +202,7 @@ class DenseTrainer(Loading, Saving, Trainer):
             with torch.no_grad():
                 shift = self._shift(torch.cat([z_a, z_b]))
                 tokens = inputs["labels"].ne(-100).sum()[None]
-                self._plan(update, Moments.of(z_a.detach(), shift), Moments.of(z_b.detach(), shift), tokens)
+                self._plan(update, self._moments(z_a.detach(), z_b.detach(), shift), tokens)
         if update.expected:
             _check_replay(update.expected.pop(0), torch.cat([z_a, z_b]).detach())
         loss = 0.0
@@ -200,8 +218,13 @@ class DenseTrainer(Loading, Saving, Trainer):
 
     def _dense_term(self, update: _Update, z_a: Tensor, z_b: Tensor) -> Tensor:
         """This micro-batch's share: the value of the terms, and their gradient by the rows at the global moments."""
-        gradients = zip(update.gradients, (z_a, z_b), strict=True)
-        surrogate = sum((g.pullback(z) * z).sum() for g, z in gradients) * self.args.world_size
+        if isinstance(self.objective, BatchLoss):
+            values = self.objective(z_a, z_b)
+            for name, value in values.items():
+                update.add(name, value)
+            return values["loss"]
+        gradients = update.gradient.pullback(z_a, z_b)
+        surrogate = sum((g * z).sum() for g, z in zip(gradients, (z_a, z_b), strict=True)) * self.args.world_size
         value = update.terms["loss"] / update.micro_batches
         return surrogate + (value - surrogate).detach()
 
@@ -227,22 +250,28 @@ class DenseTrainer(Loading, Saving, Trainer):
             update.random_states.append(_random_state(self.args.device))
             with self.accelerator.autocast():
                 _, z_a, z_b = self._forward(model, inputs)
-            shift = self._shift(torch.cat([z_a, z_b])) if totals is None else totals[0].shift
-            sides = Moments.of(z_a, shift), Moments.of(z_b, shift)
-            totals = sides if totals is None else tuple(x + y for x, y in zip(totals, sides, strict=True))
+            shift = self._shift(torch.cat([z_a, z_b])) if totals is None else totals.a.shift
+            pair = self._moments(z_a, z_b, shift)
+            totals = pair if totals is None else totals + pair
             tokens = tokens + inputs["labels"].ne(-100).sum()[None]
             if self.state.global_step == self._initial_global_step:
                 update.expected.append(torch.cat([z_a, z_b]))
-        self._plan(update, *totals, tokens)
+        self._plan(update, totals, tokens)
 
     @torch.no_grad()
-    def _plan(self, update: _Update, a: Moments, b: Moments, tokens: Tensor) -> None:
+    def _plan(self, update: _Update, pair: PairMoments, tokens: Tensor) -> None:
         """One all-reduce, then the terms and their gradient, the same on every rank."""
-        a, b, counts = sum_over_ranks(a, b, tokens)
+        if isinstance(self.objective, BatchLoss):
+            update.tokens = tokens[0]
+            return
+        pair, counts = sum_over_ranks(pair, tokens)
         update.tokens = counts[0]
-        update.terms, *update.gradients = self.objective.gradient(a, b)
+        update.terms, update.gradient = self.objective.gradient(pair)
         for name, value in (update.terms | self.objective.diagnostics).items():
             update.add(name, value)
+
+    def _moments(self, z_a: Tensor, z_b: Tensor, shift: Tensor) -> PairMoments:
+        return PairMoments.of(z_a, z_b, shift, cross=self.objective.needs_cross_moment)
 
     def _shift(self, z: Tensor) -> Tensor:
         return self.objective.shift if self.objective.shift is not None else mean_over_ranks(z)
@@ -297,29 +326,34 @@ class DenseTrainer(Loading, Saving, Trainer):
         """Terms of the whole evaluation set, from its moments, so that they do not depend on the batch size."""
         model = self._evaluation_model()
         model.eval()
-        a = b = None
+        pair, batch_values = None, []
         sums = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             outputs, z_a, z_b = self._forward(model, inputs)
-            if a is None:
-                shift = mean_over_ranks(torch.cat([z_a, z_b]))
-                a, b = Moments.of(z_a, shift), Moments.of(z_b, shift)
+            if pair is None:
+                pair = self._moments(z_a, z_b, mean_over_ranks(torch.cat([z_a, z_b])))
             else:
-                a, b = a + Moments.of(z_a, a.shift), b + Moments.of(z_b, b.shift)
+                pair = pair + self._moments(z_a, z_b, pair.a.shift)
+            if isinstance(self.objective, BatchLoss):
+                batch_values.append(self.objective(z_a, z_b))
             if self.args.mlm_weight:
                 sums[0] += _summed_cross_entropy(outputs.logits, inputs["labels"])
                 sums[1] += inputs["labels"].ne(-100).sum()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        a, b, sums = sum_over_ranks(a, b, sums)
+        pair, sums = sum_over_ranks(pair, sums)
         args = self.args
-        objective = DenseObjective(args.lambda_sub, args.lambda_orth, args.subspace_dim, center=args.center)
-        terms = {name: value.item() for name, value in objective.terms(a, b).items()}
+        if isinstance(self.objective, BatchLoss):  # of single batches: there is no value of the whole set
+            values = {name: torch.stack([v[name] for v in batch_values]).mean() for name in batch_values[0]}
+        else:
+            values = self.objective.pure().values(pair)
+        terms = {name: value.item() for name, value in values.items()}
         loss = args.dense_weight * terms.pop("loss")
         if args.mlm_weight:
             terms["mlm_loss"] = (sums[0] / sums[1].clamp(min=1)).item()
             loss += args.mlm_weight * terms["mlm_loss"]
-        metrics = {"loss": loss, **terms, "effective_rank": _effective_rank(objective.covariance)}
+        pooled = (pair.a.covariance(args.center) + pair.b.covariance(args.center)) / 2
+        metrics = {"loss": loss, **terms, "effective_rank": _effective_rank(pooled)}
         if self.evaluator is not None:
             metrics |= self.evaluator(self._dense_model, self.processing_class)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -335,6 +369,18 @@ class DenseTrainer(Loading, Saving, Trainer):
         return self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
 
+def add_parameters(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> None:
+    """Train these along with the model, without weight decay."""
+    if parameters:
+        optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
+
+        def zero(*_) -> None:
+            for parameter in parameters:  # the Trainer zeroes the gradients of the model alone
+                parameter.grad = None
+
+        optimizer.register_step_post_hook(zero)
+
+
 class _Update:
     """What is known of an optimizer update: the plan before its first backward, and sums for the log."""
 
@@ -342,7 +388,7 @@ class _Update:
         self.micro_batches = micro_batches
         self.tokens: Tensor | None = None
         self.terms: dict[str, Tensor] = {}
-        self.gradients: list[Moments] = []
+        self.gradient: PairGradient | None = None
         self.random_states: list = []
         self.expected: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
@@ -425,14 +471,23 @@ def _check_sharding(model) -> None:
             )
 
 
-def _check_subspace(pairs: int, batch: int, d: int, args: DenseTrainingArguments) -> None:
-    """K must be below the rank that the samples behind a covariance can have."""
-    window = {None: 0, "auto": d}.get(args.dense_objective().window, args.dense_objective().window)
-    samples = min(max(batch, window), pairs)
-    rank = min(d, int(samples) - args.center)
-    if args.subspace_dim > rank:
+def _check_objective(objective: DenseObjective | BatchLoss, args: DenseTrainingArguments) -> None:
+    if isinstance(objective, BatchLoss) and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
         raise ValueError(
-            f"subspace_dim is {args.subspace_dim}, but the covariance of {int(samples)} pairs (batch of {batch}, window "
-            f"{args.window}, {pairs} in all) in {d} dimensions has rank {max(rank, 0)} at most. Lower subspace_dim, or "
-            "raise the batch size or the window."
+            "A BatchLoss is that of one whole batch, but gradient_accumulation_steps is "
+            f"{args.gradient_accumulation_steps} and there are {args.world_size} ranks: its parts would not add up to "
+            "it. Use one of each, and a larger per_device_train_batch_size."
+        )
+
+
+def _check_subspace(pairs: int, batch: int, d: int, objective: DenseObjective) -> None:
+    """K must be below the rank that the samples behind a covariance can have."""
+    window = {None: 0, "auto": d}.get(objective.window, objective.window)
+    samples = min(max(batch, window), pairs)
+    rank = min(d, int(samples) - objective.center)
+    if objective.subspace_dim > rank:
+        raise ValueError(
+            f"subspace_dim is {objective.subspace_dim}, but the covariance of {int(samples)} pairs (batch of {batch}, "
+            f"window {objective.window}, {pairs} in all) in {d} dimensions has rank {max(rank, 0)} at most. Lower "
+            "subspace_dim, or raise the batch size or the window."
         )

@@ -14,9 +14,9 @@ def objective(args) -> dict:
     torch.manual_seed(0)
     decay = torch.arange(1, args.width + 1) ** -0.5
     z_a, z_b = ((torch.randn(args.rows, args.width) * decay).requires_grad_() for _ in range(2))
-    tracked = DenseObjective(1.0, 1.0, 20, center=True, power_iterations=2)
-    windowed = DenseObjective(1.0, 1.0, 20, center=True, window="auto", power_iterations=2)
-    exact = DenseObjective(1.0, 1.0, 20, center=True)
+    tracked = DenseObjective(subspace_dim=20, center=True, power_iterations=2)
+    windowed = DenseObjective(subspace_dim=20, center=True, window="auto", power_iterations=2)
+    exact = DenseObjective(subspace_dim=20, center=True)
 
     def run(loss):
         return lambda: torch.autograd.grad(loss(z_a, z_b), (z_a, z_b))
@@ -68,7 +68,9 @@ def running(args) -> dict:
         ranks = {name: [] for name in (*windows, "plain average 0.99", "normalised average 0.99")}
         for seed in tqdm(range(args.seeds), desc=f"batch {batch}"):
             for name, window in windows.items():
-                loss = DenseObjective(0.0, 0.0, 4, window=window, center=True, power_iterations=1)
+                loss = DenseObjective(
+                    lambda_sub=0.0, lambda_orth=0.0, subspace_dim=4, window=window, center=True, power_iterations=1
+                )
                 ranks[name].append(train_toy(lambda z, loss=loss: loss(*z.chunk(2))["loss"], batch, args.steps, seed))
             for name, normalise in (("plain average 0.99", False), ("normalised average 0.99", True)):
                 ranks[name].append(train_toy(exponential_average(normalise), batch, args.steps, seed))

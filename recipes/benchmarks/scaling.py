@@ -11,8 +11,9 @@ import torch.multiprocessing as multiprocessing
 
 from benchmarks.step import make_trainer, one_update
 from benchmarks.timing import spread
-from hf_densefeat import DenseObjective, Moments
-from hf_densefeat.objective.moments import sum_over_ranks
+from hf_densefeat import DenseObjective
+from hf_densefeat.objective.distributed import sum_over_ranks
+from hf_densefeat.objective.moments import PairMoments
 
 WIDTHS = (384, 768, 1024, 4096)
 
@@ -57,9 +58,9 @@ def wire(rank: int, ranks: int, repeats: int = 20) -> list[dict]:
     for d in WIDTHS[:3]:
         for pairs in (16, 256, 1024):
             z = torch.randn(2, -(-pairs // ranks), d)
-            moments = [Moments.of(side, torch.zeros(d)) for side in z]
+            moments = PairMoments.of(*z, torch.zeros(d))
             gathered = [torch.empty_like(z) for _ in range(ranks)]
-            reduce = loopback(lambda m=moments: sum_over_ranks(*m, torch.zeros(1)), repeats)
+            reduce = loopback(lambda m=moments: sum_over_ranks(m, torch.zeros(1)), repeats)
             gather = loopback(lambda z=z, out=gathered: dist.all_gather(out, z), repeats)
             rows.append(
                 {
@@ -125,15 +126,17 @@ def cost(d: int, n: int) -> dict:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     z_a, z_b = (torch.randn(n, d, generator=generator) * torch.arange(1, d + 1) ** -0.5 for _ in range(2))
-    objective = DenseObjective(0.01, 0.0, 20, window="auto", center=True, power_iterations=2)
+    objective = DenseObjective(
+        lambda_sub=0.01, lambda_orth=0.0, subspace_dim=20, window="auto", center=True, power_iterations=2
+    )
     shift, seconds = torch.zeros(d), []
     for i in range(4 if d > 2000 else 12):
         if i == 2:  # the first updates start the running state
             Path("/proc/self/clear_refs").write_text("5")
             before = resident("VmRSS")
         start = time.perf_counter()
-        _, a, b = objective.gradient(Moments.of(z_a, shift), Moments.of(z_b, shift))
-        a.pullback(z_a), b.pullback(z_b)
+        _, gradient = objective.gradient(PairMoments.of(z_a, z_b, shift))
+        gradient.pullback(z_a, z_b)
         if i >= 2:
             seconds.append(1000 * (time.perf_counter() - start))
     peak = resident("VmHWM") - before

@@ -10,36 +10,34 @@ from transformers import PrinterCallback, TrainerCallback
 
 from hf_densefeat import DenseObjective, DenseTrainer, DenseTrainingArguments
 from hf_densefeat.baselines import trainer as b
+from hf_densefeat.objective.objective import spectral_spreading_term
+from hf_densefeat.objective.statistics import sees_pairing
 from study.methods import Method
 
 
-class StudyObjective(DenseObjective):
-    """With a weight on L_spec and a rank above which it is without effect."""
+def study_objective(args: DenseTrainingArguments, method: Method) -> DenseObjective:
+    """The objective of the arguments, with the weight, the bound and the term that the method changes."""
 
-    def __init__(self, objective: DenseObjective, method: Method):
-        vars(self).update(vars(objective))
-        self.broadening, self.spec_weight = method.broadening, method.spec_weight
-        self.most_rank = method.most_rank
+    def excess_spread(s):
+        return (spectral_spreading_term(s) - (1 / method.most_rank - 1 / s.dimension)).clamp(min=0)
 
-    def terms(self, a, b):
-        """The terms, the loss changed."""
-        terms = super().terms(a, b)
-        spread = terms["spectral_spreading"]
-        counted = spread
-        if self.most_rank is not None:
-            counted = (spread - (1 / self.most_rank - 1 / len(a.shift))).clamp(min=0)
-        terms["loss"] = terms["loss"] - spread + self.spec_weight * counted
-        return terms
+    @sees_pairing
+    def unshared_variance(s):
+        return 1 - 2 * s.batch_cross_covariance.trace() / (s.a.scale + s.b.scale)
+
+    terms = {"spectral_spreading": (method.spec_weight, spectral_spreading_term)}
+    if method.most_rank is not None:  # without effect above that rank
+        terms |= {
+            "spectral_spreading": (0.0, spectral_spreading_term),
+            "excess_spread": (method.spec_weight, excess_spread),
+        }
+    if method.pair_weight:
+        terms["unshared_variance"] = (method.pair_weight, unshared_variance)
+    return args.dense_objective(broadening=method.broadening, terms=terms)
 
 
 class StudyTrainer(DenseTrainer):
-    """With a term that sees the pairing, and a second, unmasked forward for the dense terms."""
-
-    pair_weight = 0.0
-
-    def _dense_term(self, update, z_a, z_b):
-        loss = super()._dense_term(update, z_a, z_b)
-        return loss + self.pair_weight * b.unshared_variance(z_a, z_b) if self.pair_weight else loss
+    """With a second, unmasked forward for the dense terms."""
 
     def _forward(self, model, inputs):
         if "clean" not in inputs:
@@ -119,9 +117,7 @@ def make_trainer(domain: Domain, method: Method, model, seed: int, steps: int, f
         torch.manual_seed(seed)
         trainer = b.PairLossTrainer(pair_loss=method.pair_loss(model.config.hidden_size), **common)
     else:
-        trainer = StudyTrainer(**common)
-        trainer.pair_weight = method.pair_weight
-        trainer.objective = StudyObjective(trainer.objective, method)
+        trainer = StudyTrainer(objective=study_objective(args, method), **common)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(bar))
     return trainer

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_densefeat.objective.moments import Moments, RunningCovariance, mean_over_ranks, sum_over_ranks
-from hf_densefeat.objective.objective import DenseObjective, noise_of_purity
+from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
+from hf_densefeat.objective.moments import Moments, MomentsGradient, PairMoments
+from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.objective.running import RunningCovariance
 
-SUMS = ("count", "first", "second", "third", "fourth")
+SUMS = ("count", "first", "second", "square_weighted_sum", "quartic_sum")
 
 
 def rows(n, d, seed=0, mean=0.0, dtype=torch.float64):
@@ -40,14 +42,14 @@ def assert_moments(moments, expected, rtol=1e-10):
 
 @pytest.mark.parametrize("shift", [None, 0.0, 3.0, -40.0])
 def test_of_and_about_equal_the_sums_written_out(shift):
-    """`of`, `about` and `fourth_about` equal the table's sums about any shift, row by row."""
+    """`of`, `about` and `quartic_sum_about` equal the table's sums about any shift, row by row."""
     z = rows(7, 4, mean=1.5)
     at = None if shift is None else torch.full((4,), shift, dtype=torch.float64)
     m = Moments.of(z, at)
     assert_moments(m, brute_force(z, m.shift))
     elsewhere = torch.tensor([5.0, -2.0, 0.5, 9.0], dtype=torch.float64)
     assert_moments(m.about(elsewhere), brute_force(z, elsewhere))
-    assert float(m.fourth_about(elsewhere)) == pytest.approx(brute_force(z, elsewhere)["fourth"], rel=1e-10)
+    assert float(m.quartic_sum_about(elsewhere)) == pytest.approx(brute_force(z, elsewhere)["quartic_sum"], rel=1e-10)
     assert m.mean.numpy() == pytest.approx(z.numpy().mean(0), rel=1e-10)
 
 
@@ -119,7 +121,7 @@ def test_pullback_is_autograd(shift):
     (whole,) = torch.autograd.grad(function(Moments.of(z, at)), z)
     leaves = Moments.of(z, at).detached(requires_grad=True)
     grads = torch.autograd.grad(function(leaves), leaves.sums, materialize_grads=True, allow_unused=True)
-    gradient = Moments(at, *grads)
+    gradient = MomentsGradient(at, *grads)
     for cut in ([9], [4, 5], [1, 0, 3, 5]):
         pulled = torch.cat([gradient.pullback(part) for part in z.split(cut)])
         np.testing.assert_allclose(pulled.numpy(), whole.numpy(), rtol=1e-12, atol=1e-12 * whole.abs().max().item())
@@ -134,12 +136,12 @@ def test_bfloat16_autocast_changes_nothing():
         m, other = Moments.of(a), Moments.of(b)
         both = m + other
         running = RunningCovariance()
-        out = [*both.sums, *m.about(far).sums, m.fourth_about(far), both.mean, both.covariance(True)]
+        out = [*both.sums, *m.about(far).sums, m.quartic_sum_about(far), both.mean, both.covariance(True)]
         out += [
             both.covariance(False),
             both.resolution(True),
-            both.pullback(a),
-            noise_of_purity(m, m.covariance(True), True),
+            MomentsGradient(both.shift, *both.sums).pullback(a),
+            m.noise_of_purity(m.covariance(True), True),
         ]
         sigma = m.covariance(True) / m.covariance(True).trace()
         return out + list(running.average(sigma, sigma.new_tensor(0.01), m.count, 20, torch.tensor(True)))
@@ -166,9 +168,8 @@ def test_half_precision_rows_are_widened(dtype):
 
 def test_one_process_sums_over_ranks_without_change():
     """Without a process group the global moments are those given, and the mean that of the rows."""
-    a, b = Moments.of(rows(4, 3)), Moments.of(rows(4, 3, seed=1))
-    counts = torch.tensor([5.0])
-    assert sum_over_ranks(a, b, counts) == (a, b, counts)
+    pair, counts = PairMoments.of(rows(4, 3), rows(4, 3, seed=1)), torch.tensor([5.0])
+    assert sum_over_ranks(pair, counts) == (pair, counts)
     np.testing.assert_allclose(mean_over_ranks(rows(4, 3)).numpy(), rows(4, 3).numpy().mean(0), rtol=1e-12)
     assert mean_over_ranks(rows(0, 3)).tolist() == [0, 0, 0]
 
@@ -188,7 +189,7 @@ def observe(z, center=True):
     m = Moments.of(z)
     sigma = m.covariance(center)
     trace = sigma.trace()
-    return sigma / trace, noise_of_purity(m, sigma, center) / trace.square(), m.count, torch.tensor(True)
+    return sigma / trace, m.noise_of_purity(sigma, center) / trace.square(), m.count, torch.tensor(True)
 
 
 def step(running, z, window):
@@ -256,7 +257,14 @@ def test_state_round_trip_is_bit_equal(power_iterations, dtype):
     """After state_dict and load_state_dict a fresh objective gives the next losses and gradients bit for bit."""
 
     def make():
-        return DenseObjective(0.5, 0.01, 3, "auto", True, power_iterations=power_iterations)
+        return DenseObjective(
+            lambda_sub=0.5,
+            lambda_orth=0.01,
+            subspace_dim=3,
+            window="auto",
+            center=True,
+            power_iterations=power_iterations,
+        )
 
     def run(objective, seed):
         z_a = rows(12, 8, seed, mean=2.0, dtype=dtype).requires_grad_()

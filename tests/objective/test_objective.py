@@ -15,7 +15,8 @@ from hf_densefeat import (
     spectral_spreading_loss,
     subspace_consistency_loss,
 )
-from hf_densefeat.objective.objective import _warn_if_unsupported, noise_of_purity
+from hf_densefeat.objective.moments import PairMoments
+from hf_densefeat.objective.subspace import warn_if_unsupported
 
 TERMS = ("spectral_spreading", "subspace_consistency", "orthogonality", "loss")
 
@@ -76,7 +77,7 @@ def test_200_random_cases_equal_the_paper_to_1e_10():
             whole = np.concatenate(sides)
             expected = [paper_spectral(whole), paper_subspace(*sides, k), paper_orthogonality(whole)]
             expected.append(expected[0] + 0.7 * expected[1] + 0.01 * expected[2])
-            terms = DenseObjective(0.7, 0.01, k, center=center)(z_a, z_b)
+            terms = DenseObjective(lambda_sub=0.7, lambda_orth=0.01, subspace_dim=k, center=center)(z_a, z_b)
             assert list(terms) == list(TERMS)
             for name, value in zip(TERMS, expected, strict=True):
                 assert relative(terms[name], value) < 1e-10, (seed, center, name)
@@ -98,9 +99,9 @@ def embeddings(n, d, seed=0, mean=0.5, low=0.3, dtype=torch.float64):
 def test_gradients_of_the_functions_by_finite_differences(n, d, center):
     """gradcheck in float64 of L_spec, L_sub and L_orth, on the covariance side and on the Gram side."""
     z, other = embeddings(n, d).requires_grad_(), embeddings(n, d, seed=1).requires_grad_()
-    torch.autograd.gradcheck(lambda z: spectral_spreading_loss(z, center), z)
+    torch.autograd.gradcheck(lambda z: spectral_spreading_loss(z, center=center), z)
     torch.autograd.gradcheck(orthogonality_loss, z)
-    torch.autograd.gradcheck(lambda a, b: subspace_consistency_loss(a, b, 2, center), (z, other))
+    torch.autograd.gradcheck(lambda a, b: subspace_consistency_loss(a, b, 2, center=center), (z, other))
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -109,7 +110,9 @@ def test_gradients_of_the_functions_by_finite_differences(n, d, center):
 def test_gradients_of_the_objective_by_finite_differences(n, d, center, unbiased):
     """gradcheck in float64 of the whole objective with the unbroadened projector."""
     z_a, z_b = embeddings(n, d).requires_grad_(), embeddings(n, d, seed=1).requires_grad_()
-    objective = DenseObjective(0.3, 0.05, 2, center=center, unbiased=unbiased, broadening=0.0)
+    objective = DenseObjective(
+        lambda_sub=0.3, lambda_orth=0.05, subspace_dim=2, center=center, unbiased=unbiased, broadening=0.0
+    )
     for name in TERMS:
         torch.autograd.gradcheck(lambda a, b, name=name: objective(a, b)[name], (z_a, z_b), rtol=1e-4, atol=1e-7)
 
@@ -121,21 +124,21 @@ def test_gradients_of_the_objective_by_finite_differences(n, d, center, unbiased
 def test_gradient_at_the_moments_is_autograd_of_the_whole_batch(window, center, unbiased, power_iterations):
     """`gradient` and `pullback`, by micro-batches about a far shift, give autograd's gradient, step after step."""
     settings = {"window": window, "center": center, "unbiased": unbiased, "power_iterations": power_iterations}
-    whole, cut = (DenseObjective(0.3, 0.05, 2, **settings) for _ in range(2))
+    whole, cut = (DenseObjective(lambda_sub=0.3, lambda_orth=0.05, subspace_dim=2, **settings) for _ in range(2))
     shift = torch.full((5,), -1.0, dtype=torch.float64)
     for seed in range(3):
         z_a, z_b = embeddings(12, 5, seed).requires_grad_(), embeddings(12, 5, 50 + seed).requires_grad_()
         terms = whole(z_a, z_b)
         expected = torch.autograd.grad(terms["loss"], (z_a, z_b))
-        sides = []
-        for z in (z_a.detach(), z_b.detach()):
-            parts = [Moments.of(part, shift) for part in z.split([5, 0, 7])]
-            sides.append(parts[0] + parts[1] + parts[2])
-        again, *gradients = cut.gradient(*sides)
+        parts = list(zip(z_a.detach().split([5, 0, 7]), z_b.detach().split([5, 0, 7]), strict=True))
+        first, second, third = (PairMoments.of(*part, shift) for part in parts)
+        again, gradient = cut.gradient(first + second + third)
         for name in TERMS:
             torch.testing.assert_close(again[name], terms[name].detach(), rtol=1e-9, atol=1e-11)
-        for z, gradient, want in zip((z_a, z_b), gradients, expected, strict=True):
-            pulled = torch.cat([gradient.pullback(part) for part in z.detach().split([5, 0, 7])])
+        for pulled, want in zip(
+            zip(*(gradient.pullback(*part) for part in parts), strict=True), expected, strict=True
+        ):
+            pulled = torch.cat(pulled)
             torch.testing.assert_close(pulled, want, rtol=1e-8, atol=1e-10 * want.abs().max().item())
 
 
@@ -157,7 +160,7 @@ def u_statistic(z, center, shift=None):
     m = Moments.of(z, shift)
     sigma = m.covariance(center)
     plug_in = sigma.square().sum()
-    rest = plug_in - noise_of_purity(m, sigma, center)
+    rest = plug_in - m.noise_of_purity(sigma, center)
     return float(rest * (m.count / (m.count - 1)).square() if center else rest)
 
 
@@ -179,7 +182,9 @@ def test_unbiased_objective_is_the_mean_of_both_sides():
             x = z - z.mean(0) if center else z
             trace = float(x.square().sum() / n)
             expected += brute(z) * (((n - 1) / n) ** 2 if center else 1) / trace**2 / 2
-        value = DenseObjective(0, 0, 1, center=center, unbiased=True)(z_a, z_b)["spectral_spreading"]
+        value = DenseObjective(lambda_sub=0, lambda_orth=0, subspace_dim=1, center=center, unbiased=True)(z_a, z_b)[
+            "spectral_spreading"
+        ]
         assert float(value) == pytest.approx(expected - 1 / d, rel=1e-9)
 
 
@@ -203,7 +208,7 @@ def test_unbiased_value_does_not_measure_the_batch_size():
     for seed in range(60):
         z = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for unbiased, kept in values.items():
-            objective = DenseObjective(0, 0, 4, center=True, unbiased=unbiased)
+            objective = DenseObjective(lambda_sub=0, lambda_orth=0, subspace_dim=4, center=True, unbiased=unbiased)
             kept.append(float(objective(z[:16], z[16:])["spectral_spreading"]))
     assert np.mean(values[False]) > 0.02
     assert abs(np.mean(values[True])) < 0.002
@@ -220,7 +225,7 @@ def test_gram_side_equals_covariance_side(n, d, center):
     x = z - z.mean(0) if center else z
     sigma = x.mT @ x / n
     expected = (sigma / sigma.trace() - torch.eye(d) / d).square().sum()
-    value = spectral_spreading_loss(z, center)
+    value = spectral_spreading_loss(z, center=center)
     torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
     pair = [torch.autograd.grad(v, z, retain_graph=True)[0] for v in (value, expected)]
     torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-12)
@@ -232,7 +237,7 @@ def test_rotation_and_scale_invariance(center, unbiased):
     """L_spec and L_sub do not change under a common rotation or scale, L_orth not under a scale of each column."""
     z_a, z_b = embeddings(20, 6), embeddings(20, 6, seed=1)
     turn = torch.linalg.qr(embeddings(6, 6, seed=2)).Q
-    make = DenseObjective(0.5, 0.0, 2, center=center, unbiased=unbiased)
+    make = DenseObjective(lambda_sub=0.5, lambda_orth=0.0, subspace_dim=2, center=center, unbiased=unbiased)
     base = make(z_a, z_b)
     for change in (lambda z: z @ turn, lambda z: 1e-4 * z, lambda z: 3e3 * z @ turn):
         other = make(change(z_a), change(z_b))
@@ -268,7 +273,10 @@ def test_twenty_sgd_steps_raise_a_low_effective_rank(window):
             p = torch.linalg.eigvalsh(z.mT @ z).clamp(min=0)
             return torch.special.entr(p / p.sum()).sum().exp().item()
 
-    objective, optimizer = DenseObjective(0.01, 0.0, 4, window, center=True), torch.optim.SGD([weight], lr=0.5)
+    objective, optimizer = (
+        DenseObjective(lambda_sub=0.01, lambda_orth=0.0, subspace_dim=4, window=window, center=True),
+        torch.optim.SGD([weight], lr=0.5),
+    )
     before = rank()
     for step in range(20):
         rows = torch.randperm(256, generator=torch.Generator().manual_seed(step))[:128]
@@ -285,10 +293,11 @@ def test_autocast_and_half_precision_change_nothing():
     z_a, z_b = embeddings(12, 6, dtype=torch.float32), embeddings(12, 6, seed=1, dtype=torch.float32)
 
     def everything(a, b):
-        objective = DenseObjective(0.3, 0.1, 2, "auto", True, True, power_iterations=2)
+        options = {"window": "auto", "center": True, "unbiased": True, "power_iterations": 2}
+        objective = DenseObjective(lambda_sub=0.3, lambda_orth=0.1, subspace_dim=2, **options)
         for _ in range(2):
             terms = objective(a, b)
-        functions = spectral_spreading_loss(a, True), subspace_consistency_loss(a, b, 2), orthogonality_loss(a)
+        functions = spectral_spreading_loss(a, center=True), subspace_consistency_loss(a, b, 2), orthogonality_loss(a)
         return [*terms.values(), *functions, *objective.state_dict().values()]
 
     outside = everything(z_a, z_b)
@@ -336,7 +345,8 @@ def test_edges_are_finite_in_loss_and_gradient(edge, dtype):
     for center, unbiased, window, power in itertools.product(
         (False, True), (False, True), (None, "auto", 30), (None, 1, 2)
     ):
-        objective = DenseObjective(0.5, 0.1, K, window, center, unbiased, power_iterations=power)
+        options = {"window": window, "center": center, "unbiased": unbiased, "power_iterations": power}
+        objective = DenseObjective(lambda_sub=0.5, lambda_orth=0.1, subspace_dim=K, **options)
         for a, b in ((edge_rows, edge_rows), (edge_rows, edge_rows.flip(0)), good, (edge_rows, edge_rows), good):
             z_a, z_b = a.clone().requires_grad_(), b.clone().requires_grad_()
             terms = objective(z_a, z_b)
@@ -358,9 +368,12 @@ def test_edges_of_the_functions_are_finite(edge, dtype):
     z = EDGES[edge].to(dtype).requires_grad_()
     other = embeddings(len(z), D, seed=3, dtype=dtype)
     for center in (False, True):
-        losses = [spectral_spreading_loss(z, center), orthogonality_loss(z)]
+        losses = [spectral_spreading_loss(z, center=center), orthogonality_loss(z)]
         for broadening in (0.0, 1.0):
-            losses += [subspace_consistency_loss(z, x, K, center, broadening) for x in (other, z, z.detach().flip(0))]
+            losses += [
+                subspace_consistency_loss(z, x, K, center=center, broadening=broadening)
+                for x in (other, z, z.detach().flip(0))
+            ]
         for loss in losses:
             assert loss.isfinite()
             assert torch.autograd.grad(loss, z)[0].isfinite().all()
@@ -393,7 +406,7 @@ def test_degenerate_values_are_those_of_the_docstrings(dtype):
         assert value == D, edge
         assert not gradient.any(), edge
         for center in (False, True):
-            terms = DenseObjective(1, 1, K, center=center)(at(edge), at(edge))
+            terms = DenseObjective(subspace_dim=K, center=center)(at(edge), at(edge))
             assert terms["spectral_spreading"].item() == pytest.approx(worst, rel=1e-5), edge
             assert terms["subspace_consistency"].item() == pytest.approx(0, abs=1e-5), edge
             assert terms["orthogonality"].item() == D, edge
@@ -417,10 +430,12 @@ def test_dead_columns_of_a_checkpoint_are_constant():
     scale[[5, 17, 40]] = 1e-11
     z_a, z_b = ((embeddings(16, 48, seed).float() * scale).requires_grad_() for seed in (1, 2))
     for lambda_orth in (0.0, 1.0):
-        terms = DenseObjective(0.1, lambda_orth, 4, center=True)(z_a, z_b)
+        terms = DenseObjective(lambda_sub=0.1, lambda_orth=lambda_orth, subspace_dim=4, center=True)(z_a, z_b)
         gradients = torch.autograd.grad(terms["loss"], (z_a, z_b))
         alive = torch.autograd.grad(
-            DenseObjective(0.1, lambda_orth, 4, center=True)(z_a * (scale == 1), z_b * (scale == 1))["loss"],
+            DenseObjective(lambda_sub=0.1, lambda_orth=lambda_orth, subspace_dim=4, center=True)(
+                z_a * (scale == 1), z_b * (scale == 1)
+            )["loss"],
             (z_a, z_b),
         )
         for found, expected in zip(gradients, alive, strict=True):
@@ -445,7 +460,7 @@ def test_constant_rows_about_a_far_shift_have_no_variance():
     """Constant fp32 rows at 1e3 whose moments are about 0 read as collapsed, not as rounding noise."""
     z = EDGES["constant at 1e3"].float()
     m = Moments.of(z, torch.zeros(D))
-    terms = DenseObjective(1, 1, K, center=True).terms(m, m)
+    terms = DenseObjective(subspace_dim=K, center=True).values(PairMoments(m, m))
     assert [terms[name].item() for name in TERMS[:3]] == pytest.approx([1 - 1 / D, 0, D], abs=1e-5)
 
 
@@ -459,7 +474,7 @@ def test_collapse_to_a_far_point_has_no_gradient(settings, other, edge, shift):
     full = embeddings(7, D, mean=shift or 0.0, dtype=torch.float32)
     z_a, z_b = z.clone().requires_grad_(), z.flip(1) if other == "collapsed" else full
     at = None if shift is None else torch.full((D,), shift)
-    terms = DenseObjective(1, 1, K, center=True, **settings).terms(Moments.of(z_a, at), Moments.of(z_b, at))
+    terms = DenseObjective(subspace_dim=K, center=True, **settings).values(PairMoments.of(z_a, z_b, at))
     assert terms["subspace_consistency"].item() == pytest.approx(0 if other == "collapsed" else K, abs=1e-4)
     assert torch.autograd.grad(terms["loss"], z_a)[0].norm() < 1e-3
 
@@ -467,8 +482,8 @@ def test_collapse_to_a_far_point_has_no_gradient(settings, other, edge, shift):
 def test_small_variance_at_a_far_mean_is_seen():
     """Standard deviation 1 at mean 1e3 in fp32 is no collapse: centred terms equal float64's to 1e-3."""
     z_a, z_b = embeddings(64, D, mean=1e3), embeddings(64, D, seed=1, mean=1e3)
-    wide = DenseObjective(1, 1, K, center=True)(z_a, z_b)
-    narrow = DenseObjective(1, 1, K, center=True)(z_a.float(), z_b.float())
+    wide = DenseObjective(subspace_dim=K, center=True)(z_a, z_b)
+    narrow = DenseObjective(subspace_dim=K, center=True)(z_a.float(), z_b.float())
     for name in TERMS:
         assert float(narrow[name]) == pytest.approx(float(wide[name]), rel=1e-3)
 
@@ -479,7 +494,7 @@ def test_small_variance_at_a_far_mean_is_seen():
 def test_diagnostics_are_what_they_say():
     """`trace` is the mean trace of both sides, `gap` the smaller gap at k over the mean eigenvalue, the rank at most k."""
     z_a, z_b = embeddings(20, D), embeddings(20, D, seed=1)
-    objective = DenseObjective(1, 1, K, center=True)
+    objective = DenseObjective(subspace_dim=K, center=True)
     objective(z_a, z_b)
     values = [np.linalg.eigvalsh(np.cov(z.numpy().T, ddof=0))[::-1] for z in (z_a, z_b)]
     assert float(objective.diagnostics["trace"]) == pytest.approx(np.mean([v.sum() for v in values]), rel=1e-10)
@@ -492,7 +507,7 @@ def test_diagnostics_are_what_they_say():
 
 def test_saved_state_is_full_precision_and_survives_bfloat16_rows():
     """bf16 embeddings leave a float32 state."""
-    objective = DenseObjective(1, 0, K, "auto", True, power_iterations=2)
+    objective = DenseObjective(lambda_orth=0, subspace_dim=K, window="auto", center=True, power_iterations=2)
     objective(embeddings(9, D).bfloat16(), embeddings(9, D, seed=1).bfloat16())
     state = objective.state_dict()
     assert {value.dtype for value in state.values()} == {torch.float32}
@@ -501,11 +516,11 @@ def test_saved_state_is_full_precision_and_survives_bfloat16_rows():
 
 def test_reduction_of_k_is_said_once(caplog):
     """With fewer rows than k a warning names both numbers, and is not repeated."""
-    _warn_if_unsupported.cache_clear()
+    warn_if_unsupported.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             subspace_consistency_loss(embeddings(4, D), embeddings(4, D, seed=1), 5)
-            DenseObjective(1, 0, 5)(embeddings(4, D), embeddings(4, D, seed=1))
+            DenseObjective(lambda_orth=0, subspace_dim=5)(embeddings(4, D), embeddings(4, D, seed=1))
     assert [r.getMessage() for r in caplog.records] == [
         "Subspace dimension reduced from 5 to 4, the rank that the rows can have."
     ]
@@ -559,7 +574,7 @@ def moments_of_stream(d, step, exponent=1.0):
     mix = 0.02 * torch.randn(d, d, generator=torch.Generator().manual_seed(0)) / d**0.5
     shared = torch.randn(256, d, generator=generator)
     sides = [(0.8 * shared + 0.6 * torch.randn(256, d, generator=generator)) * scale for _ in range(2)]
-    return [Moments.of(z + step * z @ mix, torch.zeros(d)) for z in sides]
+    return PairMoments.of(*(z + step * z @ mix for z in sides), torch.zeros(d))
 
 
 def test_tracked_steps_never_decompose_a_whole_covariance(monkeypatch):
@@ -570,9 +585,10 @@ def test_tracked_steps_never_decompose_a_whole_covariance(monkeypatch):
         monkeypatch.setattr(
             torch.linalg, name, lambda x, *args, real=real, **kw: widths.append(x.shape[-1]) or real(x, *args, **kw)
         )
-    objective = DenseObjective(0.01, 0.1, 20, window="auto", center=True, unbiased=True, power_iterations=2)
+    options = {"window": "auto", "center": True, "unbiased": True, "power_iterations": 2}
+    objective = DenseObjective(lambda_sub=0.01, lambda_orth=0.1, subspace_dim=20, **options)
     for step in range(2):
-        objective.gradient(*moments_of_stream(2048, step))
+        objective.gradient(moments_of_stream(2048, step))
     assert widths
     assert max(widths) <= 20 + 32
 
@@ -582,9 +598,9 @@ def test_the_tracked_gradient_is_near_the_exact_one_in_noise():
     settings = {"lambda_sub": 1e4, "lambda_orth": 0.0, "subspace_dim": 20, "window": "auto", "center": True}
     tracked, exact = DenseObjective(power_iterations=2, **settings), DenseObjective(**settings)
     for step in range(30):
-        a, b = moments_of_stream(384, step)
+        pair = moments_of_stream(384, step)
         exact.load_state_dict(tracked.state_dict())
-        found = tracked.gradient(a, b)[1].second
-    wanted = exact.gradient(a, b)[1].second
+        found = tracked.gradient(pair)[1].a.second
+    wanted = exact.gradient(pair)[1].a.second
     assert (found - wanted).norm() < 0.1 * wanted.norm()
     assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), 0) > 0.995

@@ -7,7 +7,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from hf_densefeat.objective.objective import COLD_ITERATIONS, OVERSAMPLING, DenseObjective, subspace_consistency_loss
+from hf_densefeat import DenseObjective, subspace_consistency_loss
+from hf_densefeat.objective.objective import COLD_ITERATIONS, OVERSAMPLING
 from hf_densefeat.objective.subspace import (
     Eigenspace,
     eigenspace,
@@ -102,7 +103,9 @@ def test_extreme_distances():
 def test_unbroadened_gradient_passes_finite_differences(n, d, k, center):
     """gradcheck in float64: with broadening 0 the gradient is the projector's own, for N > d and N < d."""
     z_a, z_b = rows(n, d).requires_grad_(), (rows(n, d, seed=1) + 0.5).requires_grad_()
-    torch.autograd.gradcheck(lambda a, b: subspace_consistency_loss(a, b, k, center), (z_a, z_b), rtol=1e-4, atol=1e-7)
+    torch.autograd.gradcheck(
+        lambda a, b: subspace_consistency_loss(a, b, k, center=center), (z_a, z_b), rtol=1e-4, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

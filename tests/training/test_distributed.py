@@ -59,7 +59,13 @@ def expected(tokenizer, data):
             names, parameters = zip(*model.named_parameters(), strict=True)
             window = None if window == "none" else window
             objective = DenseObjective(
-                0.5, 0.005, 4, window, center, unbiased, power_iterations=power_iterations or None
+                lambda_sub=0.5,
+                lambda_orth=0.005,
+                subspace_dim=4,
+                window=window,
+                center=center,
+                unbiased=unbiased,
+                power_iterations=power_iterations or None,
             )
             collate, known[key] = DensePairCollator(tokenizer), []
             for items in PairBatchSampler(data.pairs, data.lengths, BATCH, seed=42, spread_patients=unbiased):

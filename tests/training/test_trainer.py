@@ -7,7 +7,7 @@ import torch
 from conftest import LAMBDA_ORTH, LAMBDA_SUB, QUIET, K, logs, make_model, make_notes, make_trainer
 from transformers import AutoModelForMaskedLM, BertModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_densefeat import DenseObjective, DenseTrainer, Moments
+from hf_densefeat import DenseObjective, DenseTrainer
 from hf_densefeat.models.dense import as_dense
 
 # ---- Accumulation ----
@@ -34,11 +34,9 @@ class Recorder(DenseTrainer):
 
 def recorded(folder, tokenizer, pairs, objective=None, **kwargs):
     """The updates of one epoch, with a learning rate of 0 so that all are of the same weights."""
-    trainer = make_trainer(
-        folder, tokenizer, pairs, cls=Recorder, learning_rate=0.0, optim="sgd", max_grad_norm=0.0, **kwargs
-    )
-    if objective is not None:
-        trainer.objective = objective
+    settings = {"learning_rate": 0.0, "optim": "sgd", "max_grad_norm": 0.0}
+    extra = {"objective": objective}
+    trainer = make_trainer(folder, tokenizer, pairs, cls=Recorder, extra=extra, **settings, **kwargs)
     trainer.train()
     return trainer
 
@@ -139,7 +137,9 @@ def test_gradients_with_dropout_equal_one_graph_of_all_micro_batches(
     tmp_path, tokenizer, pairs, family, size, accumulation, dtype, tolerance
 ):
     """With dropout the gradients are those of one backward through the paper's loss on all rows: 1e-5, 1e-10 in fp64."""
-    objective = DenseObjective(LAMBDA_SUB, LAMBDA_ORTH, K, center=True, broadening=0.0)
+    objective = DenseObjective(
+        lambda_sub=LAMBDA_SUB, lambda_orth=LAMBDA_ORTH, subspace_dim=K, center=True, broadening=0.0
+    )
     trainer = recorded(
         tmp_path,
         tokenizer,
@@ -180,9 +180,9 @@ def test_moments_are_all_that_an_update_keeps(tmp_path, tokenizer, pairs, monkey
     calls = []
     gradient = DenseObjective.gradient
 
-    def counted(self, a: Moments, b: Moments):
-        calls.append((float(a.count), float(b.count)))
-        return gradient(self, a, b)
+    def counted(self, pair):
+        calls.append((float(pair.a.count), float(pair.b.count)))
+        return gradient(self, pair)
 
     monkeypatch.setattr(DenseObjective, "gradient", counted)
     make_trainer(tmp_path, tokenizer, pairs, per_device_train_batch_size=4, gradient_accumulation_steps=4).train()
@@ -285,7 +285,9 @@ def test_evaluation_is_the_objective_of_the_whole_set(tmp_path, tokenizer, pairs
     for batch in trainer.get_eval_dataloader():
         z = model.encode({n: batch[n] for n in ("input_ids", "attention_mask")})
         sides.append(z.chunk(2))
-    terms = DenseObjective(LAMBDA_SUB, LAMBDA_ORTH, K, center=True)(*(torch.cat(s) for s in zip(*sides, strict=True)))
+    terms = DenseObjective(lambda_sub=LAMBDA_SUB, lambda_orth=LAMBDA_ORTH, subspace_dim=K, center=True)(
+        *(torch.cat(s) for s in zip(*sides, strict=True))
+    )
     for name in ("spectral_spreading", "subspace_consistency", "orthogonality"):
         assert metrics[f"eval_{name}"] == pytest.approx(terms[name].item(), rel=1e-4)
 

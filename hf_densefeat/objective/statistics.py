@@ -1,0 +1,168 @@
+"""What the function of a term gets: covariances, means and leading subspaces of both sides of the pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hf_densefeat.objective.moments import Moments, PairMoments
+from hf_densefeat.objective.subspace import Eigenspace
+
+
+@dataclass(eq=False)
+class Side:
+    """Second-order statistics of one side, each computed when it is first asked for and differentiable in the moments.
+
+    Where the objective has an averaging window, `covariance` is the running average of trace-normalised covariances,
+    scaled by this update's trace; its gradient is that of this update's covariance at full strength. Otherwise it is
+    `batch_covariance`. The eigenspace is without gradient: see `subspace.subspace_distance_squared`.
+    """
+
+    moments: Moments
+    center: bool
+    average: Tensor | None = None
+    average_noise: Tensor | None = None
+    find_eigenspace: Callable[[Side], Eigenspace] | None = field(default=None, repr=False)
+
+    @property
+    def count(self) -> Tensor:
+        """N, the rows of this update, ()."""
+        return self.moments.count
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean row of this update, (d,); also where covariances are centred."""
+        return self.moments.mean
+
+    @cached_property
+    def batch_covariance(self) -> Tensor:
+        """Sigma of this update alone (d, d), about the mean if `center`."""
+        return self.moments.covariance(self.center)
+
+    @cached_property
+    def trace(self) -> Tensor:
+        """Trace of `batch_covariance`, ()."""
+        return self.batch_covariance.trace()
+
+    @cached_property
+    def resolution(self) -> Tensor:
+        """Variance (d,) of each column that is rounding, without gradient."""
+        return self.moments.resolution(self.center)
+
+    @cached_property
+    def varies(self) -> Tensor:
+        """Whether the trace is more than rounding, (): a side that does not vary has no spectrum."""
+        return self.trace > self.resolution.sum()
+
+    @cached_property
+    def batch_normalised(self) -> Tensor:
+        """`batch_covariance` over its trace, (d, d); zeros where nothing varies."""
+        return self.batch_covariance / self.scale
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The trace, or 1 where nothing varies, ()."""
+        return torch.where(self.varies, self.trace, 1)
+
+    @cached_property
+    def batch_noise(self) -> Tensor:
+        """Squared Frobenius norm of the sampling error of `batch_normalised`, estimated, (): see `noise_of_purity`."""
+        return self.moments.noise_of_purity(self.batch_covariance, self.center) / self.scale / self.scale
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Sigma (d, d), averaged if the objective has an averaging window."""
+        return self.batch_covariance if self.average is None else self.average * self.trace
+
+    @property
+    def noise(self) -> Tensor:
+        """Squared Frobenius norm of the sampling error of `covariance` over its trace, estimated, ()."""
+        return self.batch_noise if self.average_noise is None else self.average_noise
+
+    @cached_property
+    def purity(self) -> Tensor:
+        """Unbiased ||Sigma||_F^2 / (tr Sigma)^2, (); 1 where nothing varies."""
+        noise, normalised = self.noise, self.batch_normalised if self.average is None else self.average
+        return torch.where(self.varies, normalised.square().sum() - noise, 1)
+
+    @cached_property
+    def eigenspace(self) -> Eigenspace:
+        """Leading eigenvectors and eigenvalues of `covariance`, detached; exact or tracked, as the objective is told."""
+        if self.find_eigenspace is None:
+            raise ValueError("This side was made without a way to find its eigenspace. Take it from a DenseObjective.")
+        return self.find_eigenspace(self)
+
+
+@dataclass(eq=False)
+class Statistics:
+    """Both sides of the pairs, what they have in common, and the options of the objective.
+
+    A term is a function of this that returns a scalar tensor, differentiable in the moments. A term that needs the
+    cross covariance is marked by `sees_pairing`.
+    """
+
+    a: Side
+    b: Side
+    pair: PairMoments
+    subspace_dim: int
+    center: bool
+    unbiased: bool
+    broadening: float
+    average_cross: Tensor | None = None
+
+    @property
+    def dimension(self) -> int:
+        """The width d of the embedding."""
+        return len(self.pair.a.shift)
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """Mean of the covariances of both sides, (d, d)."""
+        return (self.a.covariance + self.b.covariance) / 2
+
+    @cached_property
+    def resolution(self) -> Tensor:
+        """Variance (d,) of each column of `pooled` that is rounding."""
+        return (self.a.resolution + self.b.resolution) / 2
+
+    @cached_property
+    def batch_cross_covariance(self) -> Tensor:
+        """C_ab = mean of z_a z_b^T over the pairs of this update (d, d), about both means if `center`."""
+        return self.pair.cross_covariance(self.center)
+
+    @cached_property
+    def cross_covariance(self) -> Tensor:
+        """C_ab (d, d), averaged with the covariances if there is an averaging window.
+
+        Averaged with one gain for a, b and the cross covariance, so that the joint covariance [[S_a, C], [C^T, S_b]]
+        stays positive semidefinite.
+        """
+        if self.average_cross is None:
+            return self.batch_cross_covariance
+        return self.average_cross * (self.a.scale * self.b.scale).sqrt()
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Centred covariance (d, d) and resolution (d,) of all 2N rows of this update.
+
+        Without `center` about the mean of all rows, with it about each side's own mean.
+        """
+        if not self.center:
+            both = self.pair.a + self.pair.b
+            return both.covariance(center=True), both.resolution(center=True)
+        if self.a.average is None and self.b.average is None:
+            return self.pooled, self.resolution
+        return (self.a.batch_covariance + self.b.batch_covariance) / 2, self.resolution
+
+
+TermFunction = Callable[[Statistics], Tensor]
+Term = tuple[float, TermFunction]
+
+
+def sees_pairing(function: TermFunction) -> TermFunction:
+    """Mark a term that needs the cross covariance of the pairs, which is then summed and reduced with the moments."""
+    function.needs_cross_moment = True  # type: ignore[attr-defined]
+    return function
