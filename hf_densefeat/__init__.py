@@ -9,8 +9,9 @@ from hf_densefeat.evaluation.geometry import condition_number, effective_rank, g
 from hf_densefeat.evaluation.probes import ProbeEvaluator
 from hf_densefeat.evaluation.tasks import ProbeTask
 from hf_densefeat.models.dense import AutoDenseModel, DenseFeatureMixin
+from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.moments import Moments
-from hf_densefeat.objective.objective import BatchLoss, DenseObjective
+from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.objective.statistics import Statistics
 from hf_densefeat.objective.terms import orthogonality_loss, spectral_spreading_loss, subspace_consistency_loss
 from hf_densefeat.training.arguments import DenseTrainingArguments

@@ -14,7 +14,7 @@ MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for p
 FLOORS = {
     "objective": set(),
     "data": set(),
-    "models": {"objective.moments", "objective.terms"},
+    "models": {"objective.moments", "objective.precision"},
     "events": {"data", "models"},
     "evaluation": {"models", "data.splits", "data.notes", "objective.moments"},
     "reporting": {"evaluation"},

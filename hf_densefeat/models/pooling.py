@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_densefeat.objective.terms import full_precision
+from hf_densefeat.objective.precision import full_precision
 
 
 def mean_pooling(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_densefeat.objective.moments import Moments, PairMoments
-from hf_densefeat.objective.terms import full_precision
+from hf_densefeat.objective.precision import full_precision
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_densefeat.objective.terms import full_precision, rounding_variance
+from hf_densefeat.objective.precision import full_precision, rounding_variance
 
 
 class _Scatter(torch.autograd.Function):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hf_densefeat.objective.batch_loss import checked_value
+from hf_densefeat.objective.extra_terms import EXTRA_TERMS
 from hf_densefeat.objective.moments import MomentsGradient, PairGradient, PairMoments
 from hf_densefeat.objective.running import RunningCovariance
 from hf_densefeat.objective.statistics import Side, Statistics, Term
@@ -22,7 +24,7 @@ from hf_densefeat.objective.subspace import (
     subspace_distance_squared,
     warn_if_unsupported,
 )
-from hf_densefeat.objective.terms import full_precision, orthogonality, spectral_spreading
+from hf_densefeat.objective.terms import orthogonality, spectral_spreading
 
 OVERSAMPLING = 32  # directions tracked beyond k: the gradient sees those that are left only as a mean
 COLD_ITERATIONS = 20  # power steps from a random basis, at the first call
@@ -69,9 +71,10 @@ class DenseObjective:
             L_sub as its mean eigenvalue. With 2 steps, 256 new rows of spectrum 1/i a call and window "auto", that
             gradient is within 7 % of the exact one at d = 384 and 5 % at 768 (cosine 0.998). Flat spectra, which have
             no leading subspace, are tracked worse (1/sqrt(i): 24 %, cosine 0.97).
-        terms: more terms, name -> (weight, function of `Statistics` that returns a scalar). One of the paper's three
-            names replaces that term. A function with `needs_cross_moment = True` (`sees_pairing`) gets the cross
-            covariance of the pairs. Values are unweighted under their names; `loss` is the sum of weight * value.
+        terms: more terms, name -> (weight, function of `Statistics` that returns a scalar), or name -> weight for one of
+            `EXTRA_TERMS`. One of the paper's three names replaces that term. A function with `needs_cross_moment = True`
+            (`sees_pairing`) gets the cross covariance of the pairs. Values are unweighted under their names; `loss` is
+            the sum of weight * value.
 
     `terms` holds all terms, the paper's three first. The state (running covariances, tracked bases) is float32 or wider
     and a function of the global moments alone, so the same on all ranks; `state_dict` and `load_state_dict` save and
@@ -93,7 +96,7 @@ class DenseObjective:
         unbiased: bool = False,
         broadening: float = 1.0,
         power_iterations: int | None = None,
-        terms: Mapping[str, Term] | None = None,
+        terms: Mapping[str, Term | float] | None = None,
     ):
         _check_options(lambda_sub, lambda_orth, subspace_dim, window, broadening, power_iterations)
         self.lambda_sub, self.lambda_orth, self.subspace_dim = lambda_sub, lambda_orth, subspace_dim
@@ -146,7 +149,7 @@ class DenseObjective:
         with torch.autocast(pair.a.shift.device.type, enabled=False):
             statistics = self._statistics(pair)
             terms = self.terms.items()
-            values = {name: _checked_value(name, function(statistics)) for name, (_, function) in terms}
+            values = {name: checked_value(name, function(statistics)) for name, (_, function) in terms}
             # a term without weight has no gradient, not 0 times one that may be infinite
             weighted = [weight * values[name] for name, (weight, _) in terms if weight]
             loss = sum(weighted[1:], weighted[0]) if weighted else pair.a.shift.new_zeros(())
@@ -254,63 +257,13 @@ class DenseObjective:
         self.shift = torch.where(mean.isfinite().all() & (pair.a.count > 0), mean, self.shift)
 
 
-class BatchLoss:
-    """A loss of a whole batch that is no function of moments, in the place of a `DenseObjective`.
-
-    It does not add up over parts of a batch, so the trainer refuses it with gradient accumulation or several ranks, and
-    evaluation reports its mean over the evaluation batches.
-
-    Args:
-        function: of (z_a, z_b), both (N, d) in float32 or wider; returns a scalar, or a dict of scalars whose sum (or
-            whose entry `loss`) is trained. An `nn.Module` is trained along, and its parameters are in the state.
-        name: under which a scalar is logged.
-    """
-
-    needs_cross_moment = False
-
-    def __init__(
-        self, function: Callable[[Tensor, Tensor], Tensor | Mapping[str, Tensor]], *, name: str = "batch_loss"
-    ):
-        if not callable(function):
-            raise ValueError(f"Expected a function of (z_a, z_b) but got {type(function).__name__}.")
-        self.function, self.name = function, name
-        self.shift: Tensor | None = None
-        self.covariance: Tensor | None = None
-        self.diagnostics: dict[str, Tensor] = {}
-
-    def __call__(self, z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
-        """The values by name, and `loss`."""
-        with torch.autocast(z_a.device.type, enabled=False):
-            result = self.function(full_precision(z_a), full_precision(z_b))
-            values = dict(result) if isinstance(result, Mapping) else {self.name: result}
-            loss = values.pop("loss", None)
-            values = {name: _checked_value(name, value) for name, value in values.items()}
-            return values | {"loss": sum(values.values(), z_a.new_zeros(())) if loss is None else loss}
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer trains along with the model."""
-        return list(self.function.parameters()) if isinstance(self.function, nn.Module) else []
-
-    def to(self, device: torch.device) -> None:
-        """Move the module, if it is one."""
-        if isinstance(self.function, nn.Module):
-            self.function.to(device)
-
-    def pure(self) -> BatchLoss:
-        """Itself: it has no running state."""
-        return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the module, if it is one."""
-        return dict(self.function.state_dict()) if isinstance(self.function, nn.Module) else {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
-        if isinstance(self.function, nn.Module):
-            self.function.load_state_dict(state)
-
-
 def _checked_term(name: str, term: Any) -> Term:
+    if isinstance(term, (int, float)):
+        if name not in EXTRA_TERMS:
+            raise ValueError(
+                f"Expected term {name!r} as (weight, function): only {', '.join(EXTRA_TERMS)} are known by name."
+            )
+        term = (term, EXTRA_TERMS[name])
     if name in RESERVED:
         raise ValueError(f"A term cannot be called {name!r}: the log has another number of that name. Rename it.")
     if not (isinstance(term, tuple) and len(term) == 2 and callable(term[1])):
@@ -319,13 +272,6 @@ def _checked_term(name: str, term: Any) -> Term:
     if not math.isfinite(weight):
         raise ValueError(f"Expected a finite weight of term {name!r} but got {weight}.")
     return float(weight), function
-
-
-def _checked_value(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"Expected term {name!r} to return a scalar tensor but got {found}.")
-    return value
 
 
 def _check_options(

@@ -129,6 +129,14 @@ class Statistics:
         """Variance (d,) of each column of `pooled` that is rounding."""
         return (self.a.resolution + self.b.resolution) / 2
 
+    @property
+    def noise(self) -> Tensor:
+        """Squared Frobenius norm of the sampling error of `pooled` over its trace, estimated from above, ().
+
+        The mean over the sides: adjacent notes are not independent, so no less is claimed of both together.
+        """
+        return (self.a.noise + self.b.noise) / 2
+
     @cached_property
     def batch_cross_covariance(self) -> Tensor:
         """C_ab = mean of z_a z_b^T over the pairs of this update (d, d), about both means if `center`."""

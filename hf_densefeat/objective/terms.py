@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hf_densefeat.objective.precision import full_precision, rounding_variance
 from hf_densefeat.objective.subspace import (
     check_dimension,
     eigenspace_of_rows,
@@ -88,30 +89,6 @@ def orthogonality_loss(z: Tensor) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         rows = z - z.mean(0)
         return orthogonality(rows.mT @ rows / len(z), _resolution(z, center=True))
-
-
-# ---- Precision -------------------------------------------------------------------------------------------------------
-
-
-def full_precision(z: Tensor) -> Tensor:
-    """Widen half precision to float32; float32 and float64 stay as they are."""
-    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-
-
-def rounding_variance(shift: Tensor, square: Tensor, *, center: bool) -> Tensor:
-    """Variance (d,) below which a column is constant to rounding, so that its direction is noise.
-
-    `square` (d,) is the mean square of the columns about `shift`, the constant that was subtracted before summing.
-    Uncentred columns have no rounding of a difference: the smallest normal number.
-    """
-    tiny = torch.finfo(shift.dtype).tiny
-    if not center:
-        return torch.full_like(shift, tiny)
-    eps = 16 * torch.finfo(shift.dtype).eps
-    rounding = eps * square + (eps * shift).square()
-    # a column far below the others is none: some checkpoints have such, and 1 / variance would overflow
-    rounding = rounding + eps**2 * square.mean()
-    return rounding.detach() + tiny
 
 
 def _checked(*sides: Tensor) -> tuple[Tensor, ...]:

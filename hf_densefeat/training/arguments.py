@@ -39,6 +39,10 @@ class DenseTrainingArguments(TrainingArguments):
             "help": "Estimate L_spec without the i = j terms; a patient is then once in an update, where that can be."
         },
     )
+    terms: dict | str | None = field(
+        default=None,
+        metadata={"help": "More terms of the objective, JSON of name to weight: mutual_information, sphericity, ..."},
+    )
     power_iterations: int = field(default=2, metadata={"help": "Power steps an update; 0 for exact eigenspaces."})
     pooling: str | None = field(default=None, metadata={"help": "mean, cls, last or max; default: the model's."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a note; default: the model's."})
@@ -73,6 +77,8 @@ class DenseTrainingArguments(TrainingArguments):
                 f"unbiased takes the pairs of an update for independent, but pairs_per_patient is {self.pairs_per_patient}. "
                 "Set one of them back."
             )
+        if isinstance(self.terms, str):
+            self.terms = json.loads(self.terms)
         self.dense_objective()
 
     def __getstate__(self) -> dict:
@@ -104,5 +110,6 @@ class DenseTrainingArguments(TrainingArguments):
             "center": self.center,
             "unbiased": self.unbiased,
             "power_iterations": self.power_iterations or None,
+            "terms": self.terms,
         }
         return DenseObjective(**options | more)

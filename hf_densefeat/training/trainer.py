@@ -19,9 +19,10 @@ from hf_densefeat.data.streaming import PairStream
 from hf_densefeat.evaluation.geometry import effective_rank_of_spectrum
 from hf_densefeat.models.adapters import with_adapter, without_adapter
 from hf_densefeat.models.dense import AutoDenseModel, as_dense
+from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective.moments import PairGradient, PairMoments
-from hf_densefeat.objective.objective import BatchLoss, DenseObjective
+from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.checkpoints import Saving
 from hf_densefeat.training.loaders import Loading

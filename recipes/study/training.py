@@ -10,30 +10,22 @@ from transformers import PrinterCallback, TrainerCallback
 
 from hf_densefeat import DenseObjective, DenseTrainer, DenseTrainingArguments
 from hf_densefeat.baselines import trainer as b
+from hf_densefeat.objective.extra_terms import BoundedRank
 from hf_densefeat.objective.objective import spectral_spreading_term
-from hf_densefeat.objective.statistics import sees_pairing
 from study.methods import Method
 
 
 def study_objective(args: DenseTrainingArguments, method: Method) -> DenseObjective:
     """The objective of the arguments, with the weight, the bound and the term that the method changes."""
-
-    def excess_spread(s):
-        return (spectral_spreading_term(s) - (1 / method.most_rank - 1 / s.dimension)).clamp(min=0)
-
-    @sees_pairing
-    def unshared_variance(s):
-        return 1 - 2 * s.batch_cross_covariance.trace() / (s.a.scale + s.b.scale)
-
     terms = {"spectral_spreading": (method.spec_weight, spectral_spreading_term)}
     if method.most_rank is not None:  # without effect above that rank
         terms |= {
             "spectral_spreading": (0.0, spectral_spreading_term),
-            "excess_spread": (method.spec_weight, excess_spread),
+            "bounded_rank": (method.spec_weight, BoundedRank(rank=method.most_rank)),
         }
     if method.pair_weight:
-        terms["unshared_variance"] = (method.pair_weight, unshared_variance)
-    return args.dense_objective(broadening=method.broadening, terms=terms)
+        terms["unshared_variance"] = method.pair_weight
+    return args.dense_objective(broadening=method.broadening, terms=terms | (args.terms or {}))
 
 
 class StudyTrainer(DenseTrainer):

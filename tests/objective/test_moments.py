@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
-from hf_densefeat.objective.moments import Moments, MomentsGradient, PairMoments
+from hf_densefeat.objective.moments import Moments, MomentsGradient, PairGradient, PairMoments
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.objective.running import RunningCovariance
 
@@ -319,3 +319,50 @@ def test_window_no_longer_than_the_batch_is_the_batch():
     for seed in range(3):
         z = rows(32, 6, seed)
         torch.testing.assert_close(step(running, z, window=32), observe(z)[0], rtol=1e-12, atol=1e-12)
+
+
+# ---- Pairs ----
+
+
+@pytest.mark.parametrize("shift", [None, 2.0])
+def test_cross_moment_of_any_cut_is_that_of_the_whole(shift):
+    """However pairs are cut, about whatever shifts, the cross covariance is NumPy's, centred and not."""
+    z_a, z_b = rows(11, 4, mean=1.0), rows(11, 4, seed=1, mean=-2.0)
+    a, b = z_a.numpy(), z_b.numpy()
+    parts = list(zip(z_a.split([3, 0, 8]), z_b.split([3, 0, 8]), strict=True))
+    at = [None if shift is None else torch.full((4,), shift + i, dtype=torch.float64) for i in range(3)]
+    first, second, third = (PairMoments.of(*part, s, cross=True) for part, s in zip(parts, at, strict=True))
+    total = first + second + third
+    np.testing.assert_allclose(total.cross_covariance(False).numpy(), a.T @ b / 11, rtol=1e-10, atol=1e-10)
+    expected = (a - a.mean(0)).T @ (b - b.mean(0)) / 11
+    np.testing.assert_allclose(total.cross_covariance(True).numpy(), expected, rtol=1e-10, atol=1e-10)
+    assert PairMoments.of(*parts[1], cross=True).cross_covariance(True).abs().max() == 0
+
+
+def test_pair_pullback_is_autograd():
+    """The gradient of a function of all sums, the cross moment included, is autograd's for every cut."""
+    z_a, z_b = rows(9, 3, mean=1.0).requires_grad_(), rows(9, 3, seed=1).requires_grad_()
+    at = torch.full((3,), 0.5, dtype=torch.float64)
+
+    def function(pair):
+        return sum((i + 1) * x.sin().sum() for i, x in enumerate(pair.sums))
+
+    expected = torch.autograd.grad(function(PairMoments.of(z_a, z_b, at, cross=True)), (z_a, z_b))
+    leaves = PairMoments.of(z_a, z_b, at, cross=True).detached(requires_grad=True)
+    grads = torch.autograd.grad(function(leaves), leaves.sums)
+    gradient = PairGradient(MomentsGradient(at, *grads[:5]), MomentsGradient(at, *grads[5:10]), grads[10])
+    for cut in ([9], [2, 0, 7]):
+        pulled = [gradient.pullback(*part) for part in zip(z_a.split(cut), z_b.split(cut), strict=True)]
+        for found, wanted in zip(map(torch.cat, zip(*pulled, strict=True)), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_a_cross_moment_is_of_pairs_and_must_be_asked_for():
+    """Sides of different length, sums with and without it, and its covariance where there is none are refused."""
+    a, b = rows(4, 3), rows(5, 3)
+    with pytest.raises(ValueError, match="of pairs of rows"):
+        PairMoments.of(a, b, cross=True)
+    with pytest.raises(ValueError, match="pass `cross` to both or neither"):
+        PairMoments.of(a, a) + PairMoments.of(a, a, cross=True)
+    with pytest.raises(ValueError, match=r"PairMoments.of\(..., cross=True\)"):
+        PairMoments.of(a, a).cross_covariance(True)

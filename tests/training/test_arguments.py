@@ -13,6 +13,17 @@ def arguments(tmp_path, **kwargs):
     return DenseTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **kwargs)
 
 
+def test_more_terms_are_given_by_name(tmp_path):
+    """JSON on the command line or a dict: the objective has them after the paper's three."""
+    for terms in ('{"sphericity": 0.2, "unshared_variance": 0.1}', {"sphericity": 0.2, "unshared_variance": 0.1}):
+        objective = arguments(tmp_path, terms=terms).dense_objective()
+        assert list(objective.terms)[3:] == ["sphericity", "unshared_variance"]
+        assert objective.terms["sphericity"][0] == 0.2
+        assert objective.needs_cross_moment
+    with pytest.raises(ValueError, match="known by name"):
+        arguments(tmp_path, terms={"unknown": 1.0})
+
+
 def test_defaults_are_those_of_the_design(tmp_path):
     """Centred, MLM of weight 1 and dense of weight 3, private repositories, and an objective with exactly these settings."""
     args = arguments(tmp_path)
