@@ -7,6 +7,8 @@ from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.splits import split_by_patient
 from hf_densefeat.evaluation.geometry import condition_number, effective_rank, geometry_report, subspace_distance
 from hf_densefeat.evaluation.probes import ProbeEvaluator
+from hf_densefeat.evaluation.similarity import SimilarityEvaluator
+from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
 from hf_densefeat.evaluation.tasks import ProbeTask
 from hf_densefeat.models.dense import AutoDenseModel, DenseFeatureMixin
 from hf_densefeat.objective.batch_loss import BatchLoss
@@ -28,6 +30,8 @@ __all__ = [
     "Moments",
     "ProbeEvaluator",
     "ProbeTask",
+    "SimilarityEvaluator",
+    "SimilarityTask",
     "Statistics",
     "adjacent_pairs",
     "condition_number",

@@ -1,7 +1,10 @@
 """Metrics for many weightings of the rows at once, and what they are for: bootstrap intervals over patients."""
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -139,42 +142,125 @@ def class_auroc(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.nd
     return _each_class(auroc, y, output, weights)
 
 
-def _auprc(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def class_auprc(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Average precision of probabilities (N, K), as `class_auroc`, (B,)."""
     return _each_class(average_precision, y, output, weights)
 
 
-def _brier(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def brier(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Of the positive class alone with two classes, summed over classes with more (Brier's own form)."""
     errors = (output - np.eye(output.shape[1])[y]) ** 2
     return weights @ (errors[:, 1] if output.shape[1] == 2 else errors.sum(1)) / weights.sum(1)
 
 
-def _rmse(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def rmse(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Root mean squared error of predictions (N,), (B,)."""
     return np.sqrt(weights @ (y - output) ** 2 / weights.sum(1))
 
 
-def _r2(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def r2(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Coefficient of determination of predictions (N,), (B,); NaN where the labels are constant."""
     # About the overall mean: the difference of two large numbers would lose the variance.
     shifted, total = y - y.mean(), weights.sum(1)
     variance = weights @ shifted**2 / total - (weights @ shifted / total) ** 2
     return 1 - _ratio(weights @ (y - output) ** 2 / total, variance)
 
 
-def metrics_of(kind: str, threshold: float) -> dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]]:
-    """The metrics of a kind, each a function of labels, output and weights (B, N) with values (B,).
+def macro_f1_at(y: np.ndarray, output: np.ndarray, weights: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Macro-F1 of probabilities (N, K): class 1 from the threshold on where K = 2, else the largest, (B,)."""
+    predicted = (output[:, 1] >= threshold).astype(np.int64) if output.shape[1] == 2 else output.argmax(1)
+    return macro_f1(y, predicted, weights)
 
-    The output is probabilities (N, K), predictions (N,) or clusters (N,).
+
+def weighted_mean(y: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean of one value a row (N,), (B,); rows without a value (NaN) do not count."""
+    defined = np.isfinite(values)
+    return _ratio(weights @ np.where(defined, values, 0), weights @ defined.astype(float))
+
+
+class MetricFunction(Protocol):
+    """Labels (N,), output and weights (B, N) to values (B,)."""
+
+    def __call__(self, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The metric under each weighting."""
+        ...
+
+
+@dataclass(frozen=True)
+class Metric:
+    """An entry of `METRICS`.
+
+    Attributes:
+        function: labels, output and weights (B, N) to values (B,). The output is probabilities (N, K), predictions
+            (N,), clusters (N,) or, for similarity, one value a row (N,).
+        title: heading in tables.
+        higher_is_better: False for errors.
+        hub_name: metric type in a model card's `model-index`.
     """
-    if kind == "clustering":
-        return {"ari": adjusted_rand, "nmi": mutual_information}
-    if kind == "regression":
-        return {"rmse": _rmse, "r2": _r2}
 
-    def f1(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        predicted = (output[:, 1] >= threshold).astype(np.int64) if kind == "binary" else output.argmax(1)
-        return macro_f1(y, predicted, weights)
+    function: MetricFunction
+    title: str
+    higher_is_better: bool
+    hub_name: str
 
-    return {"auroc": class_auroc, "auprc": _auprc, "brier": _brier, "macro_f1": f1}
+
+METRICS: dict[str, Metric] = {
+    "auroc": Metric(class_auroc, "AUROC", True, "roc_auc"),
+    "auprc": Metric(class_auprc, "AUPRC", True, "average_precision"),
+    "brier": Metric(brier, "Brier", False, "brier_score"),
+    "macro_f1": Metric(macro_f1_at, "macro-F1", True, "f1"),
+    "rmse": Metric(rmse, "RMSE", False, "rmse"),
+    "r2": Metric(r2, "R²", True, "r_squared"),
+    "ari": Metric(adjusted_rand, "ARI", True, "ari"),
+    "nmi": Metric(mutual_information, "NMI", True, "nmi"),
+    "precision_at_10": Metric(weighted_mean, "precision at 10", True, "precision_at_10"),
+    "mrr": Metric(weighted_mean, "MRR", True, "mrr"),
+    "recall_at_10": Metric(weighted_mean, "recall at 10", True, "recall_at_10"),
+    "ndcg_at_10": Metric(weighted_mean, "nDCG at 10", True, "ndcg_at_10"),
+    "adjacent_mrr": Metric(weighted_mean, "MRR of the next note", True, "mrr"),
+    "adjacent_recall_at_10": Metric(weighted_mean, "recall at 10 of the next note", True, "recall_at_10"),
+    "accuracy_at_4": Metric(weighted_mean, "accuracy, 4 labels a class", True, "accuracy"),
+    "accuracy_at_8": Metric(weighted_mean, "accuracy, 8 labels a class", True, "accuracy"),
+    "accuracy_at_16": Metric(weighted_mean, "accuracy, 16 labels a class", True, "accuracy"),
+}
+
+METRICS_OF: dict[str, tuple[str, ...]] = {
+    "binary": ("auroc", "auprc", "brier", "macro_f1"),
+    "multiclass": ("auroc", "auprc", "brier", "macro_f1"),
+    "regression": ("rmse", "r2"),
+    "clustering": ("ari", "nmi"),
+    "neighbours": ("precision_at_10",),
+    "retrieval": ("mrr", "recall_at_10", "ndcg_at_10"),
+    "same_patient": ("mrr", "recall_at_10", "adjacent_mrr", "adjacent_recall_at_10"),
+    "clusters": ("nmi", "ari"),
+    "few_labels": ("accuracy_at_4", "accuracy_at_8", "accuracy_at_16"),
+}
+"""Metrics of each kind of `ProbeTask` and `SimilarityTask`, the first one its headline."""
+
+
+CODES = ("float", "int8", "binary")
+_VARIANT = re.compile(r"(.+?)(?:_(int8|binary)|_d_over_(\d+))?")
+
+
+def metric_named(name: str) -> Metric:
+    """The entry of a metric's name, which may end in a code or a share of the dimensions: ``mrr_binary``, ``mrr_d_over_4``.
+
+    Raises:
+        KeyError: for an unknown name.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    base, code, divisor = _VARIANT.fullmatch(name).groups()
+    how = f"{code} codes" if code else f"first d/{divisor} dimensions"
+    return replace(METRICS[base], title=f"{METRICS[base].title}, {how}")
+
+
+def metrics_of(kind: str, threshold: float = 0.5) -> dict[str, MetricFunction]:
+    """The functions of a kind's metrics by name, macro-F1 at the threshold."""
+    found: dict[str, MetricFunction] = {name: METRICS[name].function for name in METRICS_OF[kind]}
+    if "macro_f1" in found:
+        found["macro_f1"] = partial(macro_f1_at, threshold=threshold)
+    return found
 
 
 def best_threshold(y: np.ndarray, p: np.ndarray) -> float:

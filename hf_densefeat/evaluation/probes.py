@@ -67,6 +67,7 @@ def embed(
     max_length: int | None = None,
     cache: str | Path | bool = False,
     key: str | None = None,
+    headless: bool = False,
 ) -> np.ndarray:
     """Embeddings (N, d) float32 of the texts, each different text encoded once, longest first; bf16 autocast on CUDA.
 
@@ -79,20 +80,23 @@ def embed(
         cache: True for the private folder ``$HF_HOME/hf_densefeat/embeddings``, or a folder; made with mode 0700.
             The file name is a hash of weights, tokenizer, options and texts; the file holds numbers only.
         key: `encoder_key` of the model, where it is known already.
+        headless: without the model's own head, where ``encode`` takes ``head``.
     """
     unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
+    options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    if headless:
+        options |= _accepted(model, head=False)
     path = None
     if cache:
         folder = Path(HF_HOME) / "hf_densefeat" / "embeddings" if cache is True else Path(cache)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        digest = hashlib.sha256(f"{key or encoder_key(model, tokenizer)} {max_length}".encode())
+        digest = hashlib.sha256(f"{key or encoder_key(model, tokenizer)} {max_length} {headless}".encode())
         for text in unique:
             digest.update(hashlib.sha256(text.encode()).digest())
         path = folder / f"{digest.hexdigest()}.npy"
         if path.exists():
             return np.load(path, allow_pickle=False)[inverse]
     order = np.argsort([-len(text) for text in unique], kind="stable")
-    options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     device = next(model.parameters()).device.type if isinstance(model, torch.nn.Module) else "cpu"
     with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         encoded = torch.as_tensor(model.encode([unique[i] for i in order], **options)).float().cpu().numpy()

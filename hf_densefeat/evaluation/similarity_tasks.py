@@ -1,0 +1,235 @@
+"""Uses of embeddings' own metric as tasks: tables of notes, or of queries and documents, read into arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+SimilarityKind = Literal["neighbours", "retrieval", "same_patient", "clusters", "few_labels"]
+KINDS = ("neighbours", "retrieval", "same_patient", "clusters", "few_labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityTask:
+    """A use of embeddings' own metric, on one table of notes or on tables of queries and documents.
+
+    Kinds:
+        * ``neighbours``: share of a note's label among its 10 nearest notes of other patients.
+        * ``retrieval``: MRR, recall and nDCG at 10 of relevant documents, in one of three forms: ``queries``,
+          ``documents`` and ``relevance`` tables, as BEIR has them; ``notes`` with a ``question`` column, each question
+          the query for its own row; ``notes`` with a ``label``, each row the query for the rows of the same value.
+        * ``same_patient``: a patient's other notes among everybody's, and the next one among those of others.
+        * ``clusters``: NMI and ARI of k-means, k the number of classes.
+        * ``few_labels``: accuracy of the nearest class centroid with 4, 8 and 16 labelled notes of each class.
+
+    Attributes:
+        name: prefix of the metric names.
+        kind: see above.
+        notes: table of notes: `datasets.Dataset`, Arrow table, data frame or dict of columns.
+        label: label column. Rows without a label (None, NaN, "") are neither searched nor scored, and are counted.
+        question: column of a note's question. Notes without one are searched and not asked for.
+        queries: table with an id (``_id``, ``id``, ``query_id``) and a ``text`` (or ``query``) column.
+        documents: table with an id (``_id``, ``id``, ``document_id``) and ``text`` (or ``document``), ``title`` optional.
+        relevance: table with ``query-id``, ``corpus-id`` and optionally ``score`` (relevant above 0); also ``query_id``
+            and ``document_id`` (or ``query``, ``document``, ``relevance``).
+        group: patient column, of the notes or of the queries; None where every row is its own patient, as it is where
+            the queries have no such column. The bootstrap redraws patients.
+        apart: leave a row's own patient out of the search. By default only ``neighbours`` does.
+        text: text column of the notes.
+        order: time column of the notes (``same_patient``); the order of the rows where the table has none.
+    """
+
+    name: str
+    kind: SimilarityKind
+    notes: Any = None
+    label: str | None = None
+    question: str | None = None
+    queries: Any = None
+    documents: Any = None
+    relevance: Any = None
+    group: str | None = "patient_id"
+    apart: bool | None = None
+    text: str = "text"
+    order: str = "time"
+
+
+@dataclass(frozen=True)
+class SimilarityRows:
+    """A task read into arrays; what `similarity_of` needs beside the embeddings.
+
+    Attributes:
+        kind: the task's kind.
+        texts: the notes or documents, (N,).
+        queries: texts of separate queries, (Q,); empty where the notes themselves are the queries.
+        y: label codes of the notes, (N,), or the number of the query, (Q,).
+        group: patient codes of the scored rows, (N,) or (Q,).
+        relevant: rows (query, document) of given relevance, (P, 2).
+        following: row of the patient's next note, −1 for none, (N,).
+        index: rows of the task's table, (N,) or (Q,).
+        apart: a row's own patient is not searched.
+        left_out: number of rows left out, by reason.
+    """
+
+    kind: SimilarityKind
+    texts: list[str]
+    queries: list[str]
+    y: np.ndarray
+    group: np.ndarray
+    relevant: np.ndarray
+    following: np.ndarray
+    index: np.ndarray
+    apart: bool
+    left_out: dict[str, int]
+
+
+def _columns(table: Any) -> list[str]:
+    return list(getattr(table, "column_names", None) or list(table))
+
+
+def _column(task: SimilarityTask, table: Any, *names: str) -> list:
+    """The first of the columns that the table has, as a list of Python values."""
+    for name in names:
+        if name in _columns(table):
+            values = table[name]
+            values = values.to_pylist() if hasattr(values, "to_pylist") else values[:]
+            return values.tolist() if hasattr(values, "tolist") else list(values)
+    raise ValueError(
+        f"Similarity {task.name!r}: expected a column {' or '.join(map(repr, names))}; the table has "
+        f"{sorted(_columns(table))}."
+    )
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value or value == ""
+
+
+def _group_codes(task: SimilarityTask, table: Any, required: bool) -> np.ndarray:
+    count = len(_column(task, table, _columns(table)[0]))
+    if task.group is None or (not required and task.group not in _columns(table)):
+        return np.arange(count)
+    groups = _column(task, table, task.group)
+    if any(_missing(one) for one in groups):
+        row = next(i for i, one in enumerate(groups) if _missing(one))
+        raise ValueError(f"Similarity {task.name!r}: row {row} has nothing in column {task.group!r}.")
+    return np.unique(np.asarray([str(one) for one in groups], dtype=object), return_inverse=True)[1]
+
+
+def _texts(task: SimilarityTask, values: Sequence, column: str) -> list[str]:
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ValueError(f"Similarity {task.name!r}: row {row} has no text in column {column!r}.")
+    return list(values)
+
+
+def _following(task: SimilarityTask, group: np.ndarray) -> np.ndarray:
+    """Row of each row's next one in time within the group; rows at equal times follow each other as in the table."""
+    order = np.arange(len(group))
+    if task.order in _columns(task.notes):
+        times = np.asarray(_column(task, task.notes, task.order))
+        order = np.argsort(times, kind="stable")
+    order = order[np.argsort(group[order], kind="stable")]
+    following = np.full(len(group), -1)
+    same = group[order[:-1]] == group[order[1:]]
+    following[order[:-1][same]] = order[1:][same]
+    return following
+
+
+def _beir(task: SimilarityTask) -> SimilarityRows:
+    """Queries, documents and relevance; queries without a relevant document are left out."""
+    ids = [str(one) for one in _column(task, task.queries, "_id", "id", "query_id", "query-id")]
+    names = [str(one) for one in _column(task, task.documents, "_id", "id", "document_id", "corpus-id")]
+    texts = _texts(task, _column(task, task.documents, "text", "document"), "text")
+    if "title" in _columns(task.documents):
+        titles = _column(task, task.documents, "title")
+        texts = [f"{title or ''} {text}".strip() for title, text in zip(titles, texts, strict=True)]
+    asked = _column(task, task.relevance, "query-id", "query_id", "query")
+    found = _column(task, task.relevance, "corpus-id", "document_id", "document")
+    scored = [name for name in ("score", "relevance") if name in _columns(task.relevance)]
+    score = _column(task, task.relevance, scored[0]) if scored else [1] * len(asked)
+    query_of, document_of = ({name: i for i, name in enumerate(side)} for side in (ids, names))
+    pairs = [(str(q), str(d)) for q, d, s in zip(asked, found, score, strict=True) if s > 0]
+    unknown = sum(q not in query_of or d not in document_of for q, d in pairs)
+    if unknown or len(query_of) < len(ids) or len(document_of) < len(names):
+        raise ValueError(
+            f"Similarity {task.name!r}: expected different ids and a relevance that names them, but {unknown} of "
+            f"{len(pairs)} relevant pairs name an unknown id, {len(ids) - len(query_of)} queries and "
+            f"{len(names) - len(document_of)} documents repeat one."
+        )
+    named = np.array([(query_of[q], document_of[d]) for q, d in pairs], dtype=np.int64).reshape(-1, 2)
+    relevant = np.unique(named, axis=0)
+    kept = np.unique(relevant[:, 0])
+    queries = _texts(task, _column(task, task.queries, "text", "query"), "text")
+    group = _group_codes(task, task.queries, required=False)[kept]
+    relevant[:, 0] = np.searchsorted(kept, relevant[:, 0])
+    left_out = {"without_relevant": len(ids) - len(kept)}
+    return SimilarityRows(
+        task.kind, texts, [queries[i] for i in kept], kept, group, relevant, np.empty(0), kept, False, left_out
+    )
+
+
+def _questions(task: SimilarityTask) -> SimilarityRows:
+    texts = _texts(task, _column(task, task.notes, task.text), task.text)
+    asked = _column(task, task.notes, task.question or "")
+    kept = np.array([i for i, one in enumerate(asked) if not _missing(one)], dtype=np.int64)
+    group = _group_codes(task, task.notes, required=True)[kept]
+    relevant = np.column_stack([np.arange(len(kept)), kept])
+    left_out = {"without_question": len(texts) - len(kept)}
+    queries = [str(asked[i]) for i in kept]
+    return SimilarityRows(task.kind, texts, queries, kept, group, relevant, np.empty(0), kept, False, left_out)
+
+
+def _labelled(task: SimilarityTask) -> SimilarityRows:
+    texts, labels = _column(task, task.notes, task.text), _column(task, task.notes, task.label or "")
+    kept = np.array([i for i, one in enumerate(labels) if not _missing(one)], dtype=np.int64)
+    classes, y = np.unique(np.array([str(labels[i]) for i in kept], dtype=object), return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"Similarity {task.name!r}: column {task.label!r} has {len(classes)} different values in {len(kept)} "
+            "labelled rows, at least two are needed."
+        )
+    group = _group_codes(task, task.notes, required=True)[kept]
+    apart = task.kind == "neighbours" if task.apart is None else task.apart
+    chosen = _texts(task, [texts[i] for i in kept], task.text)
+    left_out = {"unlabelled": len(texts) - len(kept)}
+    none = np.empty((0, 2), dtype=np.int64)
+    return SimilarityRows(task.kind, chosen, [], y, group, none, np.empty(0), kept, apart, left_out)
+
+
+def similarity_rows(task: SimilarityTask) -> SimilarityRows:
+    """Read a task's tables.
+
+    Raises:
+        ValueError: for a kind without what it needs, a missing column, a row without text or patient, one class,
+            unknown or repeated ids, or nothing to score.
+    """
+    tables = [one is not None for one in (task.queries, task.documents, task.relevance)]
+    needs = {
+        "neighbours": task.label,
+        "clusters": task.label,
+        "few_labels": task.label,
+        "same_patient": task.group,
+        "retrieval": all(tables) or task.question or task.label,
+    }
+    if task.kind not in KINDS or not needs[task.kind] or (task.notes is None and not all(tables)):
+        raise ValueError(
+            f"Similarity {task.name!r}: expected a kind among {KINDS}; notes with a label for neighbours, clusters and "
+            "few_labels, with a group for same_patient, with a label or a question for retrieval; or the three tables "
+            f"queries, documents and relevance. Got kind={task.kind!r}, label={task.label!r}, "
+            f"question={task.question!r}, group={task.group!r}."
+        )
+    if task.kind == "same_patient":
+        texts = _texts(task, _column(task, task.notes, task.text), task.text)
+        group, every = _group_codes(task, task.notes, required=True), np.arange(len(texts))
+        none, alone = np.empty((0, 2), dtype=np.int64), int((np.bincount(group) == 1).sum())
+        following = _following(task, group)
+        rows = SimilarityRows(task.kind, texts, [], every, group, none, following, every, False, {"alone": alone})
+    elif task.kind == "retrieval" and all(tables):
+        rows = _beir(task)
+    elif task.kind == "retrieval" and task.question:
+        rows = _questions(task)
+    else:
+        rows = _labelled(task)
+    if len(rows.y) == 0:
+        raise ValueError(f"Similarity {task.name!r}: nothing is left to score ({rows.left_out}).")
+    return rows

@@ -1,0 +1,224 @@
+"""Similarity tasks: tables in, intervals out, paired between encoders, with maps, codes and fewer dimensions."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import make_model, make_notes
+
+from hf_densefeat import SimilarityEvaluator, SimilarityTask
+from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, metric_named
+from hf_densefeat.evaluation.probes import paired_difference
+from hf_densefeat.evaluation.ranking import same_label
+from hf_densefeat.evaluation.similarity import centred_on, similarity_of
+from hf_densefeat.evaluation.similarity_tasks import similarity_rows
+
+N = 120
+
+
+def notes_of(**columns):
+    rng = np.random.default_rng(0)
+    y = np.arange(N) % 4
+    table = {
+        "text": [f"note {i}" for i in range(N)],
+        "patient_id": (np.arange(N) // 3).tolist(),
+        "time": rng.permutation(N).tolist(),
+        "disease": [f"disease {c}" for c in y],
+        "question": [f"question {i}" for i in range(N)],
+    }
+    return table | columns
+
+
+def embeddings(noise=1.0, seed=0, d=16):
+    rng = np.random.default_rng(seed)
+    return (2 * rng.normal(size=(4, d))[np.arange(N) % 4] + noise * rng.normal(size=(N, d))).astype(np.float32)
+
+
+def task(kind, notes=None, **options):
+    return SimilarityTask(name="a", kind=kind, notes=notes_of() if notes is None else notes, **options)
+
+
+KINDS = {
+    "neighbours": {"label": "disease"},
+    "retrieval": {"label": "disease"},
+    "same_patient": {},
+    "clusters": {"label": "disease"},
+    "few_labels": {"label": "disease"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_its_metrics_and_variants(kind):
+    """Every metric of the kind, of each code and share of the dimensions, in range, with an interval around it."""
+    found = similarity_of(embeddings(), similarity_rows(task(kind, **KINDS[kind])), bootstraps=200)
+    suffixes = ("", "_int8", "_binary", "_d_over_2", "_d_over_4", "_d_over_8")
+    assert list(found.metrics) == [name + suffix for suffix in suffixes for name in METRICS_OF[kind]]
+    for name, estimate in found.metrics.items():
+        assert -0.5 <= estimate.low <= estimate.high <= 1 + 1e-9
+        assert found.replicates[name].shape == (200,)
+        assert (
+            metric_named(name).function is METRICS[name.split("_int8")[0].split("_bin")[0].split("_d_o")[0]].function
+        )
+    assert found.rows["scored"] > 0
+    assert found.rows["patients"] == 40
+
+
+def test_intervals_redraw_patients():
+    """The interval is that of a bootstrap over patients written out."""
+    rows, z = similarity_rows(task("neighbours", label="disease")), embeddings(4.0)
+    found = similarity_of(z, rows, codes=("float",), divisors=(1,), bootstraps=4000)
+    values = same_label(z, rows.y, rows.group)["precision_at_10"]
+    assert found.metrics["precision_at_10"].value == pytest.approx(values.mean())
+    rng, by_patient = np.random.default_rng(9), values.reshape(40, 3)
+    means = [by_patient[rng.integers(0, 40, size=40)].mean() for _ in range(4000)]
+    np.testing.assert_allclose(
+        (found.metrics["precision_at_10"].low, found.metrics["precision_at_10"].high),
+        np.percentile(means, [2.5, 97.5]),
+        atol=0.01,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_differences_are_paired(kind):
+    """The same redraws for both encoders: an encoder differs from itself by nothing, and from noise by its interval."""
+    rows = similarity_rows(task(kind, **KINDS[kind]))
+    good, bad = (similarity_of(embeddings(noise), rows, bootstraps=200) for noise in (1.0, 8.0))
+    for estimate in paired_difference(good, good).values():
+        assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
+    if kind != "same_patient":
+        assert paired_difference(good, bad)[METRICS_OF[kind][0]].low > 0
+    with pytest.raises(ValueError, match="their test rows differ"):
+        paired_difference(good, similarity_of(embeddings()[:60], similarity_rows(task(kind, half(), **KINDS[kind]))))
+
+
+def half():
+    return {name: column[:60] for name, column in notes_of().items()}
+
+
+def test_question_finds_its_own_row():
+    """Each question is the query of its row; rows without one are searched and not asked for."""
+    notes = notes_of(question=[None if i % 2 else f"question {i}" for i in range(N)])
+    rows, z = similarity_rows(task("retrieval", notes, question="question")), embeddings()
+    assert rows.queries == [f"question {i}" for i in range(0, N, 2)]
+    found = similarity_of(z, rows, queries=z[::2], bootstraps=50)
+    assert found.metrics["mrr"].value == 1
+    assert found.rows == {"scored": 60, "patients": 40, "searched": 120, "undefined": 0, "without_question": 60}
+    shuffled = similarity_of(z, rows, queries=np.random.default_rng(1).permutation(z)[:60], bootstraps=50)
+    assert shuffled.metrics["mrr"].value < 0.5
+
+
+def beir(**options):
+    queries = pa.table({"_id": ["x", "y", "z"], "text": ["one", "two", "three"]})
+    documents = {"_id": ["1", "2", "3"], "title": ["A", "", None], "text": ["a", "b", "c"]}
+    relevance = pa.table({"query-id": ["x", "y", "x", "z"], "corpus-id": ["3", "2", "1", "1"], "score": [1, 2, 1, 0]})
+    tables = {"queries": queries, "documents": documents, "relevance": relevance}
+    return SimilarityTask(name="beir", kind="retrieval", **tables | options)
+
+
+def test_tables_as_beir_has_them():
+    """Relevance above 0 counts; a query without any is left out and counted; titles precede the text."""
+    rows = similarity_rows(beir())
+    assert (rows.texts, rows.queries) == (["A a", "b", "c"], ["one", "two"])
+    assert sorted(map(tuple, rows.relevant.tolist())) == [(0, 0), (0, 2), (1, 1)]
+    assert rows.left_out == {"without_relevant": 1}
+    z = np.eye(3, dtype=np.float32)
+    found = similarity_of(z, rows, queries=z[[2, 0]] + 0.1 * z[[1, 2]], bootstraps=20)
+    assert found.values["mrr"].tolist() == [1, pytest.approx(1 / 3)]
+    assert found.values["recall_at_10"].tolist() == [1, 1]
+
+
+def test_relevance_of_unknown_ids_is_refused():
+    """With their number."""
+    relevance = {"query_id": ["x", "w"], "document_id": ["1", "9"]}
+    with pytest.raises(ValueError, match="1 of 2 relevant pairs name an unknown id"):
+        similarity_rows(beir(relevance=relevance))
+    with pytest.raises(ValueError, match="nothing is left to score"):
+        similarity_rows(beir(relevance={"query_id": [], "document_id": []}))
+
+
+def test_rows_without_a_label_are_left_out():
+    """Neither searched nor scored, and counted, whatever stands for no label."""
+    notes = notes_of()
+    notes["disease"][:3] = [None, float("nan"), ""]
+    rows = similarity_rows(task("neighbours", notes, label="disease"))
+    assert len(rows.texts) == N - 3
+    assert rows.left_out == {"unlabelled": 3}
+    assert rows.index[0] == 3
+
+
+def test_refusals_say_what_is_needed():
+    """One class, a missing column, text or patient, an unknown kind, a kind without its label."""
+    with pytest.raises(ValueError, match="1 different values in 120 labelled rows, at least two"):
+        similarity_rows(task("neighbours", notes_of(disease=["same"] * N), label="disease"))
+    with pytest.raises(ValueError, match="expected a column 'ward'"):
+        similarity_rows(task("neighbours", label="ward"))
+    with pytest.raises(ValueError, match="row 4 has no text"):
+        similarity_rows(task("same_patient", notes_of(text=["a"] * 4 + [None] * (N - 4))))
+    with pytest.raises(ValueError, match="row 0 has nothing in column 'patient_id'"):
+        similarity_rows(task("same_patient", notes_of(patient_id=[None] * N)))
+    for kind, options in (("nearest", {"label": "disease"}), ("clusters", {}), ("same_patient", {"group": None})):
+        with pytest.raises(ValueError, match="expected a kind among"):
+            similarity_rows(task(kind, **options))
+    with pytest.raises(ValueError, match="Expected 120 embeddings and 0 of queries but got 2"):
+        similarity_of(np.zeros((2, 3)), similarity_rows(task("same_patient")))
+    with pytest.raises(ValueError, match="Expected codes among"):
+        similarity_of(embeddings(), similarity_rows(task("same_patient")), codes=("int4",))
+
+
+def test_the_next_note_is_next_in_time():
+    """In the order of the time column, within the patient, whatever the order of the rows."""
+    rows = similarity_rows(task("same_patient"))
+    time = np.array(notes_of()["time"])
+    for i, j in enumerate(rows.following):
+        later = [k for k in range(N) if k // 3 == i // 3 and time[k] > time[i]]
+        assert j == (min(later, key=lambda k: time[k]) if later else -1)
+
+
+def test_maps_come_first():
+    """Centring and any callable map are applied to documents and queries before the cosine."""
+    rows, z = similarity_rows(task("retrieval", question="question")), embeddings() + 30
+    queries = z + np.random.default_rng(2).normal(size=z.shape).astype(np.float32)
+    plain, centred, mapped = (
+        similarity_of(z, rows, queries=queries, head=head, bootstraps=0)
+        for head in (None, "centred", lambda rows: rows - torch.from_numpy(z).mean(0))
+    )
+    assert centred.metrics == mapped.metrics
+    assert centred.metrics["mrr_binary"].value > plain.metrics["mrr_binary"].value
+    assert float(centred_on(z)(torch.from_numpy(z)).mean()) == pytest.approx(0, abs=1e-5)
+
+
+def test_evaluator_of_a_model(tokenizer, tmp_path):
+    """Flat keys for a trainer; intervals and the cache in `evaluate`; equal numbers in both."""
+    notes = make_notes(20, seed=1)
+    label = [str(i % 3) for i in range(len(notes))]
+    notes = notes.add_column("label", label).add_column("question", label)
+    tasks = [
+        SimilarityTask(name="near", kind="neighbours", notes=notes, label="label"),
+        SimilarityTask(name="ask", kind="retrieval", notes=notes, question="question"),
+        SimilarityTask(name="own", kind="same_patient", notes=notes),
+    ]
+    model = make_model("bert", tokenizer)
+    evaluator = SimilarityEvaluator(tasks, cache=tmp_path, bootstraps=20)
+    flat, full = evaluator(model, tokenizer), evaluator.evaluate(model, tokenizer)
+    assert flat["similarity_seconds"] > 0
+    for name, result in full.items():
+        for metric, estimate in result.metrics.items():
+            assert flat[f"{name}_{metric}"] == pytest.approx(estimate.value, abs=1e-6)
+            assert np.isfinite(estimate.low)
+    assert {"near_precision_at_10", "ask_mrr_binary", "own_adjacent_mrr_d_over_4"} <= flat.keys()
+    with pytest.raises(ValueError, match="different names"):
+        SimilarityEvaluator(tasks + tasks)
+
+
+def test_every_metric_is_complete():
+    """Each entry of the list has all that tables and cards need, and each kind names entries of the list."""
+    for name, metric in METRICS.items():
+        assert callable(metric.function), name
+        assert metric.title, name
+        assert metric.hub_name, name
+        assert metric.higher_is_better in (True, False), name
+    assert {name for names in METRICS_OF.values() for name in names} == set(METRICS)
+    assert metric_named("adjacent_mrr_d_over_4").title == "MRR of the next note, first d/4 dimensions"
+    assert metric_named("nmi_binary").title == "NMI, binary codes"
+    with pytest.raises(KeyError):
+        metric_named("accuracy_binary")
