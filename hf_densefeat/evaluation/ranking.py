@@ -61,7 +61,7 @@ def _expected_relevance(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
     hit = relevant.gather(1, index).float()
     # Only the last group of ties can reach beyond the first k positions; the others are whole among them.
     tied = (scores - top[:, -1:]).abs() <= TIE
-    share = (tied & relevant).sum(1) / tied.sum(1).clamp_min(1)
+    share = (tied & relevant).count_nonzero(1) / tied.count_nonzero(1).clamp_min(1)
     same = ((top[:, :, None] - top[:, None, :]).abs() <= TIE).float()
     inside = (same * hit[:, None, :]).sum(2) / same.sum(2).clamp_min(1)
     expected = torch.where(top - top[:, -1:] <= TIE, share[:, None], inside)
@@ -72,8 +72,8 @@ def _first_rank(scores: Tensor, relevant: Tensor) -> Tensor:
     """Expected rank of the first relevant document, (queries,)."""
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
     tied = (scores - best).abs() <= TIE
-    above = (scores > best + TIE).sum(1)
-    return above + (tied.sum(1) + 1) / ((tied & relevant).sum(1) + 1)
+    above = (scores > best + TIE).count_nonzero(1)
+    return above + (tied.count_nonzero(1) + 1) / ((tied & relevant).count_nonzero(1) + 1)
 
 
 def ranking(
@@ -113,8 +113,8 @@ def ranking(
         searched = torch.full((len(scores),), len(documents))
         if allowed is not None:
             mask = allowed(rows)
-            scores, wanted, searched = scores.masked_fill(~mask, -torch.inf), wanted & mask, mask.sum(1)
-        expected, count = _expected_relevance(scores, wanted, k), wanted.sum(1)
+            scores, wanted, searched = scores.masked_fill(~mask, -torch.inf), wanted & mask, mask.count_nonzero(1)
+        expected, count = _expected_relevance(scores, wanted, k), wanted.count_nonzero(1)
         values = torch.stack(
             [
                 1 / _first_rank(scores, wanted),

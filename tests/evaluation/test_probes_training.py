@@ -8,7 +8,14 @@ from conftest import make_model, make_notes
 from distributed_worker import Ranks, train
 from transformers import EarlyStoppingCallback
 
-from hf_densefeat import DenseTrainer, DenseTrainingArguments, ProbeEvaluator, ProbeTask
+from hf_densefeat import (
+    DenseTrainer,
+    DenseTrainingArguments,
+    ProbeEvaluator,
+    ProbeTask,
+    SimilarityEvaluator,
+    SimilarityTask,
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +106,42 @@ def test_probes_leave_training_as_it_was(tokenizer, notes, evaluator, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_two_processes_choose_the_same_model(tokenizer, notes, evaluator, tmp_path):
-    """On two ranks the probe metrics and the weights that come back are the same, and those of one process."""
+@pytest.fixture(scope="module")
+def similarity():
+    """Notes of one kind share a word; the next note of a patient is to be found."""
+    notes = make_notes(30, seed=2)
+    kinds = ["sepsis", "asthma", "anemia"]
+    texts = [f"{kinds[i % 3]} {kinds[i % 3]} {text}" for i, text in enumerate(notes["text"])]
+    table = notes.remove_columns("text").add_column("text", texts)
+    table = table.add_column("kind", [kinds[i % 3] for i in range(len(texts))])
+    tasks = [
+        SimilarityTask(name="near", kind="neighbours", notes=table, label="kind"),
+        SimilarityTask(name="own", kind="same_patient", notes=table),
+        SimilarityTask(name="groups", kind="clusters", notes=table, label="kind"),
+    ]
+    return SimilarityEvaluator(tasks, codes=("float", "binary"), divisors=(1, 2), cache=False)
+
+
+def test_similarity_chooses_the_best_model(tokenizer, notes, similarity, tmp_path):
+    """Its keys are in the log and choose the weights that are kept."""
+    best = {"metric_for_best_model": "near_precision_at_10"}
+    trainer = trainer_of(tmp_path, tokenizer, notes, similarity, **best)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    found = [entry["eval_near_precision_at_10"] for entry in logs]
+    assert trainer.state.best_metric == max(found)
+    assert {"eval_own_adjacent_mrr_binary", "eval_groups_nmi_d_over_2"} <= logs[0].keys()
+    again = similarity(trainer.model, tokenizer)["near_precision_at_10"]
+    assert again == pytest.approx(max(found), abs=1e-6)
+
+
+def in_processes(tokenizer, notes, evaluator, tmp_path, **chosen):
+    """Answers of training with one process and with two, by their number."""
     pool = Ranks(2)
     try:
         answers = {}
         for world in (1, 2):
-            args = arguments(tmp_path / str(world), per_device_train_batch_size=8 // world)
+            args = arguments(tmp_path / str(world), per_device_train_batch_size=8 // world, **chosen)
             names = ("per_device_train_batch_size", "subspace_dim", "max_steps", "eval_strategy", "eval_steps")
             names += ("save_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
             options = {name: getattr(args, name) for name in names} | {"save_strategy": "steps"}
@@ -113,6 +149,25 @@ def test_two_processes_choose_the_same_model(tokenizer, notes, evaluator, tmp_pa
             answers[world] = pool.run(train, world, folder=args.output_dir, **shared, **options)
     finally:
         pool.stop()
+    return answers
+
+
+def test_two_processes_measure_the_same_similarity(tokenizer, notes, similarity, tmp_path):
+    """On two ranks every number is the same on both, and that of one process up to training's rounding."""
+    answers = in_processes(tokenizer, notes, similarity, tmp_path, metric_for_best_model="own_adjacent_mrr")
+    (one,), (first, second) = answers[1], answers[2]
+    names = [name for name in one["metrics"] if name.startswith(("eval_near_", "eval_own_", "eval_groups_"))]
+    assert len(names) == 3 * (1 + 4 + 2)
+    for name in names:
+        assert first["metrics"][name] == second["metrics"][name]
+    assert first["metrics"]["eval_own_mrr"] == pytest.approx(one["metrics"]["eval_own_mrr"], abs=0.02)
+    for name, value in first["weights"].items():
+        assert (value == second["weights"][name]).all()
+
+
+def test_two_processes_choose_the_same_model(tokenizer, notes, evaluator, tmp_path):
+    """On two ranks the probe metrics and the weights that come back are the same, and those of one process."""
+    answers = in_processes(tokenizer, notes, evaluator, tmp_path)
     (one,), (first, second) = answers[1], answers[2]
     probes = [name for name in one["metrics"] if name.startswith("eval_sick_")]
     assert len(probes) == 4
