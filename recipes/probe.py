@@ -31,8 +31,9 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask, adjacent_pairs, geometry_report, load_notes
+from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import patient_subspaces, principal_angles, spectrum
-from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, embed, encoder_key, meds_predictions, paired_difference
+from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions, paired_difference
 from hf_densefeat.reporting.plots import plot_angles, plot_projection, plot_shots, plot_spectra
 from hf_densefeat.reporting.tables import (
     METHOD,

@@ -25,6 +25,9 @@ MATHEMATICS = [
     *sorted(name for name in MODULES if name.startswith("objective.")),
     "models.pooling",
     "evaluation.geometry",
+    "evaluation.ranking",
+    "evaluation.spectrum",
+    "evaluation.subspaces",
 ]
 
 

@@ -5,8 +5,6 @@ training rows; the regularisation is chosen on the validation rows; the test row
 Intervals are the 2.5 and 97.5 percentiles of bootstrap replicates that redraw *patients*, never rows.
 """
 
-import hashlib
-import inspect
 import logging
 import time
 from collections.abc import Sequence
@@ -16,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from huggingface_hub.constants import HF_HOME
 from sklearn.cluster import KMeans
 
+from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.linear import ALPHAS, CS, fit_path, predict
 from hf_densefeat.evaluation.metrics import (
     Estimate,
@@ -34,81 +31,6 @@ from hf_densefeat.evaluation.tasks import Kind, ProbeTask, task_rows
 logger = logging.getLogger(__name__)
 
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-# ---------------------------------------------------------------------------------------------------- embeddings
-
-
-def _accepted(model: Any, **options: Any) -> dict[str, Any]:
-    known = inspect.signature(model.encode).parameters
-    return {name: value for name, value in options.items() if value is not None and name in known}
-
-
-def encoder_key(model: Any, tokenizer: Any = None) -> str:
-    """SHA-256 over the weights below the head, architecture, config and tokenizer: equal keys, equal embeddings."""
-    digest = hashlib.sha256(repr(model).encode())
-    if hasattr(model, "config"):
-        digest.update(model.config.to_json_string().encode())
-    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    if tokenizer is not None:
-        digest.update(repr(tokenizer).encode() + repr(sorted(tokenizer.get_vocab().items())).encode())
-    # The body only: a language-modelling head has no part in embeddings, and is random where a checkpoint has none.
-    for name, weight in sorted(getattr(model, "base_model", model).state_dict().items()):
-        digest.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def embed(
-    model: Any,
-    texts: Sequence[str],
-    tokenizer: Any = None,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    cache: str | Path | bool = False,
-    key: str | None = None,
-    headless: bool = False,
-) -> np.ndarray:
-    """Embeddings (N, d) float32 of the texts, each different text encoded once, longest first; bf16 autocast on CUDA.
-
-    Args:
-        model: anything with ``encode(texts, ...)``: one of our encoders or a `SentenceTransformer`.
-        texts: N strings.
-        tokenizer: passed on where ``encode`` takes one.
-        batch_size: passed on.
-        max_length: passed on where ``encode`` takes it.
-        cache: True for the private folder ``$HF_HOME/hf_densefeat/embeddings``, or a folder; made with mode 0700.
-            The file name is a hash of weights, tokenizer, options and texts; the file holds numbers only.
-        key: `encoder_key` of the model, where it is known already.
-        headless: without the model's own head, where ``encode`` takes ``head``.
-    """
-    unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
-    options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-    if headless:
-        options |= _accepted(model, head=False)
-    path = None
-    if cache:
-        folder = Path(HF_HOME) / "hf_densefeat" / "embeddings" if cache is True else Path(cache)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        digest = hashlib.sha256(f"{key or encoder_key(model, tokenizer)} {max_length} {headless}".encode())
-        for text in unique:
-            digest.update(hashlib.sha256(text.encode()).digest())
-        path = folder / f"{digest.hexdigest()}.npy"
-        if path.exists():
-            return np.load(path, allow_pickle=False)[inverse]
-    order = np.argsort([-len(text) for text in unique], kind="stable")
-    device = next(model.parameters()).device.type if isinstance(model, torch.nn.Module) else "cpu"
-    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        encoded = torch.as_tensor(model.encode([unique[i] for i in order], **options)).float().cpu().numpy()
-    z = np.empty_like(encoded)
-    z[order] = encoded
-    if path is not None:
-        partial = path.with_suffix(f".{time.monotonic_ns()}.tmp")
-        with open(partial, "wb") as file:
-            partial.chmod(0o600)
-            np.save(file, z)
-        partial.rename(path)
-    return z[inverse]
 
 
 # ---------------------------------------------------------------------------------------------- one probe, its result

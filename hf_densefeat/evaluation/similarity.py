@@ -18,8 +18,8 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.metrics import CODES, METRICS_OF, Estimate, metric_named, patient_weights, replicate
-from hf_densefeat.evaluation.probes import embed, encoder_key
 from hf_densefeat.evaluation.ranking import coded, few_labels, ranking, same_group, same_label, unit_rows
 from hf_densefeat.evaluation.similarity_tasks import SimilarityKind, SimilarityRows, SimilarityTask, similarity_rows
 

@@ -22,7 +22,7 @@ from domains.rows import balanced, sample, standardised, training
 from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, adjacent_pairs, load_notes
 from hf_densefeat.data.collator import tokenize_notes
 from hf_densefeat.data.pairs import NotePairs, TokenPairs
-from hf_densefeat.evaluation.probes import encoder_key
+from hf_densefeat.evaluation.embeddings import encoder_key
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DAY = 86400

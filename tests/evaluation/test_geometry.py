@@ -10,15 +10,21 @@ import scipy.stats
 import torch
 
 from hf_densefeat.evaluation.geometry import (
+    COLLAPSED_DIRECTIONS,
+    COLLAPSED_RANK,
+    COLLAPSED_VARIANCE,
+    OVERSPREAD_RANK,
     condition_number,
     effective_rank,
     geometry_report,
+    geometry_state,
     mean_cosine,
     patient_subspaces,
     principal_angles,
     spectrum,
     subspace_distance,
     subspace_noise_floor,
+    variance_share,
 )
 
 SHAPES = [(50, 20), (20, 50), (30, 30)]
@@ -236,3 +242,44 @@ def test_layernorm_encoders_are_singular_and_the_resolved_condition_number_is_no
     assert report["condition_number_centered"] == 1e10
     assert report["resolved_rank_centered"] == 15
     assert report["condition_resolved_centered"] < 1e4
+
+
+def report_of(rank=50.0, attainable=128, variance=0.5):
+    return {
+        "effective_rank_centered": rank,
+        "attainable_rank": attainable,
+        "total_variance": 2.0,
+        "total_variance_centered": 2.0 * variance,
+    }
+
+
+@pytest.mark.parametrize(
+    ("report", "state"),
+    [
+        (report_of(), "healthy"),
+        (report_of(rank=COLLAPSED_RANK * 128 - 0.1), "collapsed"),
+        (report_of(rank=COLLAPSED_RANK * 128 + 0.1), "healthy"),
+        (report_of(rank=COLLAPSED_DIRECTIONS - 0.1, attainable=20), "collapsed"),
+        (report_of(variance=COLLAPSED_VARIANCE - 0.01), "collapsed"),
+        (report_of(variance=COLLAPSED_VARIANCE + 0.01), "healthy"),
+        (report_of(rank=OVERSPREAD_RANK * 128 + 0.1), "over-spread"),
+        (report_of(rank=0.0, attainable=0, variance=0.0), "collapsed"),
+    ],
+)
+def test_state_of_a_report(report, state):
+    """Each threshold from both sides."""
+    assert geometry_state(report) == state
+
+
+def test_state_of_clouds():
+    """Noise is over-spread, a decaying spectrum healthy, one shared direction at cosine 0.95 collapsed, and so are zeros."""
+    noise = torch.randn(600, 64, generator=torch.Generator().manual_seed(0))
+    assert geometry_state(geometry_report(noise)) == "over-spread"
+    decay = noise * torch.linspace(0, 4, 64).neg().exp()
+    assert geometry_state(geometry_report(decay)) == "healthy"
+    shifted = decay + 4.4 * decay.square().sum(1).mean().sqrt() * torch.eye(64)[0]
+    found = geometry_report(shifted)
+    assert found["mean_cosine"] > 0.9
+    assert variance_share(found) == pytest.approx(1 - found["mean_cosine"], abs=0.02)
+    assert geometry_state(found) == "collapsed"
+    assert geometry_state(geometry_report(torch.zeros(30, 8))) == "collapsed"

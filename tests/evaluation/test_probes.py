@@ -13,6 +13,7 @@ from sklearn import metrics
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
 from sklearn.preprocessing import StandardScaler
 
+from hf_densefeat.evaluation.embeddings import embed
 from hf_densefeat.evaluation.linear import ALPHAS, CS, Design, logistic_path, ridge_path
 from hf_densefeat.evaluation.metrics import (
     adjusted_rand,
@@ -22,7 +23,7 @@ from hf_densefeat.evaluation.metrics import (
     mutual_information,
     patient_weights,
 )
-from hf_densefeat.evaluation.probes import ProbeEvaluator, embed, meds_predictions, paired_difference, probe
+from hf_densefeat.evaluation.probes import ProbeEvaluator, meds_predictions, paired_difference, probe
 from hf_densefeat.evaluation.tasks import ProbeTask, split_patients, task_rows
 
 

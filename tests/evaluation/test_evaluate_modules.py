@@ -9,7 +9,7 @@ import torch
 
 from hf_densefeat.evaluation import geometry
 
-METRICS = Path(geometry.__file__).parent / "metrics"
+METRICS = Path(geometry.__file__).parent
 
 
 @pytest.fixture
