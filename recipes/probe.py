@@ -34,10 +34,10 @@ from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask, adjacent_pai
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import patient_subspaces, principal_angles, spectrum
 from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions, paired_difference
+from hf_densefeat.evaluation.tasks import PROBE_KINDS
 from hf_densefeat.reporting.plots import plot_angles, plot_projection, plot_shots, plot_spectra
 from hf_densefeat.reporting.tables import (
     METHOD,
-    PRIMARY,
     geometry_table,
     markdown,
     probe_table,
@@ -103,9 +103,9 @@ def parse_tasks(arguments: Sequence[str], notes: datasets.Dataset) -> list[Probe
     tasks = []
     for argument in arguments:
         label, kind, table = (*argument.split(":", 2), "")[:3] if argument.count(":") else (argument, "", "")
-        if kind not in PRIMARY:
+        if kind not in PROBE_KINDS:
             raise ValueError(
-                f"Expected --task label:kind or label:kind:table, kind one of {list(PRIMARY)}, got {argument!r}."
+                f"Expected --task label:kind or label:kind:table, kind one of {list(PROBE_KINDS)}, got {argument!r}."
             )
         if not table:
             tasks.append(ProbeTask(label, notes, label, kind))

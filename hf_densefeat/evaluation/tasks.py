@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from hf_densefeat.data.splits import SPLITS
 
 Kind = Literal["binary", "multiclass", "regression", "clustering"]
+PROBE_KINDS = get_args(Kind)
 SPLIT_CODES = {alias: code for code, aliases in enumerate(SPLITS.values()) for alias in aliases}
 
 
@@ -88,10 +89,8 @@ def task_rows(task: ProbeTask, seed: int = 0) -> Rows:
         ValueError: for a missing column, an unknown split name, a wrong number of classes, patients in two splits,
             or a split without rows (or, for classes, without two classes).
     """
-    if task.kind not in ("binary", "multiclass", "regression", "clustering"):
-        raise ValueError(
-            f"Probe {task.name!r}: expected kind binary, multiclass, regression or clustering but got {task.kind!r}."
-        )
+    if task.kind not in PROBE_KINDS:
+        raise ValueError(f"Probe {task.name!r}: expected a kind among {PROBE_KINDS} but got {task.kind!r}.")
     parts = task.dataset if isinstance(task.dataset, dict) else {None: task.dataset}
     texts, labels, patients, splits = [], [], [], []
     for name, table in parts.items():

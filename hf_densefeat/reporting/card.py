@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_densefeat.evaluation.metrics import metric_named
+
 PICTURE = "spectra.png"
 TAGS = ("feature-extraction", "clinical", "hf_densefeat")
 
@@ -23,15 +25,6 @@ GEOMETRY_ROWS = {
     "mean_cosine": "mean cosine of random notes",
     "subspace_distance_half_normalized_centered": "subspace distance to the next note, 0 to 1",
     "subspace_noise_floor_normalized_centered": "its noise floor (equal halves)",
-}
-
-# Names of https://huggingface.co/metrics where they differ from ours.
-HUB_METRICS = {
-    "auroc": "roc_auc",
-    "auprc": "average_precision",
-    "brier": "brier_score",
-    "macro_f1": "f1",
-    "r2": "r_squared",
 }
 
 POOLING_CODE = {
@@ -271,7 +264,7 @@ def _eval_results(measured: dict) -> list[EvalResult] | None:
                 dataset_name=f"held-out patients: {task}",
                 dataset_config=task,  # what tells one entry of a model-index from another
                 dataset_split="test",
-                metric_type=HUB_METRICS.get(metric, metric),
+                metric_type=metric_named(metric).hub_name,
                 metric_name=f"{metric}, 95 % interval {low:.3f} to {high:.3f}" if known else metric,
                 metric_value=round(value, 4),
             )

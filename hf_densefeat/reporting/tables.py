@@ -10,46 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_densefeat.evaluation.metrics import Estimate
+from hf_densefeat.evaluation.geometry import geometry_state, variance_share
+from hf_densefeat.evaluation.metrics import METRICS_OF, Estimate, metric_named
 from hf_densefeat.evaluation.probes import ProbeResult
-
-# The verdict, on the centred embeddings of all notes; `verdict` says how they are used.
-COLLAPSED_RANK = 0.03
-COLLAPSED_VARIANCE = 0.05
-OVERSPREAD_RANK = 0.6
-PRIMARY = {"binary": "auroc", "multiclass": "auroc", "regression": "rmse", "clustering": "ari"}
-LOWER_IS_BETTER = {"rmse", "brier"}
-METRIC_NAMES = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "brier": "Brier",
-    "macro_f1": "macro-F1",
-    "rmse": "RMSE",
-    "r2": "R²",
-    "ari": "ARI",
-    "nmi": "NMI",
-}
-
-
-def geometry_state(report: dict[str, float]) -> str:
-    """collapsed, healthy or over-spread, from the centred geometry of the notes alone.
-
-    * collapsed: the centred effective rank is below 3 % of what is attainable (or below 3), or less than 5 % of the
-      squared length of the embeddings is variance about their mean;
-    * over-spread: the centred effective rank is above 60 % of what is attainable;
-    * healthy: between.
-    """
-    attainable = max(report["attainable_rank"], 1)
-    rank = report["effective_rank_centered"]
-    variance = report["total_variance_centered"] / report["total_variance"] if report["total_variance"] else 0.0
-    if rank < max(3, COLLAPSED_RANK * attainable) or variance < COLLAPSED_VARIANCE:
-        return "collapsed"
-    return "over-spread" if rank > OVERSPREAD_RANK * attainable else "healthy"
 
 
 def direction(difference: Estimate, metric: str) -> str:
     """better, worse or equal: an interval on one side of zero, or not."""
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = 1 if metric_named(metric).higher_is_better else -1
     if difference.low <= 0 <= difference.high or not np.isfinite(difference.low):
         return "equal"
     return "better" if sign * difference.value > 0 else "worse"
@@ -64,14 +32,13 @@ def verdict(
     other; "mixed" that both occur; "equal" that every interval holds zero, which is no proof of equality.
     """
     state = geometry_state(report)
-    variance = report["total_variance_centered"] / report["total_variance"] if report["total_variance"] else 0.0
     text = (
         f"{name} is {state} on these notes (centred effective rank {report['effective_rank_centered']:.0f} of "
-        f"{report['attainable_rank']:.0f} attainable; {variance:.0%} of the squared length is variance)"
+        f"{report['attainable_rank']:.0f} attainable; {variance_share(report):.0%} of the squared length is variance)"
     )
     if not differences:
         return {"state": state, "against_base": None, "sentence": text + "."}
-    metrics = {task: PRIMARY[results[task].kind] for task in differences}
+    metrics = {task: METRICS_OF[results[task].kind][0] for task in differences}
     directions = [direction(found[metrics[task]], metrics[task]) for task, found in differences.items()]
     better, equal, worse = (directions.count(word) for word in ("better", "equal", "worse"))
     against = ("mixed" if worse else "better") if better else ("worse" if worse else "equal")
@@ -88,7 +55,7 @@ def verdict(
     found = differences[first][metric]
     text += (
         f"; {words[against]} ({better} better, {equal} without a visible difference, {worse} worse; "
-        f"{first}: {METRIC_NAMES[metric]} {found.value:+.3f}, 95 % interval {found.low:+.3f} to {found.high:+.3f})."
+        f"{first}: {metric_named(metric).title} {found.value:+.3f}, 95 % interval {found.low:+.3f} to {found.high:+.3f})."
     )
     return {"state": state, "against_base": against, "sentence": text}
 
@@ -167,8 +134,8 @@ def probe_table(results: dict[str, dict[str, ProbeResult]], differences: dict[st
         for metric in base.metrics:
             cells = [_interval(found[task].metrics[metric]) for found in results.values()]
             gains = [_interval(found[task][metric], signed=True) for found in differences.values()]
-            arrow = " ↓" if metric in LOWER_IS_BETTER else " ↑"
-            lines.append([task, METRIC_NAMES[metric] + arrow, *cells, *gains])
+            arrow = " ↑" if metric_named(metric).higher_is_better else " ↓"
+            lines.append([task, metric_named(metric).title + arrow, *cells, *gains])
     return lines
 
 

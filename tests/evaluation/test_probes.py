@@ -365,7 +365,7 @@ def test_planted_leak_across_given_splits_is_refused_without_naming_the_patient(
         ({"label": "nothing"}, "needs the column 'nothing'"),
         ({"patient": "nobody"}, "needs the column 'nobody'"),
         ({"label": "grade"}, "3 different values, exactly two"),
-        ({"kind": "ordinal"}, "expected kind binary"),
+        ({"kind": "ordinal"}, "expected a kind among"),
         ({"split": "coin"}, "expected split names among"),
     ],
 )

@@ -18,9 +18,9 @@ from conftest import make_model, make_notes
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from hf_densefeat.evaluation.geometry import geometry_report
+from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
 from hf_densefeat.evaluation.metrics import Estimate
-from hf_densefeat.reporting.tables import direction, geometry_state
+from hf_densefeat.reporting.tables import direction
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "probe.py"
 SPEC = importlib.util.spec_from_file_location("probe_recipe", RECIPE)
