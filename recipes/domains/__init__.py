@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_densefeat import ProbeTask
+from hf_densefeat import ProbeTask, SimilarityTask
 from hf_densefeat.data.pairs import TokenPairs
 
 
@@ -34,12 +34,16 @@ class Domain:
         earlier: inputs of held-out patients, for the geometry …
         later: … and those that follow them, row by row.
         patient: (P,) integer code of the patient of each of these pairs.
-        tasks: probes, split by patient; the column `text` holds the inputs. Test patients are not in `train`.
+        tasks: probes, split by patient, or none; the column `text` holds the inputs. Test patients are not in `train`.
         primary: name of the classification task whose AUROC stands in Table 4, in the sweep and the robustness curves.
         supervised: (rows,) class of every row that `train.pairs` indexes, −1 where unknown or not a training patient.
         classes: number of these classes.
         supervised_task: the task that these labels belong to; there, the supervised baseline has seen the labels.
         degrade: (inputs, share, seed) → the inputs with this share of their sections or values missing.
+        similarity: search, neighbours, clusters and few labels; a name that begins with "validation " is of validation
+            patients, and only chooses.
+        label_free: the notes of validation patients, whose next notes choose the epsilon of the affine map.
+        form: names of the similarity tasks that ask for form (a kind of section); the others ask for content.
         shift: probes that train at one place or time and are tested at another; may be empty.
         training: options of `DenseTrainingArguments` for every method: batch size, learning rate, subspace_dim, …
         sides: the encoder is not one stack of layers, so that "layer 0" names nothing.
@@ -59,13 +63,16 @@ class Domain:
     earlier: list[str]
     later: list[str]
     patient: np.ndarray
-    tasks: list[ProbeTask]
-    primary: str
-    supervised: np.ndarray
-    classes: int
-    supervised_task: str
-    degrade: Callable[[list[str], float, int], list[str]]
+    tasks: list[ProbeTask] = field(default_factory=list)
+    primary: str | None = None
+    supervised: np.ndarray | None = None
+    classes: int = 0
+    supervised_task: str | None = None
+    degrade: Callable[[list[str], float, int], list[str]] | None = None
     shift: list[ProbeTask] = field(default_factory=list)
+    similarity: list[SimilarityTask] = field(default_factory=list)
+    label_free: SimilarityTask | None = None
+    form: tuple[str, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
     sides: bool = False
     key: str = ""

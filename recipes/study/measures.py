@@ -11,6 +11,7 @@ from hf_densefeat import ProbeEvaluator, geometry_report
 from hf_densefeat.evaluation.geometry import CONDITION_FLOOR, effective_rank_of_spectrum, patient_subspaces
 from hf_densefeat.evaluation.metrics import patient_weights
 from hf_densefeat.evaluation.probes import probe
+from study.similarity import SimilarityMeasures
 
 BOOTSTRAPS = 1000
 GEOMETRY_BOOTSTRAPS = 200
@@ -25,6 +26,15 @@ class Measures:
 
     def __init__(self, domain: Domain):
         self.domain = domain
+        self.similarity = SimilarityMeasures(domain)
+        inputs = {*domain.earlier, *domain.later, *domain.train_inputs, *self.similarity.inputs}
+        if domain.tasks:
+            inputs.update(self._read_probes(domain))
+        self.inputs = sorted(inputs)
+        self.place = {text: i for i, text in enumerate(self.inputs)}
+
+    def _read_probes(self, domain: Domain) -> set[str]:
+        """The probes' rows, and their inputs."""
         self.primary = next(task for task in domain.tasks if task.name == domain.primary)
         options = {"bootstraps": BOOTSTRAPS, "cache": False}
         self.evaluator = ProbeEvaluator([*domain.tasks, *domain.shift], **options)
@@ -33,10 +43,7 @@ class Measures:
         self.damaged = np.random.default_rng(0).permutation(np.flatnonzero(rows.split == 2))[:MISSING_ROWS]
         held = [rows.texts[i] for i in self.damaged]
         self.missing = {share: domain.degrade(held, share, 0) for share in MISSING}
-        inputs = {*domain.earlier, *domain.later, *domain.train_inputs}
-        inputs.update(*(rows.texts for rows in self.evaluator.rows.values()), *self.missing.values())
-        self.inputs = sorted(inputs)
-        self.place = {text: i for i, text in enumerate(self.inputs)}
+        return set().union(*(rows.texts for rows in self.evaluator.rows.values()), *self.missing.values())
 
     def rows(self, texts: Sequence[str]) -> list[int]:
         """Where the texts are among the inputs."""
@@ -45,7 +52,8 @@ class Measures:
     def of(self, z: np.ndarray) -> dict[str, np.ndarray]:
         """Value first, then replicates, of everything that is measured, given the embeddings of the inputs."""
         known = Known(self, z)
-        return self._geometry(known) | self._probes(known) | self._missing(known)
+        found = self._geometry(known) | self.similarity.of(known.encode, known.encode(self.domain.train_inputs))
+        return found | self._probes(known) | self._missing(known) if self.domain.tasks else found
 
     def _geometry(self, known: "Known") -> dict[str, np.ndarray]:
         patient, k = self.domain.patient, self.domain.training.get("subspace_dim", 20)

@@ -82,6 +82,34 @@ METHODS = {
     "full-spec": Method("with L_orth, without L_spec", ORTH, spec_weight=0.0),
     "full-sub": Method("with L_orth, without L_sub", ORTH | {"lambda_sub": 0.0}),
 }
+# Beside the paper's terms: what the documents' study chooses the defaults from, on validation documents.
+SHARED = {"unshared_variance": 0.1}
+CANDIDATES = {
+    "mlm+infonce": Method("MLM + InfoNCE", {"dense_weight": 0.3}, lambda width: b.info_nce),
+    "weight 1": Method("MLM + dense, weight 1", {"dense_weight": 1.0}),
+    "weight 10": Method("MLM + dense, weight 10", {"dense_weight": 10.0}),
+    "weight 30": Method("MLM + dense, weight 30", {"dense_weight": 30.0}),
+    "weight 10, unmasked": Method("weight 10, unmasked input", {"dense_weight": 10.0}, clean=True),
+    "weight 10, uncentred": Method("weight 10, uncentred", {"dense_weight": 10.0, "center": False}),
+    "shared": Method("weight 10, + unshared variance 0.1", {"dense_weight": 10.0, "terms": SHARED}),
+    "shared 0.3": Method(
+        "weight 10, + unshared variance 0.3", {"dense_weight": 10.0, "terms": {"unshared_variance": 0.3}}
+    ),
+    "shared, weight 3": Method(
+        "weight 3, + unshared variance 0.3", {"dense_weight": 3.0, "terms": {"unshared_variance": 0.3}}
+    ),
+    "shared, weight 30": Method("weight 30, + unshared variance 0.1", {"dense_weight": 30.0, "terms": SHARED}),
+    "shared, unmasked": Method(
+        "weight 10, + unshared variance 0.1, unmasked", {"dense_weight": 10.0, "terms": SHARED}, clean=True
+    ),
+    "information": Method(
+        "weight 3, + mutual information 1", {"dense_weight": 3.0, "terms": {"mutual_information": 1.0}}
+    ),
+    "bounded": Method(
+        "weight 10, rank at most 64, + unshared variance 0.1", {"dense_weight": 10.0, "terms": SHARED}, most_rank=64.0
+    ),
+    "spectrum": Method("weight 10, + power law 0.03", {"dense_weight": 10.0, "terms": {"target_spectrum": 0.03}}),
+}
 OURS = ("dense", "mlm+dense", "full")
 ABLATION = {
     "full": "Full objective",

@@ -1,0 +1,162 @@
+"""Real documents: answers to questions on diseases (MedQuAD), a document as a patient, its answers as notes in order.
+
+`data` holds `medquad/answers.parquet` with the columns document_id, order, text, question, question_type, focus,
+semantic_type, split. Text that no method trains on is searched too, where it is there: `pubmedqa`, `mts_dialog` and
+`aci_bench`. All labels are the data sets' own; none is used in training.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from transformers import AutoTokenizer
+
+from domains import Domain, features
+from domains.rows import training
+from domains.text import seen
+from hf_densefeat import AutoDenseModel, DensePairCollator, SimilarityTask, adjacent_pairs, load_notes
+from hf_densefeat.data.collator import tokenize_notes
+from hf_densefeat.data.pairs import NotePairs, TokenPairs
+from hf_densefeat.evaluation.embeddings import encoder_key
+
+LENGTH = 96
+SEARCHED = {"validation": 1500, "test": 2000}  # answers, of whole documents
+FITTED = 3000  # training answers that maps are fitted on
+ANSWERS = ["patient_id", "text", "question", "kind", "disease", "type"]
+SPECIALTIES = {  # from the MeSH headings of an abstract; abstracts that match none or several have no specialty
+    "oncology": "Neoplasm|Carcinoma|Lymphoma|Leukemia",
+    "cardiovascular": "Heart|Cardi|Coronary|Myocard|Hypertension|Aort|Vascular|Stroke",
+    "obstetrics": "Pregnan|Labor, Obstetric|Infant, Newborn|Cesarean",
+    "mental": "Depress|Anxiety|Psych|Mental|Alcohol|Suicid",
+    "musculoskeletal": "Fracture|Arthroplasty|Knee|Hip|Bone|Spine|Orthop",
+}
+
+
+def load(data: Path, model_name_or_path: str) -> Domain:
+    """The domain, from a folder of data sets and an encoder to start from."""
+    folder = Path(data)
+    answers = read_answers(folder / "medquad" / "answers.parquet")
+    parts = {name: rows_of(answers, name) for name in ("train", "validation", "test")}
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    tokens = tokenize_notes(parts["train"], tokenizer, max_length=LENGTH)[0]
+    pairs = adjacent_pairs(parts["train"])
+    again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.notes, pairs.patients)
+    searched = {name: documents_up_to(parts[name], count) for name, count in SEARCHED.items()}
+    held_out, texts = adjacent_pairs(searched["test"]), np.array(searched["test"]["text"][:], dtype=object)
+    chosen = np.random.default_rng(0).permutation(len(parts["train"]))[:FITTED]
+    similarity = answer_tasks(searched["test"]) + answer_tasks(searched["validation"], "validation ")
+    for read in (abstracts, dialogues, visits):
+        similarity += read(folder)
+    return Domain(
+        name="documents",
+        facts=(
+            f"MedQuAD (CC BY 4.0): {len(answers):,} answers, a document as a patient, a disease in one part alone. Trained "
+            f"on {len(parts['train']):,} answers ({len(pairs):,} pairs, {LENGTH} tokens) without any label; measured on "
+            f"{len(searched['test']):,} test answers of whole documents, and on text that no method was trained on. "
+            f"Start: {Path(model_name_or_path).name}."
+        ),
+        make_model=lambda seed: AutoDenseModel.from_pretrained(model_name_or_path, max_length=LENGTH),
+        processor=tokenizer,
+        train=TokenPairs(tokens, pairs),
+        self_pairs=TokenPairs(tokens, again),
+        collator=lambda objective: DensePairCollator(tokenizer, objective=objective, mlm_probability=0.3),
+        encode=lambda model, inputs: model.encode(inputs, tokenizer, batch_size=256),
+        features=partial(features.of_all_words, cut=partial(seen, tokenizer=tokenizer, length=LENGTH)),
+        train_inputs=[parts["train"]["text"][int(i)] for i in chosen],
+        earlier=texts[held_out.earlier].tolist(),
+        later=texts[held_out.later].tolist(),
+        patient=held_out.patient,
+        similarity=similarity,
+        label_free=SimilarityTask(name="next note", kind="same_patient", notes=searched["validation"]),
+        training=training(1e-4),
+        form=("kind of question", "kind of question, few labels", "section header"),
+        key=encoder_key(AutoDenseModel.from_pretrained(model_name_or_path), tokenizer),
+    )
+
+
+def read_answers(path: Path) -> datasets.Dataset:
+    """MedQuAD's answers as notes: `patient_id` is the document, `time` the order, and the labels by short names."""
+    table = pq.read_table(path)
+    table = table.rename_columns(
+        [{"focus": "disease", "question_type": "kind", "semantic_type": "type"}.get(n, n) for n in table.column_names]
+    )
+    notes = datasets.Dataset(table).cast_column("order", datasets.Value("int64"))
+    return load_notes(notes, columns={"patient_id": "document_id", "time": "order", "text": "text"})
+
+
+def rows_of(notes: datasets.Dataset, split: str) -> datasets.Dataset:
+    """The notes of one split."""
+    return notes.select(np.flatnonzero(np.array(notes["split"][:]) == split))
+
+
+def documents_up_to(notes: datasets.Dataset, count: int) -> datasets.Dataset:
+    """Whole documents, drawn at random, until there are so many notes."""
+    patient = np.unique(np.array(notes["patient_id"][:]), return_inverse=True)[1]
+    order = np.random.default_rng(0).permutation(patient.max() + 1)
+    kept = order[np.cumsum(np.bincount(patient)[order]) <= count]
+    return notes.select(np.flatnonzero(np.isin(patient, kept)))
+
+
+def answer_tasks(notes: datasets.Dataset, prefix: str = "") -> list[SimilarityTask]:
+    """Search, neighbours, clusters and few labels on answers; a disease groups documents, so that none is found by itself."""
+    table = {name: notes[name][:] for name in ANSWERS}
+    common = {"notes": table, "group": "disease"}
+    tasks = [
+        SimilarityTask(name="question → answer", kind="retrieval", question="question", **common),
+        SimilarityTask(name="same disease", kind="retrieval", label="disease", **common),
+        SimilarityTask(name="type of disease", kind="neighbours", label="type", **common),
+        SimilarityTask(name="type of disease, few labels", kind="few_labels", label="type", **common),
+        SimilarityTask(name="kind of question", kind="neighbours", label="kind", **common),
+        SimilarityTask(name="kind of question, few labels", kind="few_labels", label="kind", **common),
+    ]
+    return [SimilarityTask(**(vars(task) | {"name": prefix + task.name})) for task in tasks]
+
+
+def abstracts(folder: Path) -> list[SimilarityTask]:
+    """PubMedQA's abstracts: the question finds its abstract; specialties among neighbours, clusters, few labels."""
+    path = folder / "pubmedqa" / "abstracts.parquet"
+    if not path.exists():
+        return []
+    table = pq.read_table(path).to_pydict()
+    specialty = []
+    for headings in table["meshes"]:
+        matched = [name for name, words in SPECIALTIES.items() if re.search(words, headings)]
+        specialty.append(matched[0] if len(matched) == 1 else None)
+    notes = {"text": table["context"], "question": table["question"], "specialty": specialty}
+    common = {"notes": notes, "group": None}
+    return [
+        SimilarityTask(name="question → abstract", kind="retrieval", question="question", **common),
+        SimilarityTask(name="specialty", kind="neighbours", label="specialty", **common),
+        SimilarityTask(name="specialty, clusters", kind="clusters", label="specialty", **common),
+        SimilarityTask(name="specialty, few labels", kind="few_labels", label="specialty", **common),
+    ]
+
+
+def dialogues(folder: Path) -> list[SimilarityTask]:
+    """MTS-Dialog: a conversation finds the section that was written of it; sections' headers among neighbours."""
+    path = folder / "mts_dialog" / "sections.parquet"
+    if not path.exists():
+        return []
+    rows = {row["section_text"]: row for row in pq.read_table(path).to_pylist() if len(row["section_text"]) >= 60}
+    notes = {
+        "text": list(rows),
+        "question": [row["dialogue"] for row in rows.values()],
+        "header": [row["section_header"] for row in rows.values()],
+    }
+    return [
+        SimilarityTask(name="dialogue → section", kind="retrieval", question="question", notes=notes, group=None),
+        SimilarityTask(name="section header", kind="neighbours", label="header", notes=notes, group=None),
+    ]
+
+
+def visits(folder: Path) -> list[SimilarityTask]:
+    """ACI-Bench: a visit's conversation finds its note."""
+    path = folder / "aci_bench" / "encounters.parquet"
+    if not path.exists():
+        return []
+    table = pq.read_table(path).to_pydict()
+    notes = {"text": table["note"], "question": table["dialogue"]}
+    return [SimilarityTask(name="dialogue → note", kind="retrieval", question="question", notes=notes, group=None)]
