@@ -28,7 +28,7 @@ from pathlib import Path
 import datasets
 import torch
 from huggingface_hub.constants import HF_HOME
-from study.methods import METHODS, sweep_methods
+from study.methods import CANDIDATES, METHODS, sweep_methods
 from study.report import report, report_sweep
 from study.results import Results
 from study.runs import Study
@@ -37,7 +37,12 @@ from transformers.utils import logging as transformers_logging
 
 HERE = Path(__file__).resolve().parent
 # Each domain, and what --data has to hold for it; the columns are in results/study.md.
-DOMAINS = {"text": "clinosim_longitudinal", "tabular": "physionet2012", "multimodal": "clinosim_longitudinal"}
+DOMAINS = {
+    "text": "clinosim_longitudinal",
+    "tabular": "physionet2012",
+    "multimodal": "clinosim_longitudinal",
+    "documents": "medquad",
+}
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -50,7 +55,7 @@ def run(arguments: argparse.Namespace) -> dict:
         domain.training |= {"bf16": True, "use_cpu": not torch.cuda.is_available()}
     study = Study(domain, Path(arguments.work), arguments.warm_up)
     study.plan(arguments.budget, arguments.seeds, arguments.steps)
-    methods = {name: METHODS[name] for name in arguments.methods}
+    methods = {name: (METHODS | CANDIDATES)[name] for name in arguments.methods}
     if arguments.sweep:
         methods = {name: METHODS[name] for name in ("mlm", "mlm+dense")} | sweep_methods(layers=not domain.sides)
     seeds = range(arguments.seeds)
@@ -72,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domain", default="text", choices=DOMAINS)
-    parser.add_argument("--table", default="all", choices=("1", "2", "3", "4", "all"))
+    parser.add_argument("--table", default="all", choices=("1", "2", "3", "4", "5", "all"))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--budget", type=float, default=10.0, help="minutes for the whole study of the domain")
     parser.add_argument("--steps", type=int, help="steps of every run, instead of --budget")
@@ -93,10 +98,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", default=str(HERE / "results"), help="folder to write")
     parser.add_argument("--work", default=str(Path(HF_HOME) / "hf_densefeat" / "compare"), help="folder of the runs")
     arguments = parser.parse_args(argv)
-    arguments.methods = arguments.methods.split(",") if arguments.methods else list(METHODS)
-    unknown = [name for name in arguments.methods if name not in METHODS]
+    unlabelled = [name for name, method in METHODS.items() if not (method.supervised or method.after)]
+    methods = list(METHODS) if arguments.domain != "documents" else [*unlabelled, *CANDIDATES]
+    arguments.methods = arguments.methods.split(",") if arguments.methods else methods
+    unknown = [name for name in arguments.methods if name not in METHODS | CANDIDATES]
     if unknown:
-        parser.error(f"--methods: no method {', '.join(unknown)}. There are {', '.join(METHODS)}.")
+        parser.error(f"--methods: no method {', '.join(unknown)}. There are {', '.join(METHODS | CANDIDATES)}.")
     if arguments.data and not (Path(arguments.data) / DOMAINS[arguments.domain]).is_dir():
         parser.error(
             f"--data: expected a folder with {DOMAINS[arguments.domain]} in it for --domain {arguments.domain}, got "
@@ -104,6 +111,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if arguments.domain != "text" and (arguments.notes or arguments.max_length):
         parser.error(f"--notes and --max_length are for --domain text, not {arguments.domain}.")
+    if arguments.domain == "documents" and not (arguments.data and arguments.model_name_or_path):
+        parser.error("--domain documents needs --data FOLDER with medquad in it, and --model_name_or_path ENCODER.")
     if arguments.task and not arguments.notes:
         parser.error("--task names a column of --notes: expected --notes FILE_OR_FOLDER too.")
     return arguments

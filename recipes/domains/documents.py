@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
+from hf_densefeat.evaluation.probes import encoder_key
 from transformers import AutoTokenizer
 
 from domains import Domain, features
@@ -20,7 +21,6 @@ from domains.text import seen
 from hf_densefeat import AutoDenseModel, DensePairCollator, SimilarityTask, adjacent_pairs, load_notes
 from hf_densefeat.data.collator import tokenize_notes
 from hf_densefeat.data.pairs import NotePairs, TokenPairs
-from hf_densefeat.evaluation.embeddings import encoder_key
 
 LENGTH = 96
 SEARCHED = {"validation": 1500, "test": 2000}  # answers, of whole documents
@@ -84,6 +84,8 @@ def read_answers(path: Path) -> datasets.Dataset:
         [{"focus": "disease", "question_type": "kind", "semantic_type": "type"}.get(n, n) for n in table.column_names]
     )
     notes = datasets.Dataset(table).cast_column("order", datasets.Value("int64"))
+    disease = [name or document for name, document in zip(notes["disease"][:], notes["document_id"][:], strict=True)]
+    notes = notes.remove_columns("disease").add_column("disease", disease)
     return load_notes(notes, columns={"patient_id": "document_id", "time": "order", "text": "text"})
 
 

@@ -17,12 +17,16 @@ from study.tables import (
     table_2,
     table_3,
     table_4,
+    table_5,
+    table_codes,
+    table_maps,
     table_rank,
     table_robust,
     table_rows,
     table_sweep,
     table_tasks,
     verdict,
+    verdict_similarity,
 )
 
 
@@ -39,15 +43,29 @@ def report(study: Study, results: Results, arguments: argparse.Namespace) -> dic
         "rank": ("Effective rank and probes: Spearman's correlation", lambda: table_rank(results)),
         "rows": ("Rows behind the probes", lambda: table_rows(study.measures)),
     }
+    if domain.similarity:
+        tables |= {
+            "5": ("Table 5. Similarity, cosine as it is", lambda: table_5(results, "as it is", domain)),
+            "maps": ("The same as it is, centred, and mapped", lambda: table_maps(results, domain)),
+            "centred": ("Table 5, centred", lambda: table_5(results, "centred", domain)),
+            "mapped": ("Table 5, after the best affine map", lambda: table_5(results, "mapped", domain)),
+            "codes": ("Fewer bits, fewer dimensions", lambda: table_codes(results)),
+        }
+    if not domain.tasks:
+        tables = {
+            name: tables[name] for name in tables if name in ("1", "2", "5", "maps", "centred", "mapped", "codes")
+        }
     asked = tables.values() if whole else [tables[arguments.table]]
-    head = (
-        f"{conditions(study, results, arguments)} The supervised encoder has seen the training patients' labels of "
-        f"{domain.supervised_task}."
-    )
-    text = "\n\n".join([head, *verdict(results), *(f"## {title}\n\n{table()}" for title, table in asked)])
+    head = conditions(study, results, arguments)
+    if domain.tasks:
+        head += f" The supervised encoder has seen the training patients' labels of {domain.supervised_task}."
+    sentences = verdict(results) if domain.tasks else []
+    if domain.similarity:
+        sentences = [*verdict_similarity(results, "mlm+dense", domain), *sentences]
+    text = "\n\n".join([head, *sentences, *(f"## {title}\n\n{table()}" for title, table in asked)])
     numbers = numbers_of(study, results, arguments)
     stem = write(arguments.output, domain.name + ("" if whole else f"-table-{arguments.table}"), text, numbers)
-    if whole:
+    if whole and domain.tasks:
         plot_pareto(
             {name: (METHODS[name].title, *results.point(name)) for name in results.shown}, f"{stem}-pareto.png"
         )
@@ -89,7 +107,9 @@ def numbers_of(study: Study, results: Results, arguments: argparse.Namespace) ->
         "seconds": {name: float(np.mean([run["seconds"] for run in runs])) for name, runs in results.runs.items()},
         "methods": {
             name: {
-                key: asdict(results.estimate(name, key)) for key in runs[0] if key != "seconds" and "shots" not in key
+                key: asdict(results.estimate(name, key))
+                for key in runs[0]
+                if key not in ("seconds", "epsilon") and " shots" not in key
             }
             for name, runs in results.runs.items()
         },

@@ -4,7 +4,7 @@ import numpy as np
 from domains import Domain
 
 from hf_densefeat.evaluation.metrics import Estimate
-from study.methods import BASELINES, METHODS
+from study.methods import BASELINES, CANDIDATES, METHODS
 
 RANK, DISTANCE = "geometry effective_rank_centered", "geometry subspace_distance_normalized_centered"
 CONDITION = "geometry condition_resolved_centered"
@@ -17,6 +17,7 @@ class Results:
         runs: method → for each seed, key → value and replicates.
         summaries: AUROC, ARI and RMSE → the keys that their mean is over; empty where there is no such task.
         shown: the methods of the tables that were run, in the tables' order.
+        titles: their names in tables.
     """
 
     def __init__(self, runs: dict[str, list[dict]], domain: Domain):
@@ -26,7 +27,9 @@ class Results:
         for task in domain.tasks:
             metric = metrics.get(task.kind, "AUROC")
             self.summaries[metric].append(f"{task.name} {metric.lower()}")
-        self.shown = [name for name in METHODS if name in runs]
+        every = METHODS | CANDIDATES
+        self.shown = [name for name in every if name in runs]
+        self.titles = {name: every[name].title for name in self.shown}
 
     def array(self, name: str, keys: str | list[str]) -> tuple[float, np.ndarray]:
         """Value and replicates of a method, the mean over several metrics where a list is given."""

@@ -69,7 +69,7 @@ class SimilarityMeasures:
 
 
 def affine_map(train: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
-    """z → (z − μ) V (Λ + ε λ̄ I)^(−1/2) of the rows' mean, principal axes and eigenvalues; ε = ∞ subtracts the mean."""
+    """Z → (z − μ) V (Λ + ε λ̄ I)^(−1/2) of the rows' mean, principal axes and eigenvalues; ε = ∞ subtracts the mean."""
     rows = train.double()
     mean = rows.mean(0)
     if epsilon == np.inf:

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from domains import Domain
 from scipy.stats import spearmanr
 
 from hf_densefeat.evaluation.metrics import Estimate
@@ -10,6 +11,7 @@ from hf_densefeat.reporting.tables import markdown
 from study.measures import PATIENT_K, Measures
 from study.methods import ABLATION, BASELINES, METHODS
 from study.results import CONDITION, DISTANCE, RANK, Results
+from study.similarity import MAPS
 
 # Effective rank, condition number, subspace distance, AUROC, ARI, RMSE
 PAPER = {
@@ -46,7 +48,7 @@ def table_1(results: Results) -> str:
     rows = [[*head, "Paper: rank", "Paper: condition"]]
     for name in results.shown:
         plain, median, cosine = (results.array(name, key)[0] for key in keys)
-        row = [METHODS[name].title, show(results.estimate(name, RANK), 1), f"{plain:.1f}"]
+        row = [results.titles[name], show(results.estimate(name, RANK), 1), f"{plain:.1f}"]
         row += [show(results.estimate(name, CONDITION), 0, ","), f"{median:,.1f}", f"{cosine:.2f}"]
         rows.append([*row, *paper(name, 0, 1)])
     return markdown(rows)
@@ -61,7 +63,7 @@ def table_2(results: Results) -> str:
     for name in results.shown:
         values = [results.array(name, key)[0] for key in keys]
         part = [f"{value:.3f}" if math.isfinite(value) else "–" for value in values]
-        rows.append([METHODS[name].title, show(results.estimate(name, DISTANCE)), *part, *paper(name, 2)])
+        rows.append([results.titles[name], show(results.estimate(name, DISTANCE)), *part, *paper(name, 2)])
     return markdown(rows)
 
 
@@ -71,10 +73,10 @@ def table_3(results: Results) -> str:
     best = {title: results.best(keys, title == "RMSE") for title, keys in summaries.items()}
     head = ["Method"]
     for title in summaries:
-        head += [title, f"− {METHODS[best[title]].title}" if best[title] else "−"]
+        head += [title, f"− {results.titles[best[title]]}" if best[title] else "−"]
     rows = [[*head, "Paper: AUROC", "Paper: ARI", "Paper: RMSE"]]
     for name in results.shown:
-        row = [METHODS[name].title]
+        row = [results.titles[name]]
         for title, keys in summaries.items():
             other = best[title]
             difference = show(results.difference(name, other, keys), sign="+") if other and other != name else ""
@@ -94,10 +96,102 @@ def table_4(results: Results) -> str:
     return markdown(rows)
 
 
+def table_5(results: Results, title: str, domain: Domain) -> str:
+    """Similarity under one map: a column a task, best in bold; beyond or behind MLM on the same redraws by ↑ and ↓."""
+    keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
+    content = [key for key in keys if key.split(":")[0] not in domain.form]
+    rows = [
+        [
+            "Method",
+            *(key.split(",")[0] if "few" not in key else key.rsplit(",", 1)[0] for key in keys),
+            "content",
+            "form",
+        ]
+    ]
+    best = {key: max(results.array(name, key)[0] for name in results.shown) for key in keys}
+    for name in results.shown:
+        cells = []
+        for key in keys:
+            value = results.array(name, key)[0]
+            text = f"**{value:.3f}**" if value == best[key] else f"{value:.3f}"
+            if "mlm" in results.runs and name != "mlm":
+                found = results.difference(name, "mlm", key)
+                text += " ↑" if found.low > 0 else " ↓" if found.high < 0 else ""
+            cells.append(text)
+        means = [
+            results.array(name, part)[0] for part in (content, [key for key in keys if key not in content]) if part
+        ]
+        rows.append([results.titles[name], *cells, *(f"{mean:.3f}" for mean in means)])
+    return markdown(rows)
+
+
+def similarity_keys(results: Results, title: str) -> list[str]:
+    """`task: metric, map` of the plain metrics under one map."""
+    keys = results.runs[results.shown[0]][0]
+    plain = [key for key in keys if key.endswith(f", {title}")]
+    return [key for key in plain if not any(code in key for code in ("_binary", "_int8", "_d_over_"))]
+
+
+def table_codes(results: Results) -> str:
+    """Search with fewer bits and fewer dimensions, as it is."""
+    plain = [
+        key for key in similarity_keys(results, "as it is") if ": mrr" in key and not key.startswith("validation ")
+    ]
+    names = {"float": "", "int8": "_int8", "binary": "_binary", "d/4": "_d_over_4"}
+    rows = [["Method", *(f"{key.split(':')[0]}, {name}" for key in plain[:2] for name in names)]]
+    for name in results.shown:
+        cells = [
+            results.array(name, key.replace("mrr", f"mrr{code}"))[0] for key in plain[:2] for code in names.values()
+        ]
+        rows.append([results.titles[name], *(f"{cell:.3f}" for cell in cells)])
+    return markdown(rows)
+
+
+def table_maps(results: Results, domain: Domain) -> str:
+    """Means over the content and the form tasks as they are, centred and mapped, and the epsilon that was chosen."""
+    rows = [["Method", *(f"{part}, {title}" for part in ("content", "form") for title in MAPS), "ε"]]
+    for name in results.shown:
+        cells = []
+        for form in (False, True):
+            for title in MAPS:
+                keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
+                keys = [key for key in keys if (key.split(":")[0] in domain.form) == form]
+                cells.append(show(results.estimate(name, keys)))
+        epsilons = sorted({float(run["epsilon"][0]) for run in results.runs[name]})
+        rows.append([results.titles[name], *cells, ", ".join(f"{value:g}" for value in epsilons)])
+    return markdown(rows)
+
+
+def verdict_similarity(results: Results, ours: str, domain: Domain) -> list[str]:
+    """Where the default is beyond MLM and beyond every peer on the same redraws, and where behind, in sentences."""
+    if ours not in results.runs or "mlm" not in results.runs:
+        return []
+    lines = []
+    for title in MAPS:
+        keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
+        for part, chosen in (
+            ("content", [key for key in keys if key.split(":")[0] not in domain.form]),
+            ("form", [key for key in keys if key.split(":")[0] in domain.form]),
+        ):
+            if not chosen:
+                continue
+            difference = show(results.difference(ours, "mlm", chosen), sign="+")
+            peers = [
+                name for name in (*BASELINES, "mlm+infonce") if name in results.runs and name not in ("mlm", "start")
+            ]
+            best = max(peers, key=lambda name: results.array(name, chosen)[0], default=None)
+            text = f"{part.capitalize()}, {title}: {results.titles[ours]} − MLM {difference}, mean over {len(chosen)} tasks"
+            if best:
+                against = show(results.difference(ours, best, chosen), sign="+")
+                text += f"; − the best peer, {results.titles[best]}, {against}"
+            lines.append(text + ".")
+    return lines
+
+
 def table_tasks(results: Results) -> str:
     """Every task by itself."""
     keys = [key for keys in results.summaries.values() for key in keys]
-    rows = [[METHODS[name].title, *(show(results.estimate(name, key)) for key in keys)] for name in results.shown]
+    rows = [[results.titles[name], *(show(results.estimate(name, key)) for key in keys)] for name in results.shown]
     return markdown([["Method", *keys], *rows])
 
 
@@ -111,7 +205,7 @@ def table_robust(results: Results, measures: Measures) -> str:
     for name in results.shown:
         means = [np.mean([run[key] for run in results.runs[name]], axis=0) for key in few]
         cells = [Estimate(*mean) for mean in means] + [results.estimate(name, key) for key in keys]
-        rows.append([METHODS[name].title, *map(show, cells)])
+        rows.append([results.titles[name], *map(show, cells)])
     return markdown(rows)
 
 
@@ -170,7 +264,7 @@ def verdict(results: Results) -> list[str]:
         other = results.best(key, low, trained=True)
         if other:
             ratio = results.array(name, key)[0] / max(results.array(other, key)[0], 1e-12)
-            best = f"the best trained baseline, {METHODS[other].title}"
+            best = f"the best trained baseline, {results.titles[other]}"
             lines.append(f"{title}: {ratio:.2f} × that of {best} (paper: {target}).")
     tasks: dict[str, list[str]] = {"better than": [], "within the interval of": [], "worse than": []}
     for title, keys in results.summaries.items():
@@ -180,7 +274,7 @@ def verdict(results: Results) -> list[str]:
             found = results.difference(name, other, key)
             low, high = sorted((sign * found.low, sign * found.high))
             where = "better than" if low > 0 else "worse than" if high < 0 else "within the interval of"
-            tasks[where].append(f"{key} ({show(found, sign='+')} against {METHODS[other].title})")
+            tasks[where].append(f"{key} ({show(found, sign='+')} against {results.titles[other]})")
     for where, found in tasks.items():
         lines.append(
             f"Tasks {where} the best baseline of each: {len(found)}{': ' if found else ''}{'; '.join(found)}."
