@@ -12,7 +12,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
-from hf_densefeat.evaluation.probes import encoder_key
 from transformers import AutoTokenizer
 
 from domains import Domain, features
@@ -21,6 +20,7 @@ from domains.text import seen
 from hf_densefeat import AutoDenseModel, DensePairCollator, SimilarityTask, adjacent_pairs, load_notes
 from hf_densefeat.data.collator import tokenize_notes
 from hf_densefeat.data.pairs import NotePairs, TokenPairs
+from hf_densefeat.evaluation.embeddings import encoder_key
 
 LENGTH = 96
 SEARCHED = {"validation": 1500, "test": 2000}  # answers, of whole documents
