@@ -33,7 +33,8 @@ from transformers.utils import logging as transformers_logging
 from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask, adjacent_pairs, geometry_report, load_notes
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import patient_subspaces, principal_angles, spectrum
-from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions, paired_difference
+from hf_densefeat.evaluation.metrics import paired_difference
+from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions
 from hf_densefeat.evaluation.tasks import PROBE_KINDS
 from hf_densefeat.reporting.plots import plot_angles, plot_projection, plot_shots, plot_spectra
 from hf_densefeat.reporting.tables import (
@@ -178,13 +179,18 @@ def run(arguments: argparse.Namespace) -> dict:
     for argument in arguments.model:
         encoder = load_encoder(argument, set(found), arguments.max_length)
         name, start = encoder.name, time.perf_counter()
-        how = (encoder.tokenizer, arguments.batch_size, encoder.max_length, not arguments.no_cache)
-        key = encoder_key(encoder.model, encoder.tokenizer)
+        how = {
+            "tokenizer": encoder.tokenizer,
+            "batch_size": arguments.batch_size,
+            "max_length": encoder.max_length,
+            "cache": not arguments.no_cache,
+            "key": encoder_key(encoder.model, encoder.tokenizer),
+        }
         # Apart, so that another task does not cost another pass over the notes.
-        z = embed(encoder.model, texts, *how, key)
+        z = embed(encoder.model, texts, **how)
         rows = torch.from_numpy(z)
         if others:
-            z = np.concatenate([z, embed(encoder.model, others, *how, key)])
+            z = np.concatenate([z, embed(encoder.model, others, **how)])
         seconds[name] = time.perf_counter() - start
         logger.info("%s: %d texts in %.0f s", name, len(z), seconds[name])
         found[name] = Lookup(texts + others, z)

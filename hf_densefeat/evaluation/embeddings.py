@@ -36,6 +36,7 @@ def embed(
     model: Any,
     texts: Sequence[str],
     tokenizer: Any = None,
+    *,
     batch_size: int = 32,
     max_length: int | None = None,
     cache: str | Path | bool = False,

@@ -13,7 +13,7 @@ ALPHAS = tuple(float(10.0**power) for power in np.arange(-6, 3.5, 0.5))
 
 
 @dataclass(frozen=True)
-class Design:
+class Standardizer:
     """Standardised features in the principal axes of the training rows, with a last column of ones.
 
     In these axes the columns are orthogonal, so ridge is a division, and the Hessian of the logistic loss is nearly
@@ -26,7 +26,7 @@ class Design:
     rows: np.ndarray
 
     @classmethod
-    def of(cls, x: np.ndarray, dtype: type = np.float64) -> "Design":
+    def of(cls, x: np.ndarray, dtype: type = np.float64) -> "Standardizer":
         """Scaler and axes of the training rows ``x`` (N, d); ``dtype`` is that of the large products."""
         x = x.astype(dtype, copy=False)
         mean, deviation = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
@@ -57,13 +57,13 @@ def _eigenvectors(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.numpy(), vectors.numpy()
 
 
-def ridge_path(design: Design, y: np.ndarray, alphas: Sequence[float] = ALPHAS) -> np.ndarray:
+def ridge_path(standardizer: Standardizer, y: np.ndarray, alphas: Sequence[float] = ALPHAS) -> np.ndarray:
     """Coefficients (r + 1, alphas) of ``min ‖y - A w‖² + N a ‖w‖²``, intercept free, every a from one decomposition.
 
     Equals `sklearn.linear_model.Ridge(alpha=N * a)` on the standardised features.
     """
-    penalty = len(y) * np.asarray(alphas)[None, :] * np.append(np.ones(len(design.squares) - 1), 0.0)[:, None]
-    return (design.rows.T @ y)[:, None] / (design.squares[:, None] + penalty)
+    penalty = len(y) * np.asarray(alphas)[None, :] * np.append(np.ones(len(standardizer.squares) - 1), 0.0)[:, None]
+    return (standardizer.rows.T @ y)[:, None] / (standardizer.squares[:, None] + penalty)
 
 
 def _probabilities(logits: np.ndarray) -> tuple[np.ndarray, float]:
@@ -114,7 +114,7 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def logistic_path(
-    design: Design, y: np.ndarray, classes: int = 2, cs: Sequence[float] = CS, tolerance: float = 1e-4
+    standardizer: Standardizer, y: np.ndarray, classes: int = 2, cs: Sequence[float] = CS, tolerance: float = 1e-4
 ) -> np.ndarray:
     """Coefficients (cs, r + 1, 1 or classes) of L2 logistic regression for each C, each started from the one before.
 
@@ -122,7 +122,7 @@ def logistic_path(
     for two classes, softmax for more) on the standardised features. Newton steps by conjugate gradients; ends where
     no derivative of the mean loss is above ``tolerance``, by default scikit-learn's.
     """
-    a = design.rows
+    a = standardizer.rows
     target = y[:, None].astype(float) if classes == 2 else np.eye(classes)[y]
     w = np.zeros((a.shape[1], target.shape[1]))
     logits = np.zeros_like(target)
@@ -135,7 +135,7 @@ def logistic_path(
             gradient = _dot(a.T, p - target) + penalty * w
             if np.abs(gradient).max() <= tolerance * len(y):
                 break
-            step = _newton_step(a, p, penalty, design.squares, gradient)
+            step = _newton_step(a, p, penalty, standardizer.squares, gradient)
             slope, change, size = float((gradient * step).sum()), _dot(a, step), 1.0
             for _ in range(30):
                 trial, moved = logits + size * change, w + size * step
@@ -149,15 +149,15 @@ def logistic_path(
     return np.stack(path)
 
 
-def fit_path(x: np.ndarray, y: np.ndarray, kind: str, classes: int) -> tuple[Design, np.ndarray]:
-    """The design of the training rows, and coefficients (strengths, r + 1, outputs) for `predict`."""
+def fit_path(x: np.ndarray, y: np.ndarray, kind: str, classes: int) -> tuple[Standardizer, np.ndarray]:
+    """The standardizer of the training rows, and coefficients (strengths, r + 1, outputs) for `predict`."""
     if kind == "regression":
-        design, mean = Design.of(x.astype(np.float64)), y.mean()
-        path = ridge_path(design, y - mean).T
+        standardizer, mean = Standardizer.of(x.astype(np.float64)), y.mean()
+        path = ridge_path(standardizer, y - mean).T
         path[:, -1] += mean
-        return design, path[:, :, None]
-    design = Design.of(x, np.float32)
-    return design, logistic_path(design, y, classes)
+        return standardizer, path[:, :, None]
+    standardizer = Standardizer.of(x, np.float32)
+    return standardizer, logistic_path(standardizer, y, classes)
 
 
 def predict(features: np.ndarray, w: np.ndarray, kind: str) -> np.ndarray:

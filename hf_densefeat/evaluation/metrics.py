@@ -1,12 +1,19 @@
 """Metrics for many weightings of the rows at once, and what they are for: bootstrap intervals over patients."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import numpy as np
+
+
+class MetricFunction(Protocol):
+    """Labels (N,), output and weights (B, N) to values (B,)."""
+
+    def __call__(self, y: np.ndarray, output: np.ndarray, weights: np.ndarray, /) -> np.ndarray:
+        """The metric under each weighting."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,53 @@ def patient_weights(patient: np.ndarray, replicates: int, seed: int = 0) -> np.n
     return drawn[:, codes].astype(np.float64)
 
 
-def replicate(metric: Callable, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def replicate(metric: MetricFunction, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The metric for all weightings, a few at a time: it holds several arrays of the size of the weights."""
     step = max(1, 2_000_000 // len(y))
     parts = [metric(y, output, weights[i : i + step]) for i in range(0, len(weights), step)]
     return np.concatenate(parts) if parts else np.empty(0)
+
+
+class Result(Protocol):
+    """What `paired_difference` needs of a `ProbeResult` or `SimilarityResult`."""
+
+    @property
+    def metrics(self) -> dict[str, Estimate]:
+        """Metric name to estimate."""
+        ...
+
+    @property
+    def replicates(self) -> dict[str, np.ndarray]:
+        """Metric name to bootstrap values (B,)."""
+        ...
+
+    @property
+    def y(self) -> np.ndarray:
+        """Labels of the test rows."""
+        ...
+
+    @property
+    def patient(self) -> np.ndarray:
+        """Patient codes of the test rows."""
+        ...
+
+
+def paired_difference(ours: Result, theirs: Result) -> dict[str, Estimate]:
+    """Metric name to ``ours - theirs`` with its 95 % interval, both scored on the same redrawn patients.
+
+    Raises:
+        ValueError: if the two are not of the same test rows and metrics, or differ in their number of replicates.
+    """
+    if not np.array_equal(ours.y, theirs.y) or not np.array_equal(ours.patient, theirs.patient):
+        raise ValueError("Expected two results of the same task, seed and split; their test rows differ.")
+    if ours.metrics.keys() != theirs.metrics.keys():
+        raise ValueError(f"Expected the same metrics but got {list(ours.metrics)} and {list(theirs.metrics)}.")
+    if [len(drawn) for drawn in ours.replicates.values()] != [len(drawn) for drawn in theirs.replicates.values()]:
+        raise ValueError("Expected two results with the same number of bootstrap replicates.")
+    return {
+        name: Estimate.of(ours.metrics[name].value - theirs.metrics[name].value, drawn - theirs.replicates[name])
+        for name, drawn in ours.replicates.items()
+    }
 
 
 def _sums(weights: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +179,7 @@ def mutual_information(y: np.ndarray, cluster: np.ndarray, weights: np.ndarray) 
     return _ratio(own + other - entropy(p), 0.5 * (own + other))
 
 
-def _each_class(metric: Callable, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _each_class(metric: MetricFunction, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The metric of the positive class, or its mean over all classes one against the rest that have weight."""
     if output.shape[1] == 2:
         return metric(y == 1, output[:, 1], weights)
@@ -176,14 +225,6 @@ def weighted_mean(y: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.
     """Mean of one value a row (N,), (B,); rows without a value (NaN) do not count."""
     defined = np.isfinite(values)
     return _ratio(weights @ np.where(defined, values, 0), weights @ defined.astype(float))
-
-
-class MetricFunction(Protocol):
-    """Labels (N,), output and weights (B, N) to values (B,)."""
-
-    def __call__(self, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """The metric under each weighting."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -250,7 +291,10 @@ def metric_named(name: str) -> Metric:
     """
     if name in METRICS:
         return METRICS[name]
-    base, code, divisor = _VARIANT.fullmatch(name).groups()
+    found = _VARIANT.fullmatch(name)
+    if found is None:
+        raise KeyError(name)
+    base, code, divisor = found.groups()
     how = f"{code} codes" if code else f"first d/{divisor} dimensions"
     return replace(METRICS[base], title=f"{METRICS[base].title}, {how}")
 

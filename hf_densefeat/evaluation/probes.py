@@ -83,8 +83,42 @@ def _nested_shots(y: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> 
     return [rng.permutation(rows[y[rows] == c]) for c in np.unique(y[rows])]
 
 
-def _shot_curve(z, y, split, kind, classes, patient, shots, draws, bootstraps, seed) -> dict[int, Estimate]:
-    test = split == 2
+@dataclass(frozen=True)
+class _Fitted:
+    """A fitted probe: positions of its test rows, their output, the chosen strength and threshold."""
+
+    test: np.ndarray
+    output: np.ndarray
+    strength: float | None = None
+    threshold: float = 0.5
+
+
+def _fitted(z: np.ndarray, y: np.ndarray, split: np.ndarray, kind: Kind, classes: int) -> _Fitted:
+    """Fit every strength on the training rows, choose on the validation rows, predict the test rows."""
+    train, validation, test = (np.flatnonzero(split == code) for code in range(3))
+    standardizer, path = fit_path(z[train], y[train], kind, classes)
+    features = standardizer(z[validation])
+    best = _chosen(features, path, y[validation], kind)
+    output = predict(standardizer(z[test]), path[best], kind)
+    strength = (ALPHAS if kind == "regression" else CS)[best]
+    if kind != "binary":
+        return _Fitted(test, output, strength)
+    return _Fitted(test, output, strength, best_threshold(y[validation], predict(features, path[best], kind)[:, 1]))
+
+
+def _shot_curve(
+    z: np.ndarray,
+    y: np.ndarray,
+    split: np.ndarray,
+    kind: Kind,
+    weights: np.ndarray,
+    *,
+    shots: Sequence[int],
+    draws: int,
+    seed: int,
+) -> dict[int, Estimate]:
+    """AUROC with k training and k validation rows of each class, mean over the draws."""
+    classes, y_test = int(y.max()) + 1, y[split == 2]
     outputs: dict[int, list[np.ndarray]] = {}
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
@@ -93,14 +127,14 @@ def _shot_curve(z, y, split, kind, classes, patient, shots, draws, bootstraps, s
             if k > max(len(rows) for rows in train):
                 continue
             t, v = (np.concatenate([rows[:k] for rows in side]) for side in (train, validation))
-            design, path = fit_path(z[t], y[t], kind, classes)
-            w = path[_chosen(design(z[v]), path, y[v], kind)]
-            outputs.setdefault(k, []).append(predict(design(z[test]), w, kind))
-    weights = patient_weights(patient[test], bootstraps, seed) if bootstraps else np.empty((0, int(test.sum())))
-    one, curve = np.ones((1, int(test.sum()))), {}
+            # The same fit as with all rows: only who trains and who validates differs.
+            few = np.full(len(y), -1)
+            few[t], few[v], few[split == 2] = 0, 1, 2
+            outputs.setdefault(k, []).append(_fitted(z, y, few, kind, classes).output)
+    one, curve = np.ones((1, len(y_test))), {}
     for k, found in outputs.items():
-        drawn = np.mean([replicate(class_auroc, y[test], output, weights) for output in found], axis=0)
-        curve[k] = Estimate.of(np.mean([class_auroc(y[test], output, one)[0] for output in found]), drawn)
+        drawn = np.mean([replicate(class_auroc, y_test, output, weights) for output in found], axis=0)
+        curve[k] = Estimate.of(np.mean([class_auroc(y_test, output, one)[0] for output in found]), drawn)
     return curve
 
 
@@ -110,6 +144,7 @@ def probe(
     patient: np.ndarray,
     split: np.ndarray,
     kind: Kind,
+    *,
     bootstraps: int = 1000,
     shots: Sequence[int] = (),
     draws: int = 3,
@@ -121,68 +156,47 @@ def probe(
         z: embeddings (N, d).
         y: label codes 0, 1, … (int) or values (float), (N,).
         patient: patient codes (N,).
-        split: 0 train, 1 validation, 2 test, (N,). Not used by clustering, which takes all rows.
+        split: 0 train, 1 validation, 2 test, (N,). Clustering takes all rows.
         kind: see `ProbeTask`.
         bootstraps: replicates over patients; 0 for none.
         shots: k of the few-shot curve (classes only): k training and k validation rows of each class, or all that a
             class has; EHRSHOT's nested samples, without its oversampling.
         draws: random draws of the few-shot samples.
         seed: seed of k-means, samples and bootstrap.
+
+    Raises:
+        ValueError: for embeddings that are not finite.
     """
     z = np.asarray(z)
     if not np.isfinite(z).all():
         raise ValueError("Expected finite embeddings but got NaN or infinity; has the encoder diverged?")
-    classes, strength, threshold = int(y.max()) + 1 if kind != "regression" else 0, None, 0.5
     rows = {name: int((split == code).sum()) for code, name in enumerate(("train", "validation", "test"))}
     if kind == "clustering":
-        test = np.arange(len(y))
         rows = {"train": 0, "validation": 0, "test": len(y)}
-        output = KMeans(classes, n_init=10, random_state=seed).fit_predict(z)
+        clusters = KMeans(int(y.max()) + 1, n_init=10, random_state=seed).fit_predict(z)
+        fitted = _Fitted(np.arange(len(y)), clusters)
     else:
-        train, validation, test = (np.flatnonzero(split == code) for code in range(3))
-        design, path = fit_path(z[train], y[train], kind, classes)
-        features = design(z[validation])
-        best = _chosen(features, path, y[validation], kind)
-        strength = (ALPHAS if kind == "regression" else CS)[best]
-        output = predict(design(z[test]), path[best], kind)
-        if kind == "binary":
-            threshold = best_threshold(y[validation], predict(features, path[best], kind)[:, 1])
-    ours, owners, one = y[test], patient[test], np.ones((1, len(test)))
-    weights = patient_weights(owners, bootstraps, seed) if bootstraps else np.empty((0, len(test)))
-    metrics = metrics_of(kind, threshold)
-    drawn = {name: replicate(metric, ours, output, weights) for name, metric in metrics.items()}
+        fitted = _fitted(z, y, split, kind, int(y.max()) + 1 if kind != "regression" else 0)
+    ours, owners, one = y[fitted.test], patient[fitted.test], np.ones((1, len(fitted.test)))
+    weights = patient_weights(owners, bootstraps, seed) if bootstraps else np.empty((0, len(ours)))
+    metrics = metrics_of(kind, fitted.threshold)
+    drawn = {name: replicate(metric, ours, fitted.output, weights) for name, metric in metrics.items()}
     curve = {}
     if shots and kind in ("binary", "multiclass"):
-        curve = _shot_curve(z, y, split, kind, classes, patient, shots, draws, bootstraps, seed)
+        curve = _shot_curve(z, y, split, kind, weights, shots=shots, draws=draws, seed=seed)
     return ProbeResult(
         kind=kind,
-        metrics={name: Estimate.of(f(ours, output, one)[0], drawn[name]) for name, f in metrics.items()},
+        metrics={name: Estimate.of(f(ours, fitted.output, one)[0], drawn[name]) for name, f in metrics.items()},
         replicates=drawn,
         rows=rows | {"patients": len(np.unique(owners))},
-        strength=strength,
+        strength=fitted.strength,
         shots=curve,
-        test_index=test,
+        test_index=fitted.test,
         y=ours,
-        output=output,
-        threshold=threshold,
+        output=fitted.output,
+        threshold=fitted.threshold,
         patient=owners,
     )
-
-
-def paired_difference(ours: ProbeResult, theirs: ProbeResult) -> dict[str, Estimate]:
-    """Metric name to ``ours - theirs`` with its 95 % interval, both scored on the same redrawn patients.
-
-    Raises:
-        ValueError: if the two are not of the same test rows, or have no replicates.
-    """
-    if not np.array_equal(ours.y, theirs.y) or not np.array_equal(ours.patient, theirs.patient):
-        raise ValueError("Expected two results of the same task, seed and split; their test rows differ.")
-    if [len(drawn) for drawn in ours.replicates.values()] != [len(drawn) for drawn in theirs.replicates.values()]:
-        raise ValueError("Expected two results with the same number of bootstrap replicates.")
-    return {
-        name: Estimate.of(ours.metrics[name].value - theirs.metrics[name].value, drawn - theirs.replicates[name])
-        for name, drawn in ours.replicates.items()
-    }
 
 
 def meds_predictions(task: ProbeTask, result: ProbeResult, time: str = "time") -> pa.Table:
@@ -226,6 +240,7 @@ class ProbeEvaluator:
     def __init__(
         self,
         tasks: Sequence[ProbeTask],
+        *,
         bootstraps: int = 1000,
         shots: Sequence[int] = (),
         batch_size: int = 32,
@@ -260,13 +275,19 @@ class ProbeEvaluator:
     def _embeddings(self, model: Any, tokenizer: Any, cache: str | Path | bool) -> dict[str, np.ndarray]:
         key = encoder_key(model, tokenizer) if cache else None
         texts = [text for rows in self.rows.values() for text in rows.texts]
-        z = embed(model, texts, tokenizer, self.batch_size, self.max_length, cache, key)
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "cache": cache,
+            "key": key,
+        }
+        z = embed(model, texts, tokenizer, **options)
         ends = np.cumsum([len(rows.texts) for rows in self.rows.values()])
         return dict(zip(self.rows, np.split(z, ends[:-1]), strict=True))
 
     def _probe(self, name: str, z: np.ndarray, kind: Kind, bootstraps: int, shots: Sequence[int]) -> ProbeResult:
         rows = self.rows[name]
-        result = probe(z, rows.y, rows.patient, rows.split, kind, bootstraps, shots, seed=self.seed)
+        result = probe(z, rows.y, rows.patient, rows.split, kind, bootstraps=bootstraps, shots=shots, seed=self.seed)
         result.rows["unlabelled"] = rows.unlabelled
         result.test_index[:] = rows.index[result.test_index]
         return result
@@ -279,7 +300,7 @@ class ProbeEvaluator:
         """
         start = time.perf_counter()
         z = self._embeddings(model, tokenizer, cache=False)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for task in self.tasks:
             result = self._probe(task.name, z[task.name], task.kind, 0, ())
             metrics |= {f"{task.name}_{name}": found.value for name, found in result.metrics.items()}

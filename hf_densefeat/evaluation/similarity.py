@@ -138,7 +138,8 @@ def similarity_of(
 def _result(rows: SimilarityRows, values: dict[str, np.ndarray], bootstraps: int, seed: int) -> SimilarityResult:
     one, count = np.ones((1, len(rows.y))), len(rows.y)
     weights = patient_weights(rows.group, bootstraps, seed) if bootstraps else np.empty((0, count))
-    metrics, drawn = {}, {}
+    metrics: dict[str, Estimate] = {}
+    drawn: dict[str, np.ndarray] = {}
     for name, output in values.items():
         function = metric_named(name).function
         drawn[name] = replicate(function, rows.y, output, weights)
@@ -204,8 +205,13 @@ class SimilarityEvaluator:
         parts = [part for rows in self.rows.values() for part in (rows.texts, rows.queries)]
         key = encoder_key(model, tokenizer) if cache else None
         texts = [text for part in parts for text in part]
-        headless = self.head is not None
-        z = embed(model, texts, tokenizer, self.batch_size, self.max_length, cache, key, headless=headless)
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "cache": cache,
+            "key": key,
+        }
+        z = embed(model, texts, tokenizer, headless=self.head is not None, **options)
         cut = iter(np.split(z, np.cumsum([len(part) for part in parts])[:-1]))
         found = {}
         for name, rows in self.rows.items():
@@ -229,7 +235,7 @@ class SimilarityEvaluator:
         a forward is a collective (FSDP); the numbers are the same on all ranks.
         """
         start = time.perf_counter()
-        metrics = {}
+        metrics: dict[str, float] = {}
         for task, result in self._results(model, tokenizer, False, 0).items():
             metrics |= {f"{task}_{name}": found.value for name, found in result.metrics.items()}
         return metrics | {"similarity_seconds": time.perf_counter() - start}

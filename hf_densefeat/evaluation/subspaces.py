@@ -148,7 +148,7 @@ def patient_subspaces(
             continue
         distances = [distance_of(u[:, :k], v[:, :k]) for u, v in bases]
         pairs.append((distances[0], sum(distances[1:]) / draws))
-    report = {"k": k, "patients": len(pairs), "patients_skipped": len(groups) - len(pairs)}
+    report: dict[str, float] = {"k": k, "patients": len(pairs), "patients_skipped": len(groups) - len(pairs)}
     if pairs:
         distance, floor = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
         report |= {"distance": distance, "noise_floor": floor}

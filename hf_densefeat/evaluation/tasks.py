@@ -69,10 +69,10 @@ def _split_code(name: Any, task: ProbeTask) -> int:
 
 def _encoded_labels(labels: list, task: ProbeTask) -> tuple[np.ndarray, list]:
     if task.kind == "regression":
-        y = np.asarray(labels, dtype=np.float64)
-        if not np.isfinite(y).all():
+        values = np.asarray(labels, dtype=np.float64)
+        if not np.isfinite(values).all():
             raise ValueError(f"Probe {task.name!r}: column {task.label!r} holds infinite values.")
-        return y, []
+        return values, []
     classes, y = np.unique(np.asarray(labels), return_inverse=True)
     if len(classes) < 2 or (task.kind == "binary" and len(classes) > 2):
         raise ValueError(
@@ -92,12 +92,15 @@ def task_rows(task: ProbeTask, seed: int = 0) -> Rows:
     if task.kind not in PROBE_KINDS:
         raise ValueError(f"Probe {task.name!r}: expected a kind among {PROBE_KINDS} but got {task.kind!r}.")
     parts = task.dataset if isinstance(task.dataset, dict) else {None: task.dataset}
-    texts, labels, patients, splits = [], [], [], []
+    texts: list[str] = []
+    labels: list[Any] = []
+    patients: list[Any] = []
+    splits: list[int] = []
     for name, table in parts.items():
         texts += task.column(table, task.text)
         labels += task.column(table, task.label)
-        alone = [(name, i) for i in range(len(table))]
-        patients += alone if task.patient is None else task.column(table, task.patient)
+        alone = ((name, i) for i in range(len(table)))
+        patients += list(alone) if task.patient is None else task.column(table, task.patient)
         if name is not None:
             splits += [_split_code(name, task)] * len(table)
         elif task.split in table.column_names:

@@ -86,7 +86,9 @@ class Measures:
         order = np.append(whole, self.damaged)
         for share, texts in self.missing.items():
             z = known.encode([rows.texts[i] for i in whole] + texts).numpy()
-            result = probe(z, rows.y[order], rows.patient[order], rows.split[order], self.primary.kind, BOOTSTRAPS)
+            result = probe(
+                z, rows.y[order], rows.patient[order], rows.split[order], self.primary.kind, bootstraps=BOOTSTRAPS
+            )
             found[f"missing {share:.0%}"] = np.append(result.metrics["auroc"].value, result.replicates["auroc"])
         return found
 

@@ -7,8 +7,7 @@ import torch
 from conftest import make_model, make_notes
 
 from hf_densefeat import SimilarityEvaluator, SimilarityTask
-from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, metric_named
-from hf_densefeat.evaluation.probes import paired_difference
+from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, metric_named, paired_difference
 from hf_densefeat.evaluation.ranking import same_label
 from hf_densefeat.evaluation.similarity import centred_on, similarity_of
 from hf_densefeat.evaluation.similarity_tasks import similarity_rows
