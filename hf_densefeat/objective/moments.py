@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,30 +120,37 @@ class Moments:
         total = mean + self.shift
         return torch.addr(centred, total, total)
 
+    def scatter(self, center: bool) -> Tensor:
+        """N Sigma (d, d): Z^T Z, or about the mean, in one pass over the matrix (two uncentred)."""
+        mean = self.first / self.count.clamp(min=1)
+        centred = torch.addr(self.second, mean, self.first, alpha=-1)
+        total = mean + self.shift
+        return centred if center else torch.addr(centred, self.count * total, total)
+
     def resolution(self, center: bool) -> Tensor:
         """Variance (d,) below which a column is constant to rounding, so that its direction is noise."""
         square = self.second.diagonal() / self.count.clamp(min=1)
         return rounding_variance(self.shift, square, center=center)
 
-    def noise_of_purity(self, covariance: Tensor, center: bool) -> Tensor:
+    def noise_of_purity(self, square: Tensor, trace: Tensor, center: bool) -> Tensor:
         """||Sigma_hat||_F^2 minus its U-statistic: what the i = j terms add, which measures N and not the model.
 
         With rows x about the mean, S = sum x x^T and q = sum |x|^4, the U-statistic
         [||S||_F^2 - q + (tr S)^2 / ((n-1)(n-2)) - 2 q / (n-2)] / (n (n-3)) is unbiased for ||Sigma||_F^2 (Song et al.,
         2012, with both kernels Z Z^T); uncentred it is (||S||_F^2 - q) / (n (n-1)). Rows must be independent. With fewer
-        than 4 rows (2 uncentred) all of ||Sigma_hat||_F^2 is noise. `covariance` is `self.covariance(center)`.
+        than 4 rows (2 uncentred) all of ||Sigma_hat||_F^2 is noise. `square` is ||Sigma_hat||_F^2, `trace` tr Sigma_hat.
         """
-        n, plug_in = self.count, covariance.square().sum()
+        n = self.count
         if center:
-            q, trace = self.quartic_sum_about(self.mean), n * covariance.trace()
-            rest = trace.square() / ((n - 1) * (n - 2)).clamp(min=1) - 2 * q / (n - 2).clamp(min=1)
-            unbiased = (n.square() * plug_in - q + rest) / (n * (n - 3)).clamp(min=1)
+            q = self.quartic_sum_about(self.mean)
+            rest = (n * trace).square() / ((n - 1) * (n - 2)).clamp(min=1) - 2 * q / (n - 2).clamp(min=1)
+            unbiased = (n.square() * square - q + rest) / (n * (n - 3)).clamp(min=1)
             # Sigma_hat divides by n, the unbiased covariance by n - 1
             unbiased = unbiased * ((n - 1) / n.clamp(min=1)).square()
         else:
             q = self.quartic_sum_about(torch.zeros_like(self.shift))
-            unbiased = (n.square() * plug_in - q) / (n * (n - 1)).clamp(min=1)
-        return torch.where(n >= (4 if center else 2), plug_in - unbiased, plug_in)
+            unbiased = (n.square() * square - q) / (n * (n - 1)).clamp(min=1)
+        return torch.where(n >= (4 if center else 2), square - unbiased, square)
 
     def detached(self, requires_grad: bool = False) -> Moments:
         """The same values as leaves of a new graph."""
@@ -151,14 +159,22 @@ class Moments:
 
 @dataclass(frozen=True)
 class MomentsGradient:
-    """Gradient of a function with respect to the sums of `Moments` about `shift`, field by field."""
+    """Gradient of a function with respect to the sums of `Moments` about `shift`, by their names.
+
+    `second` is symmetric: of a gradient that is not, the antisymmetric part moves no row. None stands for zeros.
+    """
 
     shift: Tensor
-    count: Tensor
     first: Tensor
     second: Tensor
-    square_weighted_sum: Tensor
-    quartic_sum: Tensor
+    square_weighted_sum: Tensor | None = None
+    quartic_sum: Tensor | None = None
+
+    @classmethod
+    def of(cls, shift: Tensor, sums: Sequence[Tensor]) -> MomentsGradient:
+        """From autograd's gradients by `Moments.sums`."""
+        _, first, second, square_weighted, quartic = sums
+        return cls(shift, first, (second + second.mT) / 2, square_weighted, quartic)
 
     @torch.no_grad()
     def pullback(self, z: Tensor) -> Tensor:
@@ -170,9 +186,11 @@ class MomentsGradient:
         """
         with torch.autocast(z.device.type, enabled=False):
             y = full_precision(z.detach()) - self.shift
+            linear = torch.addmm(self.first, y, self.second, alpha=2)
+            if self.square_weighted_sum is None or self.quartic_sum is None:
+                return linear
             square = y.square().sum(1, keepdim=True)
             along = (y @ self.square_weighted_sum).unsqueeze(1)
-            linear = self.first + y @ (self.second + self.second.mT)
             return linear + square * self.square_weighted_sum + (2 * along + 4 * self.quartic_sum * square) * y
 
 

@@ -3,16 +3,81 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from hf_densefeat.objective.moments import Moments
+
+
+class Observed:
+    """One side of one update as numbers, without gradient; each is computed when it is first asked for."""
+
+    def __init__(self, moments: Moments, center: bool):
+        self.moments, self.center = moments.detached(), center
+
+    @cached_property
+    def scatter(self) -> Tensor:
+        """N Sigma, (d, d)."""
+        return self.moments.scatter(self.center)
+
+    @cached_property
+    def count(self) -> Tensor:
+        """N, at least 1, ()."""
+        return self.moments.count.clamp(min=1)
+
+    @cached_property
+    def trace(self) -> Tensor:
+        """Trace of Sigma, ()."""
+        return self.scatter.trace() / self.count
+
+    @cached_property
+    def resolution(self) -> Tensor:
+        """Variance of each column that is rounding, (d,)."""
+        return self.moments.resolution(self.center)
+
+    @cached_property
+    def varies(self) -> Tensor:
+        """Whether the trace is more than rounding, ()."""
+        return self.trace > self.resolution.sum()
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The trace, or 1 where nothing varies, ()."""
+        return torch.where(self.varies, self.trace, 1)
+
+    @cached_property
+    def normalised(self) -> Tensor:
+        """Sigma / tr Sigma, (d, d)."""
+        return self.scatter / (self.scale * self.count)
+
+    @cached_property
+    def square(self) -> Tensor:
+        """||Sigma / tr Sigma||_F^2, (); not finite if an entry is not."""
+        return inner(self.normalised, self.normalised)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """Squared Frobenius norm of the sampling error of `normalised`, estimated, (): see `noise_of_purity`."""
+        square = self.square * self.scale * self.scale
+        return self.moments.noise_of_purity(square, self.trace, self.center) / self.scale / self.scale
+
+
+@dataclass(frozen=True)
+class Average:
+    """Running average of Sigma / tr Sigma (d, d), the noise in it, and the weight of this update's, as numbers."""
+
+    covariance: Tensor
+    noise: Tensor
+    gain: Tensor
 
 
 @dataclass
 class RunningCovariance:
     """Running average of trace-normalised covariances C_t / tr C_t (paper 4.5: "running estimates of covariance statistics").
 
-    average <- average + gain (C_t / tr C_t - average), and the gradient flows through C_t at full strength.
+    average <- average + gain (C_t / tr C_t - average), and the gradient flows through C_t at full strength (`Side`).
 
     A fixed exponential average runs away: while the encoder moves, the average looks spread when it is only each batch
     that collapses in another direction. So the gain is Kalman's, from two variances that the moments give without bias:
@@ -32,38 +97,41 @@ class RunningCovariance:
     drift: Tensor | None = None
 
     @torch.no_grad()
-    def gain(self, normalised: Tensor, noise: Tensor, count: Tensor, averaging_window: float) -> tuple[Tensor, Tensor]:
-        """Weight of this step's C_t / tr C_t (d, d) in the average, and the new drift."""
+    def average(self, seen: Observed, averaging_window: float) -> Average:
+        """The new average; the state moves on by one step."""
+        gain, drift = self.gain(seen, averaging_window)
+        return self.advance(seen, gain, drift, seen.varies)
+
+    @torch.no_grad()
+    def gain(self, seen: Observed, averaging_window: float) -> tuple[Tensor, Tensor]:
+        """Weight of this step's covariance in the average, and the new drift."""
         if self.covariance is None or self.noise is None or self.drift is None:
-            self.covariance, self.noise = torch.zeros_like(normalised), torch.zeros_like(noise)
-            self.drift = torch.full_like(noise, torch.nan)
-        empty = self.covariance.trace() == 0
-        distance = (normalised - self.covariance).square().sum() - noise - self.noise
+            self.covariance, self.noise = torch.zeros_like(seen.normalised), torch.zeros_like(seen.noise)
+            self.drift = torch.full_like(seen.noise, torch.nan)
+        past, noise = self.covariance, seen.noise
+        empty = past.trace() == 0
+        # ||C_t - average||^2, expanded: three inner products read the matrices and write none
+        distance = seen.square - 2 * inner(seen.normalised, past) + inner(past, past) - noise - self.noise
         drift = torch.where(self.drift.isnan(), distance, self.drift.lerp(distance, 0.1))
         uncertain = 4 * drift.clamp(min=0) + self.noise
         gain = uncertain / (uncertain + noise.clamp(min=0)).clamp(min=torch.finfo(noise.dtype).tiny)
-        gain = torch.maximum(gain, count / averaging_window).clamp(0.1, 1)
+        gain = torch.maximum(gain, seen.moments.count / averaging_window).clamp(0.1, 1)
         return torch.where(empty, 1, gain), torch.where(empty, self.drift, drift)
 
-    def advance(
-        self, normalised: Tensor, noise: Tensor, gain: Tensor, drift: Tensor, usable: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The new average (d, d) and its noise, by a gain that `gain` returned; a step that is not usable is left out."""
+    @torch.no_grad()
+    def advance(self, seen: Observed, gain: Tensor, drift: Tensor, usable: Tensor) -> Average:
+        """The new average, by what `gain` returned; a step that is not usable leaves the state as it was."""
         assert self.covariance is not None
         assert self.noise is not None
         assert self.drift is not None
-        with torch.no_grad():
-            average = self.covariance.lerp(normalised, gain)
-            variance = (1 - gain).square() * self.noise + gain.square() * noise
-            keep = usable & average.isfinite().all()
-            self.covariance = torch.where(keep, average, self.covariance)
-            self.noise = torch.where(keep, variance, self.noise)
-            self.drift = torch.where(keep, drift, self.drift)
-        return average + (normalised - normalised.detach()), variance + gain * (noise - noise.detach())
+        average = self.covariance.lerp(seen.normalised, gain)
+        variance = (1 - gain).square() * self.noise + gain.square() * seen.noise
+        keep = usable & seen.square.isfinite()
+        if keep:  # on a GPU this waits, as the small eigendecomposition of the next step does anyway
+            self.covariance, self.noise, self.drift = average, variance, drift
+        return Average(average, variance, gain)
 
-    def average(
-        self, normalised: Tensor, noise: Tensor, count: Tensor, averaging_window: float, usable: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The new average (d, d) and its noise, given C_t / tr C_t, noise_t and the rows behind it."""
-        gain, drift = self.gain(normalised, noise, count, averaging_window)
-        return self.advance(normalised, noise, gain, drift, usable)
+
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """<X, Y>, the sum of products of entries, ()."""
+    return torch.dot(x.flatten(), y.flatten())

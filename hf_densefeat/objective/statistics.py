@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hf_densefeat.objective.moments import Moments, PairMoments
+from hf_densefeat.objective.running import Average
 from hf_densefeat.objective.subspace import Eigenspace
 
 
@@ -19,14 +20,14 @@ class Side:
 
     Where the objective has an averaging window, `covariance` is the running average of trace-normalised covariances,
     scaled by this update's trace; its gradient is that of this update's covariance at full strength. Otherwise it is
-    `batch_covariance`. The eigenspace is without gradient: see `subspace.subspace_distance_squared`.
+    `batch_covariance`. `eigenspace` holds the leading eigenvectors and eigenvalues of `covariance`, without gradient,
+    exact or tracked as the objective is told: see `subspace.subspace_distance_squared`.
     """
 
     moments: Moments
     center: bool
-    average: Tensor | None = None
-    average_noise: Tensor | None = None
-    find_eigenspace: Callable[[Side], Eigenspace] | None = field(default=None, repr=False)
+    eigenspace: Eigenspace
+    average: Average | None = None
 
     @property
     def count(self) -> Tensor:
@@ -71,30 +72,30 @@ class Side:
     @cached_property
     def batch_noise(self) -> Tensor:
         """Squared Frobenius norm of the sampling error of `batch_normalised`, estimated, (): see `noise_of_purity`."""
-        return self.moments.noise_of_purity(self.batch_covariance, self.center) / self.scale / self.scale
+        square = self.batch_covariance.square().sum()
+        return self.moments.noise_of_purity(square, self.trace, self.center) / self.scale / self.scale
 
     @cached_property
     def covariance(self) -> Tensor:
         """Sigma (d, d), averaged if the objective has an averaging window."""
-        return self.batch_covariance if self.average is None else self.average * self.trace
+        return self.batch_covariance if self.average is None else self.normalised * self.trace
+
+    @cached_property
+    def normalised(self) -> Tensor:
+        """`covariance` over its trace (d, d)."""
+        batch = self.batch_normalised
+        return batch if self.average is None else self.average.covariance + (batch - batch.detach())
 
     @property
     def noise(self) -> Tensor:
         """Squared Frobenius norm of the sampling error of `covariance` over its trace, estimated, ()."""
-        return self.batch_noise if self.average_noise is None else self.average_noise
+        noise = self.batch_noise
+        return noise if self.average is None else self.average.noise + self.average.gain * (noise - noise.detach())
 
     @cached_property
     def purity(self) -> Tensor:
         """Unbiased ||Sigma||_F^2 / (tr Sigma)^2, (); 1 where nothing varies."""
-        noise, normalised = self.noise, self.batch_normalised if self.average is None else self.average
-        return torch.where(self.varies, normalised.square().sum() - noise, 1)
-
-    @cached_property
-    def eigenspace(self) -> Eigenspace:
-        """Leading eigenvectors and eigenvalues of `covariance`, detached; exact or tracked, as the objective is told."""
-        if self.find_eigenspace is None:
-            raise ValueError("This side was made without a way to find its eigenspace. Take it from a DenseObjective.")
-        return self.find_eigenspace(self)
+        return torch.where(self.varies, self.normalised.square().sum() - self.noise, 1)
 
 
 @dataclass(eq=False)
@@ -151,7 +152,9 @@ class Statistics:
         """
         if self.average_cross is None:
             return self.batch_cross_covariance
-        return self.average_cross * (self.a.scale * self.b.scale).sqrt()
+        scale = (self.a.scale * self.b.scale).sqrt()
+        batch = self.batch_cross_covariance / scale
+        return (self.average_cross + (batch - batch.detach())) * scale
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """Centred covariance (d, d) and resolution (d,) of all 2N rows of this update.

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective.moments import Moments, MomentsGradient, PairGradient, PairMoments
 from hf_densefeat.objective.objective import DenseObjective
-from hf_densefeat.objective.running import RunningCovariance
+from hf_densefeat.objective.running import Observed, RunningCovariance
+from hf_densefeat.objective.statistics import Side
+from hf_densefeat.objective.subspace import eigenspace
 
 SUMS = ("count", "first", "second", "square_weighted_sum", "quartic_sum")
 
@@ -121,7 +123,7 @@ def test_pullback_is_autograd(shift):
     (whole,) = torch.autograd.grad(function(Moments.of(z, at)), z)
     leaves = Moments.of(z, at).detached(requires_grad=True)
     grads = torch.autograd.grad(function(leaves), leaves.sums, materialize_grads=True, allow_unused=True)
-    gradient = MomentsGradient(at, *grads)
+    gradient = MomentsGradient.of(at, grads)
     for cut in ([9], [4, 5], [1, 0, 3, 5]):
         pulled = torch.cat([gradient.pullback(part) for part in z.split(cut)])
         np.testing.assert_allclose(pulled.numpy(), whole.numpy(), rtol=1e-12, atol=1e-12 * whole.abs().max().item())
@@ -135,16 +137,16 @@ def test_bfloat16_autocast_changes_nothing():
     def everything():
         m, other = Moments.of(a), Moments.of(b)
         both = m + other
-        running = RunningCovariance()
         out = [*both.sums, *m.about(far).sums, m.quartic_sum_about(far), both.mean, both.covariance(True)]
         out += [
             both.covariance(False),
             both.resolution(True),
-            MomentsGradient(both.shift, *both.sums).pullback(a),
-            m.noise_of_purity(m.covariance(True), True),
+            MomentsGradient.of(both.shift, both.sums).pullback(a),
+            m.noise_of_purity(m.second.square().sum(), m.second.trace(), True),
         ]
-        sigma = m.covariance(True) / m.covariance(True).trace()
-        return out + list(running.average(sigma, sigma.new_tensor(0.01), m.count, 20, torch.tensor(True)))
+        running = RunningCovariance()
+        average = running.average(Observed(m, True), 20)
+        return [*out, m.scatter(True), m.scatter(False), average.covariance, average.noise, average.gain]
 
     outside = everything()
     with torch.autocast("cpu", torch.bfloat16):
@@ -186,37 +188,37 @@ def test_embeddings_must_be_a_matrix():
 
 
 def observe(z, center=True):
-    m = Moments.of(z)
-    sigma = m.covariance(center)
-    trace = sigma.trace()
-    return sigma / trace, m.noise_of_purity(sigma, center) / trace.square(), m.count, torch.tensor(True)
+    return Observed(Moments.of(z), center)
 
 
 def step(running, z, window):
-    sigma, noise, count, usable = observe(z)
-    return running.average(sigma, noise, count, window, usable)[0]
+    return running.average(observe(z), window).covariance
 
 
 def test_first_step_is_the_batch_and_the_second_a_mean():
     """There is no start-up bias: the first average is the batch's covariance, the second lies between both batches."""
     running = RunningCovariance()
     first, second = rows(24, 8), rows(24, 8, seed=1)
-    torch.testing.assert_close(step(running, first, 200), observe(first)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(step(running, first, 200), observe(first).normalised, rtol=1e-12, atol=1e-12)
     average = step(running, second, 200)
-    share = (average - observe(first)[0]).norm() / (observe(second)[0] - observe(first)[0]).norm()
+    share = (average - observe(first).normalised).norm() / (
+        observe(second).normalised - observe(first).normalised
+    ).norm()
     assert 0.3 < share < 0.75
 
 
 def test_gradient_flows_through_the_batch_at_full_strength():
-    """The gradient of the average with respect to the batch's covariance is the identity, at every step."""
+    """The gradient of the average by the rows is that of the batch's own normalised covariance, at every step."""
     running = RunningCovariance()
+    weight = rows(6, 6, seed=9)
     for seed in range(4):
-        sigma, noise, count, usable = observe(rows(16, 6, seed))
-        sigma.requires_grad_()
-        average, _ = running.average(sigma, noise, count, 100, usable)
-        weight = rows(6, 6, seed=9)
-        (grad,) = torch.autograd.grad((average * weight).sum(), sigma)
-        assert torch.equal(grad, weight)
+        z = rows(16, 6, seed).requires_grad_()
+        m = Moments.of(z)
+        average = running.average(Observed(m, True), 100)
+        sides = [Side(m, True, eigenspace(m.covariance(True).detach()), x) for x in (average, None)]
+        grads = [torch.autograd.grad((x.normalised * weight).sum(), z, retain_graph=True)[0] for x in sides]
+        assert torch.equal(*grads)
+        assert torch.equal(sides[0].normalised.detach(), average.covariance)
         assert not running.covariance.requires_grad
 
 
@@ -294,7 +296,7 @@ def test_stationary_batches_average_below_their_noise():
         z = rows(16, d, seed)
         average = step(running, z, window=1600)
         if seed >= 40:
-            single.append((observe(z)[0] - truth).square().sum())
+            single.append((observe(z).normalised - truth).square().sum())
             averaged.append((average - truth).square().sum())
     assert torch.stack(averaged).mean() < torch.stack(single).mean() / 4
 
@@ -309,7 +311,7 @@ def test_drifting_batches_stand_almost_alone():
         past = running.covariance
         average = step(running, z, window=10_000)
         if seed >= 5:
-            distances.append((average - observe(z)[0]).norm() / (past - observe(z)[0]).norm())
+            distances.append((average - observe(z).normalised).norm() / (past - observe(z).normalised).norm())
     assert max(distances) < 0.2
 
 
@@ -318,7 +320,7 @@ def test_window_no_longer_than_the_batch_is_the_batch():
     running = RunningCovariance()
     for seed in range(3):
         z = rows(32, 6, seed)
-        torch.testing.assert_close(step(running, z, window=32), observe(z)[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(step(running, z, window=32), observe(z).normalised, rtol=1e-12, atol=1e-12)
 
 
 # ---- Pairs ----
@@ -350,7 +352,7 @@ def test_pair_pullback_is_autograd():
     expected = torch.autograd.grad(function(PairMoments.of(z_a, z_b, at, cross=True)), (z_a, z_b))
     leaves = PairMoments.of(z_a, z_b, at, cross=True).detached(requires_grad=True)
     grads = torch.autograd.grad(function(leaves), leaves.sums)
-    gradient = PairGradient(MomentsGradient(at, *grads[:5]), MomentsGradient(at, *grads[5:10]), grads[10])
+    gradient = PairGradient(MomentsGradient.of(at, grads[:5]), MomentsGradient.of(at, grads[5:10]), grads[10])
     for cut in ([9], [2, 0, 7]):
         pulled = [gradient.pullback(*part) for part in zip(z_a.split(cut), z_b.split(cut), strict=True)]
         for found, wanted in zip(map(torch.cat, zip(*pulled, strict=True)), expected, strict=True):

@@ -16,6 +16,7 @@ from hf_densefeat import (
     subspace_consistency_loss,
 )
 from hf_densefeat.objective.moments import PairMoments
+from hf_densefeat.objective.objective import PAPER
 from hf_densefeat.objective.subspace import warn_if_unsupported
 
 TERMS = ("spectral_spreading", "subspace_consistency", "orthogonality", "loss")
@@ -160,7 +161,7 @@ def u_statistic(z, center, shift=None):
     m = Moments.of(z, shift)
     sigma = m.covariance(center)
     plug_in = sigma.square().sum()
-    rest = plug_in - m.noise_of_purity(sigma, center)
+    rest = plug_in - m.noise_of_purity(plug_in, sigma.trace(), center)
     return float(rest * (m.count / (m.count - 1)).square() if center else rest)
 
 
@@ -604,3 +605,27 @@ def test_the_tracked_gradient_is_near_the_exact_one_in_noise():
     wanted = exact.gradient(pair)[1].a.second
     assert (found - wanted).norm() < 0.1 * wanted.norm()
     assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), 0) > 0.995
+
+
+# ---- In closed form ----
+
+
+@pytest.mark.parametrize("window", [None, "auto"])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("power_iterations", [None, 2])
+def test_the_closed_form_is_the_chain_of_the_terms(window, center, power_iterations):
+    """Values, gradients and state over updates equal those of the functions of terms.py under autograd."""
+    options = {"window": window, "center": center, "power_iterations": power_iterations}
+    closed = DenseObjective(lambda_sub=0.3, lambda_orth=0.05, subspace_dim=2, **options)
+    chained = {name: (closed.terms[name][0], lambda s, f=function: f(s)) for name, function in PAPER.items()}
+    chain = DenseObjective(subspace_dim=2, terms=chained, **options)
+    for seed in range(3):
+        z_a, z_b = embeddings(12, 5, seed).requires_grad_(), embeddings(12, 5, 50 + seed).requires_grad_()
+        found, expected = closed(z_a, z_b), chain(z_a, z_b)
+        for name in TERMS:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-12)
+            grads = [torch.autograd.grad(v[name], (z_a, z_b), retain_graph=True) for v in (found, expected)]
+            for x, y in zip(*grads, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+    for name, value in chain.state_dict().items():
+        torch.testing.assert_close(closed.state_dict()[name], value, equal_nan=True)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from hf_densefeat import BatchLoss, DenseObjective
-from hf_densefeat.objective.moments import Moments, PairMoments
+from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.objective.objective import spectral_spreading_term
-from hf_densefeat.objective.statistics import Side, sees_pairing
+from hf_densefeat.objective.statistics import sees_pairing
 
 PAPER = ["spectral_spreading", "subspace_consistency", "orthogonality"]
 
@@ -83,8 +83,6 @@ def test_statistics_are_numpys(center):
     whole = np.concatenate([a, b])
     np.testing.assert_allclose(s.columns()[0].numpy(), np.cov(whole.T, ddof=0), atol=1e-12)
     assert (s.dimension, s.subspace_dim, s.center) == (6, 2, center)
-    with pytest.raises(ValueError, match="Take it from a DenseObjective"):
-        Side(Moments.of(z_a), center).eigenspace  # noqa: B018
 
 
 def test_the_averaged_joint_covariance_stays_positive_semidefinite():
