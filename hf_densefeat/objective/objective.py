@@ -196,6 +196,8 @@ class DenseObjective:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
+        # copies, whose memory is aligned as that of any result: sums of a file's unaligned memory round otherwise
+        state = {name: value.clone() for name, value in state.items()}
         self.shift, self.running_cross = state.get("shift"), state.get("cross.covariance")
         self.bases = [state.get("a.basis"), state.get("b.basis")]
         for side, running in zip("ab", self.running, strict=True):

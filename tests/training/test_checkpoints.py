@@ -76,7 +76,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tokenizer, uninterrup
     worker.write_text(WORKER)
     tokenizer.save_pretrained(saved)
     tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
+    )
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     out = tmp_path / "out"
     for job, code in (("kill", -signal.SIGKILL), ("resume", 0)):
