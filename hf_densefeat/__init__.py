@@ -11,6 +11,7 @@ from hf_densefeat.evaluation.similarity import SimilarityEvaluator
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
 from hf_densefeat.evaluation.tasks import ProbeTask
 from hf_densefeat.models.dense import AutoDenseModel, DenseFeatureMixin
+from hf_densefeat.models.head import DenseHead
 from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.moments import Moments
 from hf_densefeat.objective.objective import DenseObjective
@@ -23,6 +24,7 @@ __all__ = [
     "AutoDenseModel",
     "BatchLoss",
     "DenseFeatureMixin",
+    "DenseHead",
     "DenseObjective",
     "DensePairCollator",
     "DenseTrainer",

@@ -138,8 +138,10 @@ class WindowModel(DenseFeatureMixin, PreTrainedModel):
         return None if self.base_model is self else "mlm"
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers: sentence-transformers reads texts, so there are no files for it."""
+        """As in transformers, and the head: sentence-transformers reads texts, so there are no files for it."""
         PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and self.dense_head is not None:
+            self.dense_head.save(save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the codes."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,16 +19,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
+from hf_densefeat.models.head import FOLDER, DenseHead
 from hf_densefeat.models.pooling import POOLINGS, over_chunks, pool
+from hf_densefeat.models.sentence_transformers import write_files
 
-SENTENCE_TRANSFORMERS_POOLING = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "max": "max_tokens"}
-SENTENCE_TRANSFORMERS_FILES = (
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling",
-)
 HUB_OPTIONS = (
     "cache_dir",
     "force_download",
@@ -78,6 +72,26 @@ class DenseFeatureMixin:
         """What becomes of a note longer than `max_length`: "truncate", or "chunk" and average, weighted by tokens."""
         return self.config.densefeat.get("long_notes", "truncate")
 
+    @property
+    def dense_head(self) -> DenseHead | None:
+        """The map that `encode` applies and that is saved beside the encoder; None for embeddings as they are pooled.
+
+        Not called `head`, which in ModernBERT and others is a part of the language-modelling head.
+        """
+        return self.__dict__.get("_dense_head")
+
+    @dense_head.setter
+    def dense_head(self, head: DenseHead | None) -> None:
+        if head is not None and len(head.mean) != self.config.hidden_size:
+            raise ValueError(
+                f"The head was fitted on embeddings of width {len(head.mean)}, but {type(self).__name__} has embeddings "
+                f"of width {self.config.hidden_size}: fit it on this encoder's."
+            )
+        self.__dict__["_dense_head"] = head
+        block = {name: value for name, value in self.config.densefeat.items() if name != "head"}
+        # a string, because JSON has no infinity
+        self.config.densefeat = block if head is None else block | {"head": {"epsilon": str(head.epsilon)}}
+
     @contextmanager
     def capture_hidden(self):
         """Inside, `pooled(mask)` after a forward of the (wrapped) model gives embeddings with their graph.
@@ -93,10 +107,10 @@ class DenseFeatureMixin:
         finally:
             base._densefeat_capture, base._densefeat_hidden = False, None
 
-    def pooled(self, attention_mask: Tensor, owner: Tensor | None = None, notes: int = 0) -> Tensor:
-        """Embeddings (B, d) of the forward that just ran inside `capture_hidden`; (notes, d) where rows are chunks."""
+    def pooled(self, attention_mask: Tensor, chunk_to_note: Tensor | None = None, num_notes: int = 0) -> Tensor:
+        """Embeddings (B, d) of the forward that just ran inside `capture_hidden`; (num_notes, d) where rows are chunks."""
         z = pool(self.base_model._densefeat_hidden, attention_mask, self.pooling)
-        return z if owner is None else over_chunks(z, attention_mask.sum(1), owner, notes)
+        return z if chunk_to_note is None else over_chunks(z, attention_mask.sum(1), chunk_to_note, num_notes)
 
     @torch.no_grad()
     def encode(
@@ -106,6 +120,7 @@ class DenseFeatureMixin:
         batch_size: int = 32,
         max_length: int | None = None,
         show_progress: bool = False,
+        head: bool = True,
     ) -> Tensor:
         """Embeddings (N, d), float32 on the CPU, row i of text i; without dropout, whatever mode the model is in.
 
@@ -117,7 +132,12 @@ class DenseFeatureMixin:
             batch_size: rows of a forward; texts are sorted by length first, so that little is padded.
             max_length: tokens kept of a text; by default `max_length` of the model.
             show_progress: show a progress bar.
+            head: apply `dense_head`, if the model has one; False for the embeddings below it.
         """
+        z = self._encode(texts, tokenizer, batch_size, max_length, show_progress)
+        return self.dense_head(z) if head and self.dense_head is not None else z
+
+    def _encode(self, texts, tokenizer, batch_size, max_length, show_progress) -> Tensor:
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -134,7 +154,7 @@ class DenseFeatureMixin:
             limit = max_length or self.max_length or tokenizer.model_max_length
             chunk = self.long_notes == "chunk"
             tokens = tokenizer(texts, truncation=True, max_length=limit, return_overflowing_tokens=chunk)
-            owner = tokens.pop("overflow_to_sample_mapping", None)
+            chunk_to_note = tokens.pop("overflow_to_sample_mapping", None)
             lengths = [len(ids) for ids in tokens["input_ids"]]
             order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
             out = []
@@ -145,7 +165,7 @@ class DenseFeatureMixin:
                 out.append(self._embed(tokenizer.pad(batch, padding_side="right", return_tensors="pt")))
             out = torch.cat(out)
             out = torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
-            return over_chunks(out, torch.tensor(lengths), torch.tensor(owner), len(texts)) if chunk else out
+            return over_chunks(out, torch.tensor(lengths), torch.tensor(chunk_to_note), len(texts)) if chunk else out
         finally:
             for module in training:
                 module.training = True
@@ -171,8 +191,12 @@ class DenseFeatureMixin:
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            write_sentence_transformers_files(
-                save_directory, width=self.config.hidden_size, pooling=self.pooling, max_length=self.max_length
+            write_files(
+                save_directory,
+                width=self.config.hidden_size,
+                pooling=self.pooling,
+                max_length=self.max_length,
+                head=self.dense_head,
             )
 
 
@@ -210,6 +234,8 @@ def as_dense(
     if not isinstance(model, DenseFeatureMixin):
         model.__class__ = _dense_class(type(model))
     block = dict(getattr(model.config, "densefeat", None) or {})
+    if getattr(model, "dense_head", None) is None:
+        block.pop("head", None)  # of the folder that the config is from; `AutoDenseModel` loads it
     if model.language_modeling and model.base_model is model:
         raise ValueError(f"{type(model).__name__} has no body apart from its head: no hidden states to pool.")
     default = "last" if model.language_modeling == "causal" else "mean"
@@ -244,9 +270,12 @@ class AutoDenseModel:
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
         loaded = _auto_class(config).from_pretrained(name_or_path, **kwargs)
-        if kwargs.get("output_loading_info"):
-            return as_dense(loaded[0], pooling, max_length), loaded[1]
-        return as_dense(loaded, pooling, max_length)
+        loaded, *info = loaded if kwargs.get("output_loading_info") else (loaded,)
+        saved = (getattr(loaded.config, "densefeat", None) or {}).get("head")
+        model = as_dense(loaded, pooling, max_length)
+        if saved is not None:
+            model.dense_head = load_head(name_or_path, float(saved["epsilon"]), hub)
+        return (model, *info) if info else model
 
     @classmethod
     def from_config(cls, config, pooling: str | None = None, max_length: int | None = None, **kwargs):
@@ -254,37 +283,15 @@ class AutoDenseModel:
         return as_dense(_auto_class(config).from_config(config, **kwargs), pooling, max_length)
 
 
+def load_head(name_or_path: str, epsilon: float, hub: dict) -> DenseHead:
+    """The head of a folder or repository whose config names one."""
+    subfolder = f"{hub['subfolder']}/{FOLDER}" if hub.get("subfolder") else FOLDER
+    options = {name: value for name, value in hub.items() if name not in ("trust_remote_code", "subfolder")}
+    weights = cached_file(name_or_path, "model.safetensors", subfolder=subfolder, **options)
+    return DenseHead.load(weights, epsilon)
+
+
 def _auto_class(config):
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return AutoModelForMaskedLM
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-
-
-def write_sentence_transformers_files(folder, width: int, pooling: str, max_length: int | None) -> None:
-    """Beside a transformers model, the files by which `SentenceTransformer(folder)` pools and truncates as we do.
-
-    In the older form, which every release from 2 to 6 reads.
-    """
-    types = "sentence_transformers.models"
-    modes = {f"pooling_mode_{mode}": False for mode in ("cls_token", "mean_tokens", "max_tokens")}
-    modes |= {f"pooling_mode_{mode}": False for mode in ("mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}
-    modes[f"pooling_mode_{SENTENCE_TRANSFORMERS_POOLING[pooling]}"] = True
-    files = {
-        "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": f"{types}.Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{types}.Pooling"},
-        ],
-        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
-        "1_Pooling/config.json": {"word_embedding_dimension": width, **modes, "include_prompt": True},
-        "config_sentence_transformers.json": {
-            "model_type": "SentenceTransformer",
-            "__version__": {},
-            "prompts": {},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
-    }
-    for name, content in files.items():
-        path = Path(folder) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,9 +1,10 @@
-"""Hidden states and an attention mask to one embedding a row: the four ways of sentence-transformers, by its names."""
+"""Hidden states and an attention mask to one embedding a row: the poolings of sentence-transformers, by its names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from hf_densefeat.objective.precision import full_precision
 
 
 def mean_pooling(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -28,19 +29,52 @@ def max_pooling(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden.masked_fill(~mask.unsqueeze(-1).bool(), torch.finfo(hidden.dtype).min).amax(1)
 
 
-def over_chunks(z: Tensor, tokens: Tensor, owner: Tensor, notes: int) -> Tensor:
-    """Mean over the chunks of each note, weighted by their tokens: z (R, d), tokens (R,), owner (R,) -> (notes, d).
+@dataclass(frozen=True)
+class Pooling:
+    """An entry of `POOLINGS`: all that training, saving and the model card need of a pooling.
 
-    Under mean pooling that is the mean over all tokens of the note. Every note in 0 ... notes - 1 owns a chunk.
+    Attributes:
+        function: hidden states (B, L, d) and mask (B, L) to embeddings (B, d).
+        mode: name in the pooling config of sentence-transformers, after `pooling_mode_`.
+        snippet: the same in lines of PyTorch, of `hidden` and `tokens` to `embeddings`, for the card.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    mode: str
+    snippet: str
+
+
+POOLINGS = {
+    "mean": Pooling(
+        mean_pooling,
+        "mean_tokens",
+        'mask = tokens["attention_mask"].unsqueeze(-1)\nembeddings = (hidden * mask).sum(1) / mask.sum(1)',
+    ),
+    "cls": Pooling(cls_pooling, "cls_token", "embeddings = hidden[:, 0]"),
+    "last": Pooling(
+        last_pooling,
+        "lasttoken",
+        'last = tokens["attention_mask"].sum(1) - 1\nembeddings = hidden[torch.arange(len(last)), last]',
+    ),
+    "max": Pooling(
+        max_pooling,
+        "max_tokens",
+        'mask = tokens["attention_mask"].unsqueeze(-1) == 0\nembeddings = hidden.masked_fill(mask, -torch.inf).amax(1)',
+    ),
+}
+
+
+def over_chunks(z: Tensor, tokens: Tensor, chunk_to_note: Tensor, num_notes: int) -> Tensor:
+    """Mean over the chunks of each note, weighted by tokens: z (R, d), tokens, chunk_to_note (R,) -> (num_notes, d).
+
+    Under mean pooling that is the mean over all tokens of the note. Every note in 0 ... num_notes - 1 owns a chunk.
     """
     weight = tokens.to(z.dtype).unsqueeze(1)
-    total = z.new_zeros(notes, z.shape[1]).index_add(0, owner, z * weight)
-    return total / z.new_zeros(notes, 1).index_add(0, owner, weight)
-
-
-POOLINGS = {"mean": mean_pooling, "cls": cls_pooling, "last": last_pooling, "max": max_pooling}
+    total = z.new_zeros(num_notes, z.shape[1]).index_add(0, chunk_to_note, z * weight)
+    return total / z.new_zeros(num_notes, 1).index_add(0, chunk_to_note, weight)
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """Embeddings (B, d) by the named pooling; half precision is widened first, so that sums over tokens are exact."""
-    return POOLINGS[pooling](full_precision(hidden), mask)
+    widened = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+    return POOLINGS[pooling].function(widened, mask)

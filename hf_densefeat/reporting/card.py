@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_densefeat.evaluation.metrics import metric_named
+from hf_densefeat.models.pooling import POOLINGS
 
 PICTURE = "spectra.png"
 TAGS = ("feature-extraction", "clinical", "hf_densefeat")
@@ -25,13 +26,6 @@ GEOMETRY_ROWS = {
     "mean_cosine": "mean cosine of random notes",
     "subspace_distance_half_normalized_centered": "subspace distance to the next note, 0 to 1",
     "subspace_noise_floor_normalized_centered": "its noise floor (equal halves)",
-}
-
-POOLING_CODE = {
-    "mean": 'mask = tokens["attention_mask"].unsqueeze(-1)\nembeddings = (hidden * mask).sum(1) / mask.sum(1)',
-    "cls": "embeddings = hidden[:, 0]",
-    "last": 'last = tokens["attention_mask"].sum(1) - 1\nembeddings = hidden[torch.arange(len(last)), last]',
-    "max": 'mask = tokens["attention_mask"].unsqueeze(-1) == 0\nembeddings = hidden.masked_fill(mask, -torch.inf).amax(1)',
 }
 
 READING = """A subspace distance means nothing without its noise floor, the distance of two halves of the same notes. Probes,
@@ -168,7 +162,7 @@ def model_card(
         origin = f"Continued from [{base_model}](https://hf.co/{base_model})."
     windows, use = hasattr(model, "card_use"), {}
     if not windows:
-        use = {"max_length": model.max_length, "pooling_code": POOLING_CODE[model.pooling]}
+        use = {"max_length": model.max_length, "pooling_code": POOLINGS[model.pooling].snippet}
     text = BODY.format(
         name=name,
         kind=model.card_kind if windows else "A text encoder for clinical notes",

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_densefeat.data.pairs import TokenPairs
 from hf_densefeat.models.adapters import ADAPTER, load_adapter, merged, save_adapter
-from hf_densefeat.models.dense import SENTENCE_TRANSFORMERS_FILES
+from hf_densefeat.models.sentence_transformers import FILES
 from hf_densefeat.reporting.card import PICTURE, model_card
 
 OBJECTIVE_STATE = "densefeat_state.safetensors"
@@ -177,7 +177,7 @@ class Saving:
                     return  # as the Trainer does; what is being uploaded must not change
                 self._finish_current_push()
             self.create_model_card()
-            for name in (*SENTENCE_TRANSFORMERS_FILES, ADAPTER):
+            for name in (*FILES, ADAPTER):
                 source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
                 if source.is_dir():
                     shutil.copytree(source, target, dirs_exist_ok=True)

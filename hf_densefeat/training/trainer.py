@@ -236,7 +236,7 @@ class DenseTrainer(Loading, Saving, Trainer):
         dense = self._dense_model
         with dense.capture_hidden():
             outputs = model(**tokens)
-            z = dense.pooled(tokens["attention_mask"], inputs.get("owner"), notes=2 * max(pairs, 1))
+            z = dense.pooled(tokens["attention_mask"], inputs.get("owner"), num_notes=2 * max(pairs, 1))
         half = len(z) // 2
         return outputs, z[:pairs], z[half : half + pairs]
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from hf_densefeat.models.dense import SENTENCE_TRANSFORMERS_POOLING
 from hf_densefeat.models.pooling import POOLINGS, pool
 
 LENGTHS = (5, 1, 3, 7)
@@ -51,7 +50,7 @@ def test_padded_tokens_get_no_gradient(pooling):
 def test_equal_to_sentence_transformers(pooling, side):
     """Each pooling equals sentence-transformers' module of the name that is written into the saved folder."""
     hidden, mask = batch(side)
-    mode = SENTENCE_TRANSFORMERS_POOLING[pooling].removesuffix("_token").removesuffix("_tokens")
+    mode = POOLINGS[pooling].mode.removesuffix("_token").removesuffix("_tokens")
     theirs = Pooling(6, pooling_mode=mode)({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
     torch.testing.assert_close(pool(hidden, mask, pooling), theirs, rtol=1e-6, atol=1e-6)
 
