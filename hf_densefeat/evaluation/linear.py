@@ -1,54 +1,66 @@
 """Linear probes, all strengths at once: ridge in closed form, logistic regression by Newton steps, warm-started."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-# EHRSHOT's thirteen strengths; weakest last, so that each fit starts from the one before.
+# EHRSHOT's thirteen strengths; weakest penalty last, so that each fit starts from the ones before.
 CS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 # Ridge penalties per training row.
 ALPHAS = tuple(float(10.0**power) for power in np.arange(-6, 3.5, 0.5))
+# A factor serves until the penalty, relative to the curvature, has changed this much.
+_STALE = 20.0
+# Numbers in the factors of all classes.
+_LARGEST = 50_000_000
 
 
 @dataclass(frozen=True)
 class Standardizer:
-    """Standardised features in the principal axes of the training rows, with a last column of ones.
+    """The mean and scale of the training rows, and their standardised features.
 
-    In these axes the columns are orthogonal, so ridge is a division, and the Hessian of the logistic loss is nearly
-    diagonal. The L2 penalty does not see the rotation: solutions are those of the standardised features.
+    With fewer rows than columns the features are coordinates along the principal axes of the rows: the L2 penalty does
+    not see a rotation, so solutions are those of the standardised columns.
+
+    Attributes:
+        mean: of the columns, (d,).
+        scale: one over the standard deviation, 0 for constant columns, (d,).
+        axes: principal axes (d, r), orthonormal; None where the columns are used as they are.
+        rows: features of the training rows, (N, r).
     """
 
     mean: np.ndarray
-    axes: np.ndarray
-    squares: np.ndarray
+    scale: np.ndarray
+    axes: np.ndarray | None
     rows: np.ndarray
 
     @classmethod
-    def of(cls, x: np.ndarray, dtype: type = np.float64) -> "Standardizer":
-        """Scaler and axes of the training rows ``x`` (N, d); ``dtype`` is that of the large products."""
+    def of(cls, x: np.ndarray, dtype: type = np.float64) -> Standardizer:
+        """Fit to the training rows ``x`` (N, d); ``dtype`` is that of the large products."""
         x = x.astype(dtype, copy=False)
-        mean, deviation = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+        mean = x.mean(0, dtype=np.float64)
+        standard = x - mean.astype(dtype)
+        deviation = np.sqrt(np.square(standard).mean(0, dtype=np.float64))
         scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-6 * np.abs(mean))
-        standard = (x - mean.astype(dtype)) * scale.astype(dtype)
+        standard *= scale.astype(dtype)
         if len(x) > x.shape[1]:
-            axes = _eigenvectors(standard.T @ standard)[1]
-        else:
-            # Fewer rows than columns: the axes are combinations of the rows, in float64 as small ones are divided by.
-            standard = standard.astype(np.float64)
-            values, vectors = _eigenvectors(standard @ standard.T)
-            kept = values > 1e-10 * max(values[-1], np.finfo(float).tiny)
-            axes = (standard.T @ (vectors[:, kept] / np.sqrt(values[kept]))).astype(dtype)
-            standard = standard.astype(dtype)
-        rows = np.column_stack([standard @ axes, np.ones(len(x), dtype)])
-        return cls(mean, scale[:, None] * axes, np.square(rows).sum(0, dtype=np.float64), rows)
+            return cls(mean, scale, None, standard)
+        # The axes are combinations of the rows; in float64, because the combination divides by small eigenvalues.
+        standard = standard.astype(np.float64)
+        values, vectors = _eigenvectors(standard @ standard.T)
+        kept = values > 1e-10 * max(values[-1], np.finfo(float).tiny)
+        axes = standard.T @ (vectors[:, kept] / np.sqrt(values[kept]))
+        return cls(mean, scale, axes.astype(dtype), (standard @ axes).astype(dtype))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The same features of other rows."""
+        """The same features of other rows, (M, r)."""
         dtype = self.rows.dtype
-        standard = x - self.mean.astype(dtype)
-        return np.column_stack([standard.astype(dtype) @ self.axes.astype(dtype), np.ones(len(x), dtype)])
+        standard = (x.astype(dtype, copy=False) - self.mean.astype(dtype)) * self.scale.astype(dtype)
+        return standard if self.axes is None else standard @ self.axes
 
 
 def _eigenvectors(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,113 +69,236 @@ def _eigenvectors(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.numpy(), vectors.numpy()
 
 
-def ridge_path(standardizer: Standardizer, y: np.ndarray, alphas: Sequence[float] = ALPHAS) -> np.ndarray:
-    """Coefficients (r + 1, alphas) of ``min ‖y - A w‖² + N a ‖w‖²``, intercept free, every a from one decomposition.
+def ridge_path(rows: np.ndarray, y: np.ndarray, alphas: Sequence[float] = ALPHAS) -> np.ndarray:
+    """Coefficients (r + 1, alphas) of ``min ‖y - A w - b‖² + N a ‖w‖²``, every a from one decomposition; b is last.
 
-    Equals `sklearn.linear_model.Ridge(alpha=N * a)` on the standardised features.
+    Equals `sklearn.linear_model.Ridge(alpha=N * a)` on the same features (N, r), whose columns have mean 0.
     """
-    penalty = len(y) * np.asarray(alphas)[None, :] * np.append(np.ones(len(standardizer.squares) - 1), 0.0)[:, None]
-    return (standardizer.rows.T @ y)[:, None] / (standardizer.squares[:, None] + penalty)
+    values, vectors = _eigenvectors(rows.T @ rows)
+    shrunk = (vectors.T @ (rows.T @ y))[:, None] / (values.clip(0)[:, None] + len(y) * np.asarray(alphas)[None, :])
+    return np.vstack([vectors @ shrunk, np.full((1, len(alphas)), y.mean())])
 
 
-def _probabilities(logits: np.ndarray) -> tuple[np.ndarray, float]:
-    """Sigmoid of one column or softmax of several, and the log-partition sum."""
-    if logits.shape[1] == 1:
-        return 0.5 * (1 + np.tanh(0.5 * logits)), float(np.logaddexp(0, logits).sum())
-    top = logits.max(1, keepdims=True)
-    # Cut at e^-60: smaller numbers are denormal in float32, and those are slow.
-    p = np.exp(np.maximum(logits - top, -60))
-    total = p.sum(1, keepdims=True)
-    return p / total, float((np.log(total) + top).sum())
+# ------------------------------------------------------------------------------------------- logistic regression
 
 
-def _curved(p: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Second derivative of the log-partition at ``p``, applied to a change of the logits."""
-    if p.shape[1] == 1:
-        return p * (1 - p) * direction
-    return p * (direction - (p * direction).sum(1, keepdims=True))
+def _times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    # In the dtype of the large matrix. A product with one column is several times faster as one with a vector.
+    b = b.astype(a.dtype, copy=False)
+    return (a @ b[:, 0])[:, None] if b.shape[1] == 1 else a @ b
+
+
+def _gram(a: np.ndarray) -> np.ndarray:
+    # NumPy computes one triangle of a product with its own transpose; PyTorch computes both.
+    return a.T @ a
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A change of coefficients, intercepts and logits; how the objective changes along it, and what it took."""
+
+    w: np.ndarray
+    b: np.ndarray
+    logits: np.ndarray
+    slope: float
+    iterations: int
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Coefficients (r, K), intercepts (K,), and what follows: logits and probabilities (N, K), summed log-loss."""
+
+    w: np.ndarray
+    b: np.ndarray
+    logits: np.ndarray
+    p: np.ndarray
+    loss: float
+
+    @classmethod
+    def of(cls, w: np.ndarray, b: np.ndarray, logits: np.ndarray, target: np.ndarray) -> _Point:
+        """The point with these logits; sigmoid of one column, softmax of several."""
+        tensor = torch.from_numpy(logits)
+        if logits.shape[1] == 1:
+            p, partition = torch.sigmoid(tensor), torch.nn.functional.softplus(tensor).sum()
+        else:
+            p, partition = torch.softmax(tensor, 1), torch.logsumexp(tensor, 1).sum()
+        return cls(w, b, logits, p.numpy(), float(partition) - float(np.vdot(target, logits)))
+
+    def moved(self, step: _Step, size: float, target: np.ndarray) -> _Point:
+        """The point after a part of the step."""
+        return _Point.of(self.w + size * step.w, self.b + size * step.b, self.logits + size * step.logits, target)
+
+    def value(self, penalty: float) -> float:
+        """The penalised objective."""
+        return self.loss + 0.5 * penalty * float(np.vdot(self.w, self.w))
+
+    @property
+    def curvature(self) -> float:
+        """Second derivative of a row's loss, the mean over rows and classes."""
+        return float((self.p * (1 - self.p)).mean())
+
+
+class _Factor:
+    """Preconditioner: Cholesky factors of the approximate Hessians ``Aᵀ W A + penalty``, of all classes or of each.
+
+    ``Aᵀ W A`` are given, (1 or K, r, r), and overwritten.
+    """
+
+    def __init__(self, grams: np.ndarray, curvature: float, penalty: float) -> None:
+        self.ratio = curvature / penalty
+        diagonal = np.einsum("kii->ki", grams)
+        diagonal += penalty
+        # Rounding may leave directions below zero. Raising them makes a weaker preconditioner, not another solution.
+        raised = float(diagonal.mean()) * np.finfo(grams.dtype).eps
+        lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(grams))
+        while failed.any():
+            raised *= 16
+            diagonal += raised
+            lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(grams))
+        self.lower = lower if len(grams) > 1 else lower[0]
+
+    @classmethod
+    def shared(cls, gram: np.ndarray, point: _Point, penalty: float) -> _Factor:
+        """One for all classes, with the mean curvature of the rows."""
+        curvature = point.curvature
+        return cls(gram[None] * gram.dtype.type(curvature), curvature, penalty)
+
+    @classmethod
+    def exact(cls, a: np.ndarray, point: _Point, penalty: float) -> _Factor:
+        """One for each class, each row with its own curvature; its mean over the classes where they would fill memory."""
+        curvatures = point.p * (1 - point.p)
+        if curvatures.shape[1] * a.shape[1] ** 2 > _LARGEST:
+            curvatures = curvatures.mean(1, keepdims=True)
+        roots = np.sqrt(curvatures).astype(a.dtype)
+        grams = np.stack([_gram(a * roots[:, k, None]) for k in range(roots.shape[1])])
+        return cls(grams, point.curvature, penalty)
+
+    def __call__(self, gradient: np.ndarray) -> np.ndarray:
+        right = torch.from_numpy(gradient)
+        right = right if self.lower.ndim == 2 else right.T[:, :, None].contiguous()
+        half = torch.linalg.solve_triangular(self.lower, right, upper=False)
+        found = torch.linalg.solve_triangular(self.lower.mT, half, upper=True)
+        return (found if self.lower.ndim == 2 else found[:, :, 0].T).numpy()
 
 
 def _newton_step(
-    a: np.ndarray, p: np.ndarray, penalty: np.ndarray, squares: np.ndarray, gradient: np.ndarray, steps: int = 25
-) -> np.ndarray:
-    """Conjugate gradients on the Hessian, preconditioned by its diagonal in the orthogonal axes."""
-    inverse = 1 / (squares[:, None] * np.maximum((p * (1 - p)).mean(0), 1e-12) + penalty)
-    step, residual = np.zeros_like(gradient), -gradient
-    conditioned = inverse * residual
-    direction, product = conditioned, float((residual * conditioned).sum())
-    target = 0.1 * product
-    for _ in range(steps):
-        image = _dot(a.T, _curved(p, _dot(a, direction))) + penalty * direction
-        curvature = float((direction * image).sum())
-        if curvature <= 0:
+    a: np.ndarray, point: _Point, target: np.ndarray, penalty: float, precondition: _Factor, patience: int
+) -> _Step:
+    """Conjugate gradients on the Hessian until a tenth of the residual is left, or patience ends."""
+    excess = point.p - target
+    gradient, of_intercept = _times(a.T, excess) + a.dtype.type(penalty) * point.w, excess.sum(0)
+    # In float64: 1 - p is where float32 has no digits left.
+    p, weight = point.p, point.p * (1 - point.p)
+    inverse = 1 / np.maximum(weight.sum(0), 1e-12)
+    scalar = a.dtype.type  # a Python float times an array keeps its dtype, a NumPy float64 does not
+
+    w, b, logits = np.zeros_like(gradient), np.zeros_like(of_intercept), np.zeros_like(p)
+    left, left_b = -gradient, -of_intercept
+    along, along_b = precondition(left), inverse * left_b
+    product = first = float(np.vdot(left, along)) + float(left_b @ along_b)
+    iterations = 0
+    while iterations < patience and product > 0.1 * first:
+        iterations += 1
+        change = _times(a, along) + along_b
+        bent = weight * change if p.shape[1] == 1 else p * (change - (p * change).sum(1, keepdims=True))
+        image, image_b = _times(a.T, bent) + scalar(penalty) * along, bent.sum(0)
+        bend = float(np.vdot(along, image)) + float(along_b @ image_b)
+        if bend <= 0:
             break
-        length = product / curvature
-        step, residual = step + length * direction, residual - length * image
-        conditioned = inverse * residual
-        previous, product = product, float((residual * conditioned).sum())
-        if product <= target:
-            break
-        direction = conditioned + (product / previous) * direction
-    return step
+        length = product / bend
+        w, b, logits = w + scalar(length) * along, b + length * along_b, logits + length * change
+        left, left_b = left - scalar(length) * image, left_b - length * image_b
+        conditioned, conditioned_b = precondition(left), inverse * left_b
+        before, product = product, float(np.vdot(left, conditioned)) + float(left_b @ conditioned_b)
+        share = product / before
+        along, along_b = conditioned + scalar(share) * along, conditioned_b + share * along_b
+    slope = float(np.vdot(gradient, w)) + float(of_intercept @ b)
+    return _Step(w, b, logits, slope, iterations)
 
 
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Product in the dtype of the large matrix ``a``, result in float64."""
-    return (a @ b.astype(a.dtype)).astype(np.float64)
+def _descended(point: _Point, step: _Step, target: np.ndarray, penalty: float) -> _Point:
+    """The first of step, half a step, … that lowers the objective, up to rounding; the point itself if none does."""
+    value = point.value(penalty)
+    for halvings in range(12):
+        size = 0.5**halvings
+        trial = point.moved(step, size, target)
+        if trial.value(penalty) <= value + 1e-4 * size * step.slope + 1e-6 * abs(value):
+            return trial
+    return point
+
+
+def _predicted(past: list[tuple[float, _Point]], c: float, target: np.ndarray) -> _Point:
+    """A start for the next strength: the last two solutions continued along log C, or the last one if that is lower."""
+    (_, point), penalty = past[-1], 1 / c
+    if len(past) < 2:
+        return point
+    (c0, before), (c1, _) = past[-2:]
+    share = math.log(c / c1) / math.log(c1 / c0)
+    change = _Step(point.w - before.w, point.b - before.b, point.logits - before.logits, 0.0, 0)
+    further = point.moved(change, share, target)
+    return further if further.value(penalty) < point.value(penalty) else point
 
 
 def logistic_path(
-    standardizer: Standardizer, y: np.ndarray, classes: int = 2, cs: Sequence[float] = CS, tolerance: float = 1e-4
+    rows: np.ndarray, y: np.ndarray, classes: int = 2, cs: Sequence[float] = CS, tolerance: float = 2e-3
 ) -> np.ndarray:
-    """Coefficients (cs, r + 1, 1 or classes) of L2 logistic regression for each C, each started from the one before.
+    """Coefficients (cs, r + 1, 1 or classes) of L2 logistic regression for each C; the intercept is last.
 
     Minimises ``Σ_i loss_i + ‖w‖²/(2C)`` with a free intercept: `sklearn.linear_model.LogisticRegression(C=C)` (sigmoid
-    for two classes, softmax for more) on the standardised features. Newton steps by conjugate gradients; ends where
-    no derivative of the mean loss is above ``tolerance``, by default scikit-learn's.
+    for two classes, softmax for more) on the same features (N, r). Newton's method, its steps by preconditioned
+    conjugate gradients; each C starts from the two before.
+
+    A fit ends where half the squared Newton decrement, which estimates the distance to the minimum, is below
+    ``tolerance`` of the objective. A bound on the gradient, scikit-learn's rule, ends at once for C ≥ 100, where a
+    nearly separable problem has small gradients far from its minimum.
     """
-    a = standardizer.rows
-    target = y[:, None].astype(float) if classes == 2 else np.eye(classes)[y]
-    w = np.zeros((a.shape[1], target.shape[1]))
-    logits = np.zeros_like(target)
-    path = []
+    a, kept = np.ascontiguousarray(rows), []
+    target = (y[:, None] if classes == 2 else np.eye(classes)[y]).astype(np.float64)
+    nothing = np.zeros((a.shape[1], target.shape[1]), a.dtype)
+    point = _Point.of(nothing, np.zeros(target.shape[1]), np.zeros_like(target), target)
+    gram, exact, past = _gram(a), False, [(0.0, point)]
+    factor: _Factor | None = None
+    # Steps of conjugate gradients that cost about as much as a factor of the Hessian.
+    patience = max(20, a.shape[1] // 12)
     for c in cs:
-        penalty = np.append(np.full(a.shape[1] - 1, 1 / c), 0.0)[:, None]
-        p, partition = _probabilities(logits)
-        value = partition - float((target * logits).sum()) + 0.5 * float((penalty * w * w).sum())
-        for _ in range(100):
-            gradient = _dot(a.T, p - target) + penalty * w
-            if np.abs(gradient).max() <= tolerance * len(y):
+        penalty, rebuilt = 1 / c, exact
+        point = _predicted(past if past[0][0] else past[-1:], c, target)
+        if exact:
+            factor = _Factor.exact(a, point, penalty)
+        for _ in range(50):
+            if factor is None or (not exact and not 1 / _STALE <= point.curvature / penalty / factor.ratio <= _STALE):
+                factor = _Factor.shared(gram, point, penalty)
+            step = _newton_step(a, point, target, penalty, factor, patience)
+            moved = _descended(point, step, target, penalty)
+            # A step that patience ended understates the decrement, most where the preconditioner is poor.
+            complete = rebuilt or step.iterations < patience
+            finished = complete and -step.slope <= 2 * tolerance * moved.value(penalty)
+            stuck, point = moved is point, moved
+            if finished or stuck:
                 break
-            step = _newton_step(a, p, penalty, standardizer.squares, gradient)
-            slope, change, size = float((gradient * step).sum()), _dot(a, step), 1.0
-            for _ in range(30):
-                trial, moved = logits + size * change, w + size * step
-                trial_p, partition = _probabilities(trial)
-                lower = partition - float((target * trial).sum()) + 0.5 * float((penalty * moved * moved).sum())
-                if lower <= value + 1e-4 * size * slope + 1e-7 * abs(value):
-                    break
-                size /= 2
-            w, logits, p, value = moved, trial, trial_p, lower
-        path.append(w)
-    return np.stack(path)
+            if step.iterations == patience:
+                # The rows differ too much in curvature for their mean to serve.
+                factor, exact, rebuilt = _Factor.exact(a, point, penalty), True, True
+        past = [past[-1], (c, point)]
+        kept.append(np.vstack([point.w.astype(np.float64), point.b[None, :]]))
+    return np.stack(kept)
 
 
 def fit_path(x: np.ndarray, y: np.ndarray, kind: str, classes: int) -> tuple[Standardizer, np.ndarray]:
     """The standardizer of the training rows, and coefficients (strengths, r + 1, outputs) for `predict`."""
     if kind == "regression":
-        standardizer, mean = Standardizer.of(x.astype(np.float64)), y.mean()
-        path = ridge_path(standardizer, y - mean).T
-        path[:, -1] += mean
-        return standardizer, path[:, :, None]
+        standardizer = Standardizer.of(x.astype(np.float64))
+        return standardizer, ridge_path(standardizer.rows, y).T[:, :, None]
     standardizer = Standardizer.of(x, np.float32)
-    return standardizer, logistic_path(standardizer, y, classes)
+    return standardizer, logistic_path(standardizer.rows, y, classes)
 
 
 def predict(features: np.ndarray, w: np.ndarray, kind: str) -> np.ndarray:
     """Predictions (N,) of a regression, or probabilities (N, classes), at the coefficients (r + 1, outputs)."""
-    logits = _dot(features, w)
+    logits = (features @ w[:-1].astype(features.dtype)).astype(np.float64) + w[-1]
     if kind == "regression":
         return logits[:, 0]
-    p = _probabilities(logits)[0]
-    return np.column_stack([1 - p, p]) if p.shape[1] == 1 else p
+    if logits.shape[1] == 1:
+        # Not 1 - p for the other class: sure predictions would all be the same.
+        return torch.sigmoid(torch.from_numpy(np.column_stack([-logits, logits]))).numpy()
+    return torch.softmax(torch.from_numpy(logits), 1).numpy()

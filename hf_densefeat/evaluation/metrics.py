@@ -179,11 +179,18 @@ def mutual_information(y: np.ndarray, cluster: np.ndarray, weights: np.ndarray) 
     return _ratio(own + other - entropy(p), 0.5 * (own + other))
 
 
+def _odds(output: np.ndarray, c: int) -> np.ndarray:
+    """Odds of a class (N,): they tell sure predictions apart where probabilities are rounded to 1."""
+    others = np.delete(output, c, axis=1).sum(1)
+    return np.divide(output[:, c], others, out=np.full(len(output), np.inf), where=others > 0)
+
+
 def _each_class(metric: MetricFunction, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The metric of the positive class, or its mean over all classes one against the rest that have weight."""
     if output.shape[1] == 2:
-        return metric(y == 1, output[:, 1], weights)
-    return _mean_of_defined(np.stack([metric(y == c, output[:, c], weights) for c in range(output.shape[1])], axis=1))
+        return metric(y == 1, _odds(output, 1), weights)
+    classes = range(output.shape[1])
+    return _mean_of_defined(np.stack([metric(y == c, _odds(output, c), weights) for c in classes], axis=1))
 
 
 def class_auroc(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
