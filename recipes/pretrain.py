@@ -7,7 +7,7 @@
 
 Every key of the YAML file is an option of the command line, and the command line wins. It prints what was read, the
 progress, and the geometry and linear probes before and after, and writes to `output_dir`: the encoder, as a folder that
-`AutoModel` and `SentenceTransformer` open, its model card, `report.json`, `report.md` and `spectra.png`.
+`AutoModel` and `SentenceTransformer` open, its model card, `report.json`, `report.md` and `spectrum.png`.
 """
 
 import difflib
@@ -36,8 +36,9 @@ from hf_densefeat import (
 )
 from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.evaluation.geometry import spectrum
-from hf_densefeat.reporting.card import PICTURE, measured_table
-from hf_densefeat.reporting.plots import plot_spectra
+from hf_densefeat.reporting.comparison import plain_numbers
+from hf_densefeat.reporting.formats import markdown
+from hf_densefeat.reporting.tables import before_after_table, terminal
 
 HERE = Path(__file__).resolve().parent
 COHORT = HERE / "configs" / "cohort.yaml"
@@ -250,14 +251,13 @@ def sample(notes, most: int, seed: int):
 
 def report(before: dict, after: dict, trainer: DenseTrainer, args: DenseTrainingArguments) -> None:
     """Print the table, and write it, the numbers, the spectra and the model card beside the model."""
-    table, folder = measured_table([before, after]), Path(args.output_dir)
-    (folder / "report.md").write_text(table + "\n")
+    table, folder = before_after_table([before, after]), Path(args.output_dir)
+    (folder / "report.md").write_text(markdown(table) + "\n")
     numbers = {"before": before, "after": after, "updates": trainer.state.global_step}
-    (folder / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    plot_spectra({part["name"]: np.array(part["spectrum"]) for part in (before, after)}, folder / PICTURE)
+    (folder / "report.json").write_text(json.dumps(plain_numbers(numbers), indent=1) + "\n")
     trainer.measured = [before, after]
     trainer.create_model_card()
-    say(args, f"\n{table}\n\nSaved to {args.output_dir}: AutoModel and SentenceTransformer open it.")
+    say(args, f"\n{terminal(table)}\n\nSaved to {args.output_dir}: AutoModel and SentenceTransformer open it.")
 
 
 def say(args: DenseTrainingArguments, text: str) -> None:

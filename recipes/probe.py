@@ -33,20 +33,12 @@ from transformers.utils import logging as transformers_logging
 from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask, adjacent_pairs, geometry_report, load_notes
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import patient_subspaces, principal_angles, spectrum
-from hf_densefeat.evaluation.metrics import paired_difference
 from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions
 from hf_densefeat.evaluation.tasks import PROBE_KINDS
-from hf_densefeat.reporting.plots import plot_angles, plot_projection, plot_shots, plot_spectra
-from hf_densefeat.reporting.tables import (
-    METHOD,
-    geometry_table,
-    markdown,
-    probe_table,
-    render,
-    rows_table,
-    subspace_table,
-    verdict,
-)
+from hf_densefeat.reporting.comparison import Measured, plain_numbers, triples, verdict
+from hf_densefeat.reporting.page import METHOD, Section, render, render_markdown
+from hf_densefeat.reporting.plots import Picture, plot_angles, plot_projection, plot_shots, plot_spectra
+from hf_densefeat.reporting.tables import comparison_table, geometry_table, rows_table, subspace_table
 
 logger = logging.getLogger("probe")
 
@@ -136,14 +128,6 @@ def truncated_share(encoder: Encoder, texts: Sequence[str]) -> float:
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (np.floating, float)):
-        return float(value) if np.isfinite(value) else None
-    return value
-
-
 def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Tensor, k: int, seed: int):
     """Angles between patients' halves, earlier against later, and earlier against earlier: equal row counts.
 
@@ -207,60 +191,56 @@ def run(arguments: argparse.Namespace) -> dict:
         if evaluator:
             results[name] = evaluator.evaluate(found[name])
 
-    base, *compared = found
-    differences = {
-        name: {task: paired_difference(result, results[base][task]) for task, result in results[name].items()}
-        for name in compared
-        if evaluator
-    }
-    verdicts = {
-        name: verdict(name, geometry[name], differences.get(name), results.get(name, {}), base) for name in found
-    }
+    base = next(iter(found))
+    measured: list[Measured] = [
+        {
+            "name": name,
+            "geometry": geometry[name],
+            "spectrum": spectra[name].tolist(),
+            "probes": triples(results.get(name, {})),
+            "differences": triples(results[name], results[base]) if evaluator and name != base else {},
+        }
+        for name in found
+    ]
+    verdicts = {one["name"]: verdict(one, measured[0] if one["name"] != base else None) for one in measured}
     # The newest encoder first: that is what the reader asks about.
-    sentences = [verdicts[name]["sentence"] for name in reversed(verdicts)]
+    sentences = [found.sentence for found in reversed(verdicts.values())]
 
-    tables = {"Geometry": geometry_table(geometry)}
-    if subspaces:
-        tables["Subspaces of adjacent notes"] = subspace_table(subspaces, per_patient)
-    if evaluator:
-        tables["Probes"] = probe_table(results, differences)
-        tables["Rows behind the probes"] = rows_table(results[base])
-    facts = f"{len(notes):,} notes of {pairs.patients:,} patients, {len(pairs):,} adjacent pairs."
-    method = METHOD.format(bootstraps=f"{arguments.bootstraps:,}")
-    text = "\n\n".join(
-        [*sentences, facts, *(f"## {title}\n\n{markdown(table)}" for title, table in tables.items()), method.strip()]
-    )
-    report = {
-        "verdicts": verdicts,
-        "notes": {"notes": len(notes), "patients": pairs.patients, "pairs": len(pairs)},
-        "geometry": geometry,
-        "adjacent": subspaces,
-        "per_patient": per_patient,
-        "probes": {name: {task: _result(one) for task, one in tasks.items()} for name, tasks in results.items()},
-        "differences": {
-            name: {task: {m: asdict(e) for m, e in one.items()} for task, one in tasks.items()}
-            for name, tasks in differences.items()
-        },
-        "encode_seconds": seconds,
-        "settings": {name: getattr(arguments, name) for name in ("k", "bootstraps", "shots", "seed")},
-    }
-    pictures = [output / "spectrum.png"]
-    plot_spectra(spectra, pictures[0])
-    if angles:
-        pictures.append(output / "angles.png")
-        plot_angles(angles, pictures[-1])
+    spectrum_picture = plot_spectra(spectra, output / "spectrum.png")
+    angle_pictures = [plot_angles(angles, output / "angles.png")] if angles else []
+    probe_pictures: list[Picture] = []
     if curves := few_shot_curves(results):
-        pictures.append(output / "shots.png")
-        plot_shots(curves, pictures[-1])
+        probe_pictures.append(plot_shots(curves, output / "shots.png"))
     if evaluator:
-        pictures.append(output / "projection.png")
         rows = evaluator.rows[tasks[0].name]
         some = np.random.default_rng(arguments.seed).permutation(len(rows.y))[:2000]
         sets = {name: known.encode(rows.texts)[some] for name, known in found.items()}
-        plot_projection(sets, rows.y[some], rows.classes, tasks[0].label, pictures[-1])
-    (output / "report.md").write_text(text + "\n")
-    (output / "report.json").write_text(json.dumps(_plain(report), indent=1) + "\n")
-    (output / "report.html").write_text(render(sentences, tables, pictures, facts, method))
+        place = output / "projection.png"
+        probe_pictures.append(plot_projection(sets, rows.y[some], rows.classes, label=tasks[0].label, path=place))
+    sections = [Section("Geometry", geometry_table(measured), [spectrum_picture])]
+    if subspaces:
+        table = subspace_table(subspaces, per_patient)
+        sections.append(Section("Subspaces of adjacent notes", table, angle_pictures))
+    if evaluator:
+        table = comparison_table(measured, ("probes", "clusterings"), "probe")
+        sections.append(Section("Probes", table, probe_pictures))
+        sections.append(Section("Rows behind the numbers", rows_table(results[base])))
+    facts = f"{len(notes):,} notes of {pairs.patients:,} patients, {len(pairs):,} adjacent pairs."
+    how = {"facts": facts, "method": METHOD.format(bootstraps=f"{arguments.bootstraps:,}")}
+    report = {
+        "verdicts": {name: asdict(one) for name, one in verdicts.items()},
+        "notes": {"notes": len(notes), "patients": pairs.patients, "pairs": len(pairs)},
+        "measured": measured,
+        "adjacent": subspaces,
+        "per_patient": per_patient,
+        "probes": {name: {task: _result(one) for task, one in tasks.items()} for name, tasks in results.items()},
+        "encode_seconds": seconds,
+        "settings": {name: getattr(arguments, name) for name in ("k", "bootstraps", "shots", "seed")},
+    }
+    text = render_markdown(sentences, sections, **how)
+    (output / "report.md").write_text(text)
+    (output / "report.json").write_text(json.dumps(plain_numbers(report), indent=1) + "\n")
+    (output / "report.html").write_text(render(sentences, sections, **how))
     print(text)
     if arguments.meds:
         write_predictions(Path(arguments.meds), tasks, results)

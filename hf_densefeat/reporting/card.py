@@ -6,31 +6,49 @@ Nothing that goes into a card is the text of a note, an identifier of a patient,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_densefeat.evaluation.metrics import metric_named
+from hf_densefeat.evaluation.metrics import METRICS
 from hf_densefeat.models.pooling import POOLINGS
+from hf_densefeat.reporting.comparison import Measured, comparisons, verdict
+from hf_densefeat.reporting.formats import markdown, number
+from hf_densefeat.reporting.plots import Picture
+from hf_densefeat.reporting.tables import before_after_table, geometry_table, subspace_table
 
-PICTURE = "spectra.png"
 TAGS = ("feature-extraction", "clinical", "hf_densefeat")
-
-GEOMETRY_ROWS = {
-    "effective_rank_centered": "effective rank, centred",
-    "effective_rank": "effective rank, uncentred",
-    "condition_over_median_centered": "largest / median eigenvalue, centred",
-    "mean_cosine": "mean cosine of random notes",
-    "subspace_distance_half_normalized_centered": "subspace distance to the next note, 0 to 1",
-    "subspace_noise_floor_normalized_centered": "its noise floor (equal halves)",
+# Task types and names of the `model-index`, by which the Hub groups results, of each group and headline metric
+HUB_TASKS = {
+    "mrr": ("information-retrieval", "Information Retrieval"),
+    "precision_at_10": ("feature-extraction", "Neighbours by cosine"),
+    "nmi": ("feature-extraction", "Clustering"),
+    "accuracy_at_4": ("feature-extraction", "Few-label classification"),
+    "auroc": ("feature-extraction", "Linear probe"),
+    "rmse": ("feature-extraction", "Linear probe"),
+    "ari": ("feature-extraction", "Clustering"),
 }
 
-READING = """A subspace distance means nothing without its noise floor, the distance of two halves of the same notes. Probes,
-where there are any, are linear, on frozen embeddings, scored on held-out patients; in parentheses, 95 % bootstrap
-intervals over patients."""
+READING = """Measured on notes of held-out patients. Similarity compares the embeddings by cosine as they are; probes are
+linear, on frozen embeddings. In brackets, 95 % bootstrap intervals over patients, paired: ↑ better, ↓ worse, · no visible
+difference, which is no proof of equality. A subspace distance means nothing without its noise floor, the distance of two
+halves of the same notes."""
+
+TERMS = {
+    "spectral_spreading": "‖Σ / tr Σ − I/d‖², spread of the spectrum of the embeddings' covariance",
+    "subspace_consistency": "‖P_a − P_b‖², leading {subspace_dim}-dimensional subspaces of the earlier and the later notes",
+    "orthogonality": "‖corr(Z) − I‖², correlation between features",
+}
+
+HEAD = """
+# the dense head, an affine map fitted on training notes; the two other ways apply it by themselves
+head = load_file(cached_file("{repository}", "2_Dense/model.safetensors"))
+embeddings = embeddings @ head["linear.weight"].T + head["linear.bias"]"""
+
+LOCAL = "`{repository}` is the folder's name: give its path instead, or the repository's name once it is pushed."
 
 CHUNKED = """Trained on whole notes in chunks: hf_densefeat's `encode` averages the embeddings of
 a longer text's chunks, weighted by tokens; the other two cut it."""
@@ -51,7 +69,7 @@ With Transformers:
 
 ```python
 import torch
-from transformers import AutoModel, AutoTokenizer
+{head_imports}from transformers import AutoModel, AutoTokenizer{cached_file}
 
 texts = ["Chest pain on exertion, relieved by rest.", "Follow-up for type 2 diabetes."]
 tokenizer = AutoTokenizer.from_pretrained("{repository}")
@@ -59,7 +77,7 @@ model = AutoModel.from_pretrained("{repository}")
 tokens = tokenizer(texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
 with torch.no_grad():
     hidden = model(**tokens).last_hidden_state
-{pooling_code}
+{pooling_code}{head}
 print(embeddings.shape)  # torch.Size([2, {width}])
 ```
 
@@ -82,7 +100,7 @@ patients: language modelling together with an objective that shapes the linear s
 ## Use
 
 {use}
-A private repository needs `hf auth login` first. {longer}
+A private repository needs `hf auth login` first. {local} {longer}
 
 ## Trained on
 
@@ -92,10 +110,9 @@ Notes are paired with the same patient's next note. No text of them is in this r
 
 ## Objective
 
-    L      = {mlm_weight} MLM + {dense_weight} (L_spec + {lambda_sub} L_sub + {lambda_orth} L_orth)
-    L_spec = ‖Σ / tr Σ − I/d‖²        spread of the spectrum of the embeddings' covariance
-    L_sub  = ‖P_a − P_b‖²             leading {subspace_dim}-dimensional subspaces of the earlier and the later notes
-    L_orth = ‖corr(Z) − I‖²           correlation between features
+    {loss}
+
+{terms}
 
 {training}
 
@@ -125,12 +142,17 @@ of their training text: share the weights only with those who may see the notes,
 def model_card(
     repository: str,
     model: Any,
-    weights: dict[str, Any],
-    training: dict[str, Any],
-    counts: dict[str, int],
-    measured: Sequence[dict] = (),
+    *,
+    mlm_weight: float,
+    dense_weight: float,
+    terms: Mapping[str, tuple[float, str]],
+    subspace_dim: int,
+    training: Mapping[str, Any],
+    counts: Mapping[str, int],
+    measured: Sequence[Measured] = (),
+    evaluated: Mapping[str, Any] | None = None,
+    pictures: Sequence[Picture] = (),
     base_model: str | None = None,
-    picture: bool = False,
     language: str | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
@@ -141,46 +163,43 @@ def model_card(
     Args:
         repository: name on the Hub, or of the folder.
         model: an encoder with `DenseFeatureMixin`.
-        weights: `mlm_weight, dense_weight, lambda_sub, lambda_orth, subspace_dim` by name.
+        mlm_weight: weight of language modelling.
+        dense_weight: weight of the sum of the terms.
+        terms: name to weight and one line of description, for every term that was trained.
+        subspace_dim: k of the subspaces.
         training: settings of the run worth knowing, by name.
         counts: numbers of patients, notes, pairs, by name.
-        measured: what was measured, in order of time, each `{"name", "geometry", "probes"}` as `measured_table` takes it;
-            the probes of the last one become the `model-index`.
+        measured: what was measured, in order of time; the last one's headlines become the `model-index`.
+        evaluated: numbers of the last evaluation in training, of which those of an evaluator are shown.
+        pictures: PNGs that lie beside the card.
         base_model: Hub name or folder of the weights that training began with; None for random weights.
-        picture: whether spectra.png lies beside the card.
         language: ISO code.
         license: by default the one that the base model's card names.
         tags: further tags.
         dataset: Hub name of the notes, if they may be named.
     """
     name, local = repository.split("/")[-1], base_model is not None and Path(base_model).exists()
-    if base_model is None:
-        origin = "Trained from random weights."
-    elif local:
-        origin = "Continued from a local checkpoint."
-    else:
-        origin = f"Continued from [{base_model}](https://hf.co/{base_model})."
-    windows, use = hasattr(model, "card_use"), {}
-    if not windows:
-        use = {"max_length": model.max_length, "pooling_code": POOLINGS[model.pooling].snippet}
+    windows = hasattr(model, "card_use")
+    weighted = [f"{weight:g} {term}" for term, (weight, _) in terms.items()]
+    described = [[term, TERMS.get(term, text).format(subspace_dim=subspace_dim)] for term, (_, text) in terms.items()]
     text = BODY.format(
         name=name,
         kind=model.card_kind if windows else "A text encoder for clinical notes",
-        use=(model.card_use() if windows else USE).format(
-            repository=repository, width=model.config.hidden_size, **use
-        ),
+        use=_use(repository, model),
         repository=repository,
+        local="" if "/" in repository else LOCAL.format(repository=repository),
         architecture=type(model).__name__.removeprefix("FSDP"),
         parameters=model.num_parameters(),
         width=model.config.hidden_size,
         pooling=model.pooling,
         span=f"the first {model.max_length:,} tokens" if model.max_length else "all tokens",
         longer=CHUNKED if model.long_notes == "chunk" else "",
-        origin=origin,
-        counts=_table(["", "number"], [[key, f"{value:,}"] for key, value in counts.items()]),
-        training=_table(["training", ""], [[key, str(value)] for key, value in training.items()]),
-        measured=_measured(measured, picture),
-        **weights,
+        origin=_origin(base_model),
+        counts=markdown([["notes", "number"], *([key, f"{value:,}"] for key, value in counts.items())]),
+        loss=f"L = {mlm_weight:g} MLM + {dense_weight:g} ({' + '.join(weighted)})",
+        terms=markdown([["term", "what it is"], *described]),
+        training=markdown([["training", "setting"], *([key, str(value)] for key, value in training.items())]),
+        measured=_measured(measured, pictures, evaluated or {}),
     )
     metadata = ModelCardData(
         language=language,
@@ -191,9 +210,33 @@ def model_card(
         base_model=None if local else base_model,
         datasets=dataset,
         model_name=name,
-        eval_results=_eval_results(measured[-1]) if measured else None,
+        eval_results=_eval_results(measured) if measured else None,
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
+
+
+def _origin(base_model: str | None) -> str:
+    if base_model is None:
+        return "Trained from random weights."
+    if Path(base_model).exists():
+        return "Continued from a local checkpoint."
+    return f"Continued from [{base_model}](https://hf.co/{base_model})."
+
+
+def _use(repository: str, model: Any) -> str:
+    """The snippets."""
+    shared = {"repository": repository, "width": model.config.hidden_size}
+    if hasattr(model, "card_use"):
+        return model.card_use().format(**shared)
+    has_head = model.dense_head is not None
+    return USE.format(
+        **shared,
+        max_length=model.max_length,
+        pooling_code=POOLINGS[model.pooling].snippet,
+        head=HEAD.format(**shared) if has_head else "",
+        head_imports="from safetensors.torch import load_file\n" if has_head else "",
+        cached_file="\nfrom transformers.utils import cached_file" if has_head else "",
+    )
 
 
 def licence_of(base_model: str) -> str | None:
@@ -205,62 +248,53 @@ def licence_of(base_model: str) -> str | None:
         return None
 
 
-def measured_table(measured: Sequence[dict]) -> str:
-    """Geometry and probes as one Markdown table, a column for each encoder or moment that was measured.
-
-    Args:
-        measured: one or more of `{"name": str, "geometry": geometry_report(...), "probes": {"task metric": (value, low,
-            high)}}`, all of the same notes.
-    """
-    shape = measured[0]["geometry"]
-    head = f"N = {shape['n']:,} held-out pairs, d = {shape['d']}, attainable rank {shape['attainable_rank']}, k = {shape['k']}"
-    rows = [
-        [label, *(number(part["geometry"][key]) for part in measured)]
-        for key, label in GEOMETRY_ROWS.items()
-        if key in shape
-    ]
-    rows += [[probe, *(interval(*part["probes"][probe]) for part in measured)] for probe in measured[0]["probes"]]
-    return f"{head}\n\n{_table(['', *(part['name'] for part in measured)], rows)}"
-
-
-def number(value: float) -> str:
-    """Three significant digits, thousands in full."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def interval(value: float, low: float, high: float) -> str:
-    """A value with its interval."""
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _measured(measured: Sequence[dict], picture: bool) -> str:
+def _measured(measured: Sequence[Measured], pictures: Sequence[Picture], evaluated: Mapping[str, Any]) -> str:
+    """Verdict, table, pictures; of a run that was only evaluated in training, the evaluator's numbers."""
     if not measured:
+        return _evaluated(evaluated)
+    base, last = measured[0], measured[-1]
+    parts = [f"**{verdict(last, base if len(measured) > 1 else None).sentence}**"]
+    shape = last["geometry"]
+    parts.append(f"{markdown(before_after_table(measured))}\n\n{READING}")
+    parts += [f"![{picture.alt}]({picture.path.name})\n\n{picture.caption}" for picture in pictures]
+    parts.append(f"N = {shape['n']:,} notes, d = {shape['d']}.\n\n{markdown(geometry_table([last]))}")
+    if shape.get("k") and "subspace_distance_half_normalized_centered" in shape:
+        parts.append(markdown(subspace_table({last["name"]: shape})))
+    return "\n\n".join(parts)
+
+
+def _evaluated(evaluated: Mapping[str, Any]) -> str:
+    timing = ("_runtime", "_per_second", "_seconds", "_time")
+    rows = [
+        [key.removeprefix("eval_").replace("_", " "), number(value)]
+        for key, value in evaluated.items()
+        if key.startswith("eval_") and not key.endswith(timing)
+    ]
+    if not rows:
         return "Nothing was measured in this run."
-    picture = f"\n\n![Spectrum of the embeddings]({PICTURE})" if picture else ""
-    return f"{measured_table(measured)}\n\n{READING}{picture}"
+    return f"The last evaluation in training, on held-out notes:\n\n{markdown([['measure', 'value'], *rows])}"
 
 
-def _eval_results(measured: dict) -> list[EvalResult] | None:
+def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
+    """Headlines of the last encoder, with the interval in the metric's name: the Hub has no field for it."""
     results = []
-    for probe, (value, low, high) in measured["probes"].items():
-        task, metric = probe.rsplit(" ", 1)
-        known = math.isfinite(low) and math.isfinite(high)
+    for row in comparisons([measured[-1]]):
+        if not row.headline or not math.isfinite(row.values[measured[-1]["name"]].value):
+            continue
+        found, entry = row.values[measured[-1]["name"]], METRICS[row.metric]
+        kind, name = HUB_TASKS[row.metric]
+        title, known = entry.title, math.isfinite(found.low)
         results.append(
             EvalResult(
-                task_type="feature-extraction",
-                task_name="linear probe",
+                task_type=kind,
+                task_name=name,
                 dataset_type="clinical-notes",
-                dataset_name=f"held-out patients: {task}",
-                dataset_config=task,  # what tells one entry of a model-index from another
+                dataset_name=f"held-out patients: {row.task}",
+                dataset_config=f"{row.task} {row.group}",  # what tells one entry of a model-index from another
                 dataset_split="test",
-                metric_type=metric_named(metric).hub_name,
-                metric_name=f"{metric}, 95 % interval {low:.3f} to {high:.3f}" if known else metric,
-                metric_value=round(value, 4),
+                metric_type=entry.hub_name,
+                metric_name=f"{title}, 95 % interval {found.low:.3f} to {found.high:.3f}" if known else title,
+                metric_value=round(found.value, 4),
             )
         )
     return results or None

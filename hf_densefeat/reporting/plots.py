@@ -1,7 +1,9 @@
-"""Pictures of embeddings: what people would rather look at than read. Each is written to a path, as PNG."""
+"""Pictures of what was measured, each a PNG with a text for those who cannot see it. Narrow, so that a phone shows them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,108 +13,172 @@ matplotlib.use("Agg")  # a training node has no screen
 from matplotlib import pyplot as plt
 
 from hf_densefeat.evaluation.metrics import Estimate
+from hf_densefeat.evaluation.spectrum import CONDITION_FLOOR
+from hf_densefeat.reporting.comparison import Measured, comparisons
+from hf_densefeat.reporting.formats import interval, number
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles tell them apart in grey print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osv^D<"
+WIDTH = 5.2  # inches: at the width of a phone the letters are still of 9 pixels
 
 
-def _axes(width: float = 6.4, height: float = 4.2, columns: int = 1):
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), dpi=150, layout="constrained", squeeze=False)
-    for one in axes[0]:
+@dataclass(frozen=True)
+class Picture:
+    """A PNG on disk.
+
+    Attributes:
+        path: of the file.
+        alt: what is seen, with the numbers that matter.
+        caption: how to read it.
+    """
+
+    path: Path
+    alt: str
+    caption: str
+
+
+def _axes(height: float, rows: int = 1) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(rows, 1, figsize=(WIDTH, height), dpi=150, layout="constrained", squeeze=False)
+    for one in axes[:, 0]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25, linewidth=0.6)
-    return figure, axes[0]
+    return figure, axes[:, 0]
 
 
-def _line(i: int) -> dict:
+def _line(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 2}
 
 
-def _save(figure, path: Path | str) -> None:
+def _save(figure: Any, path: Path | str, alt: str, caption: str) -> Picture:
     figure.savefig(path)
     plt.close(figure)
+    return Picture(Path(path), alt, caption)
 
 
-def _legend_below(figure, axes) -> None:
+def _legend_below(figure: Any, axes: Any, columns: int = 1) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def plot_spectra(spectra: dict[str, NDArray[np.float64]], path: Path | str) -> None:
-    """Eigenvalue spectra on a log axis, each divided by its sum, and their cumulative sums: flat is spread, steep collapsed.
+def plot_similarity(measured: Sequence[Measured], path: Path | str) -> Picture:
+    """A dot and a 95 % interval for the headline metric of each similarity task, encoders below each other.
 
     Args:
-        spectra: eigenvalues (m,), largest first, by the name of the encoder; those below 1e-10 of the first are rounding.
+        measured: encoders in the order of the legend.
         path: of the PNG.
     """
-    figure, (left, right) = _axes(9.6, 4.4, 2)
+    rows = [row for row in comparisons(measured) if row.headline and row.group == "similarity"]
+    figure, (axes,) = _axes(1.0 + (0.34 + 0.13 * len(measured)) * len(rows))
+    step = 0.62 / max(len(measured), 2)
+    for i, name in enumerate(one["name"] for one in measured):
+        look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        known = [(place, row.values[name]) for place, row in enumerate(rows) if name in row.values]
+        y = np.array([place for place, _ in known]) + (i - (len(measured) - 1) / 2) * step
+        # no line is drawn where a side is NaN
+        axes.hlines(y, [e.low for _, e in known], [e.high for _, e in known], color=look["color"], linewidth=2.5)
+        axes.plot([e.value for _, e in known], y, linestyle="", markersize=5.5, label=name, **look)
+    axes.set_yticks(range(len(rows)), [row.title.replace(": ", "\n", 1) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="value, more is better →")
+    _legend_below(figure, axes, min(len(measured), 3))
+    values = "; ".join(
+        f"{row.title}: {', '.join(f'{name} {interval(e)}' for name, e in row.values.items())}" for row in rows
+    )
+    caption = "Embeddings compared by cosine as they are, on held-out notes; bars are 95 % intervals over patients."
+    return _save(figure, path, f"Dots with intervals, a row for each use of similarity. {values}.", caption)
+
+
+def plot_spectra(spectra: dict[str, NDArray[np.float64]], path: Path | str) -> Picture:
+    """Eigenvalue spectra on a log axis, each divided by its sum: flat is spread, steep is collapsed.
+
+    Args:
+        spectra: eigenvalues (m,), largest first, by the name of the encoder; those below the floor are rounding. One
+            without any takes its colour, so that an encoder has the same in every picture.
+        path: of the PNG.
+    """
+    figure, (axes,) = _axes(4.0 + 0.2 * len(spectra))
+    said = []
     for i, (name, values) in enumerate(spectra.items()):
-        share = values[values > 1e-10 * values[0]] / max(values.sum(), 1e-300)
+        if not len(values):
+            continue
+        share = values[values > CONDITION_FLOOR * values[0]] / max(values.sum(), 1e-300)
         rank = np.exp(-(share * np.log(share)).sum()) if len(share) else 0
-        number = np.arange(1, len(share) + 1)
-        left.plot(number, share, label=f"{name} (effective rank {rank:.0f} of {len(values)})", **_line(i))
-        right.plot(number, np.cumsum(share), **_line(i))
+        text = f"{name} (effective rank {rank:.0f} of {len(values)})"
+        axes.plot(np.arange(1, len(share) + 1), share, label=text, **_line(i))
+        if len(share):
+            half = int(np.searchsorted(np.cumsum(share), 0.5)) + 1
+            said.append(f"{text}: its largest direction has {share[0]:.0%} of the variance, {half} have half")
     most = max(map(len, spectra.values()))
-    left.axhline(1 / most, color="0.45", linewidth=1)
-    place = {"textcoords": "offset points", "xytext": (0, 4), "ha": "right", "color": "0.35", "fontsize": 9}
-    left.annotate("isotropic", (most, 1 / most), **place)
-    left.set(yscale="log", xlabel="eigenvalue number", ylabel="share of the variance", title="Spectrum (centred)")
-    right.set(ylim=(0, 1.02), xscale="log", xlabel="eigenvalues taken, largest first")
-    right.set(ylabel="cumulative share of the variance", title="Cumulative variance")
-    right.xaxis.set_major_formatter("{x:.0f}")
-    _legend_below(figure, left)
-    _save(figure, path)
+    axes.axhline(1 / most, color="0.45", linewidth=1)
+    place = {"textcoords": "offset points", "xytext": (0, 4), "ha": "right", "color": "0.35"}
+    axes.annotate("isotropic", (most, 1 / most), **place)
+    axes.set(yscale="log", xlabel="eigenvalue number", ylabel="share of the variance")
+    _legend_below(figure, axes)
+    caption = "Spectrum of the centred embeddings: flat is spread over many directions, steep is collapsed onto few."
+    return _save(figure, path, f"Falling lines on a logarithmic axis, one an encoder. {'; '.join(said)}.", caption)
 
 
-def plot_angles(angles: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path | str) -> None:
+def plot_angles(angles: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path | str) -> Picture:
     """Principal angles of adjacent windows, and their noise floor.
 
     Args:
         angles: by encoder, two arrays (k,) in radians: earlier against later notes, and halves of one side.
         path: of the PNG.
     """
-    figure, (axes,) = _axes()
+    figure, (axes,) = _axes(3.8 + 0.2 * len(angles))
+    said = []
     for i, (name, (found, floor)) in enumerate(angles.items()):
-        number, later, noise = np.arange(1, len(found) + 1), f"{name}: earlier against later", f"{name}: noise floor"
-        axes.plot(number, np.degrees(found), marker="o", markersize=4, label=later, **_line(i))
-        thin = _line(i) | {"linewidth": 1, "linestyle": ":"}
-        axes.plot(number, np.degrees(floor), marker="x", markersize=4, label=noise, **thin)
-    axes.set(ylim=(0, 92), xlabel="principal direction pair, closest first", ylabel="angle (degrees)")
-    axes.set_title("Subspaces of adjacent notes, halves of equal size")
+        later, noise = np.degrees(found), np.degrees(floor)
+        x = np.arange(1, len(later) + 1)
+        axes.plot(x, later, marker="o", markersize=5, fillstyle="none", label=f"{name}: earlier, later", **_line(i))
+        # The floor is drawn as a band, which lies open under a line that runs along it.
+        axes.fill_between(
+            x, 0, noise, color=COLOURS[i % len(COLOURS)], alpha=0.12, linewidth=0, label=f"{name}: noise"
+        )
+        above = number(float((later - noise).mean()), digits=1, signed=True)
+        said.append(f"{name}: mean angle {later.mean():.0f} degrees, {above} against its noise floor")
+    axes.set(ylim=(0, 92), xlabel="pair of principal directions, closest first", ylabel="angle (degrees)")
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     _legend_below(figure, axes)
-    _save(figure, path)
+    caption = "A line above its band: from note to note the leading directions change by more than sampling explains."
+    return _save(figure, path, f"Rising lines of principal angles. {'; '.join(said)}.", caption)
 
 
-def plot_shots(curves: dict[str, dict[str, dict[int | str, Estimate]]], path: Path | str) -> None:
+def plot_shots(curves: dict[str, dict[str, dict[int | str, Estimate]]], path: Path | str) -> Picture:
     """AUROC by the number of training rows of each class, one panel a task, with intervals.
 
     Args:
         curves: task to encoder to number of rows to `Estimate`; the last number is the word "all".
         path: of the PNG.
     """
-    figure, axes = _axes(max(4.8, 3.6 * len(curves)), 3.9, len(curves))
+    figure, axes = _axes(2.7 * len(curves) + 0.4, len(curves))
+    said = []
     for one, (task, encoders) in zip(axes, curves.items(), strict=True):
         for i, (name, curve) in enumerate(encoders.items()):
-            shots = [k for k in curve if k != "all"]
+            shots = [k for k in curve if isinstance(k, int)]
             numbers = np.array([*shots, 2 * max(shots)])
             # Side by side rather than on top of each other.
             x = numbers * 1.05 ** (i - (len(encoders) - 1) / 2)
             values, low, high = ([getattr(e, side) for e in curve.values()] for side in ("value", "low", "high"))
             one.vlines(x, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.6, linewidth=1.5)
             one.plot(x, values, marker="o", markersize=4, label=name, **_line(i))
+            said.append(f"{task}, {name}: {values[0]:.2f} with {shots[0]} of each class, {values[-1]:.2f} with all")
         one.axhline(0.5, color="0.45", linewidth=1)
         one.set_xscale("log", base=2)
         one.set_xticks(numbers, list(map(str, curve)))
-        one.set(xlabel="training rows of each class", ylabel="AUROC", title=task)
+        one.set(ylabel="AUROC", title=task)
         one.minorticks_off()
-    _legend_below(figure, axes[0])
-    _save(figure, path)
+    axes[-1].set_xlabel("training rows of each class")
+    _legend_below(figure, axes[0], 3)
+    caption = "Few labels: mean over three nested draws; bars are 95 % intervals over test patients."
+    return _save(figure, path, f"AUROC by number of labels. {'; '.join(said)}.", caption)
 
 
-def plot_projection(z: dict[str, NDArray], y: NDArray, classes: Sequence, label: str, path: Path | str) -> None:
+def plot_projection(z: dict[str, NDArray], y: NDArray, classes: Sequence, *, label: str, path: Path | str) -> Picture:
     """First two principal components of each encoder, coloured by one label.
 
     Args:
@@ -122,25 +188,43 @@ def plot_projection(z: dict[str, NDArray], y: NDArray, classes: Sequence, label:
         label: name of the label.
         path: of the PNG.
     """
-    figure, axes = _axes(max(4.8, 4.0 * len(z)), 4.2, len(z))
+    figure, axes = _axes(3.4 * len(z) + 0.8, len(z))
+    said = []
     for one, (name, rows) in zip(axes, z.items(), strict=True):
         u, s, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
-        x, share = u[:, :2] * s[:2], s**2 / (s**2).sum()
+        x, share = u[:, :2] * s[:2], s**2 / max((s**2).sum(), 1e-300)
         if not classes:
             points = one.scatter(*x.T, c=y, cmap="cividis", s=10, linewidths=0)
         else:
-            shown = np.argsort(-np.bincount(y, minlength=len(classes)), kind="stable")[: len(MARKERS)]
-            rest = ~np.isin(y, shown)
-            one.scatter(*x[rest].T, color="0.75", s=8, linewidths=0, label="others" if rest.any() else None)
-            for i, c in enumerate(sorted(shown)):
-                text = str(classes[c]) if len(str(classes[c])) <= 32 else f"class {c + 1}"
-                dots = {"color": COLOURS[i], "marker": MARKERS[i], "s": 12, "alpha": 0.45, "linewidths": 0}
-                one.scatter(*x[y == c].T, label=text, **dots)
+            _scatter_classes(one, x, y, classes)
         one.set(title=name, xlabel=f"component 1 ({share[0]:.0%} of the variance)")
         one.set(ylabel=f"component 2 ({share[1]:.0%})")
         one.grid(False)
+        said.append(f"{name}: the two components have {share[:2].sum():.0%} of the variance")
     if not classes:
         figure.colorbar(points, ax=axes[-1], label=label)
     else:
-        axes[-1].legend(frameon=False, fontsize=9, title=label, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+        _legend_below(figure, axes[-1], 2)
+    caption = f"Notes by {label}. Two of many dimensions: what is far apart here need not be, nor what is mixed."
+    return _save(figure, path, f"Scatter of notes, coloured by {label}. {'; '.join(said)}.", caption)
+
+
+def _scatter_classes(axes: Any, x: NDArray, y: NDArray, classes: Sequence) -> None:
+    shown = np.argsort(-np.bincount(y, minlength=len(classes)), kind="stable")[: len(MARKERS)]
+    rest = ~np.isin(y, shown)
+    axes.scatter(*x[rest].T, color="0.75", s=8, linewidths=0, label="others" if rest.any() else None)
+    for i, c in enumerate(sorted(shown)):
+        text = str(classes[c]) if len(str(classes[c])) <= 32 else f"class {c + 1}"
+        dots = {"color": COLOURS[i], "marker": MARKERS[i], "s": 12, "alpha": 0.45, "linewidths": 0}
+        axes.scatter(*x[y == c].T, label=text, **dots)
+
+
+def draw(measured: Sequence[Measured], folder: Path | str) -> list[Picture]:
+    """The pictures for a card or README, as far as there is something to draw: similarity.png and spectrum.png."""
+    folder, pictures = Path(folder), []
+    if any(row.group == "similarity" for row in comparisons(measured)):
+        pictures.append(plot_similarity(measured, folder / "similarity.png"))
+    spectra = {one["name"]: np.array(one.get("spectrum", [])) for one in measured}
+    if any(map(len, spectra.values())):
+        pictures.append(plot_spectra(spectra, folder / "spectrum.png"))
+    return pictures

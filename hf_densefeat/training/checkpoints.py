@@ -15,10 +15,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from hf_densefeat.data.pairs import TokenPairs
 from hf_densefeat.models.adapters import ADAPTER, load_adapter, merged, save_adapter
 from hf_densefeat.models.sentence_transformers import FILES
-from hf_densefeat.reporting.card import PICTURE, model_card
+from hf_densefeat.objective.batch_loss import BatchLoss
+from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.reporting.card import model_card
+from hf_densefeat.reporting.plots import draw
 
 OBJECTIVE_STATE = "densefeat_state.safetensors"
-WEIGHTS = ("mlm_weight", "dense_weight", "lambda_sub", "lambda_orth", "subspace_dim")
 
 
 class _State(TrainerState):
@@ -152,21 +154,26 @@ class Saving:
         if isinstance(self.model, PeftModel):
             [adapter] = self.model.active_adapters
             training["adapter"] = f"{self.model.peft_config[adapter].peft_type.value}, merged"
+        evaluations = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
+        folder.mkdir(parents=True, exist_ok=True)
         card = model_card(
             self.hub_model_id or args.hub_model_id or model_name or folder.absolute().name,
             model,
-            {name: getattr(args, name) for name in WEIGHTS},
-            training,
-            counts,
-            self.measured,
-            finetuned_from or model.name_or_path or None,
-            picture=(folder / PICTURE).is_file(),
+            mlm_weight=args.mlm_weight,
+            dense_weight=args.dense_weight,
+            terms=_described_terms(self.objective),
+            subspace_dim=args.subspace_dim,
+            training=training,
+            counts=counts,
+            measured=self.measured,
+            evaluated=evaluations[-1] if evaluations else None,
+            pictures=draw(self.measured, folder) if self.measured else (),
+            base_model=finetuned_from or model.name_or_path or None,
             language=language,
             license=license,
             tags=[tags] if isinstance(tags, str) else tags,
             dataset=dataset,
         )
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _push_from_checkpoint(self, checkpoint_folder):
@@ -184,3 +191,12 @@ class Saving:
                 elif source.is_file():
                     shutil.copy(source, target)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _described_terms(objective: DenseObjective | BatchLoss) -> dict[str, tuple[float, str]]:
+    """Name to weight and first line of the docstring, for every term of the objective."""
+    functions = {objective.name: (1.0, objective.function)} if isinstance(objective, BatchLoss) else objective.terms
+    return {
+        name: (weight, (function.__doc__ or "no description").strip().splitlines()[0])
+        for name, (weight, function) in functions.items()
+    }

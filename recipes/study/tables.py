@@ -7,7 +7,8 @@ from domains import Domain
 from scipy.stats import spearmanr
 
 from hf_densefeat.evaluation.metrics import Estimate
-from hf_densefeat.reporting.tables import markdown
+from hf_densefeat.reporting.comparison import direction
+from hf_densefeat.reporting.formats import interval, markdown
 from study.measures import PATIENT_K, Measures
 from study.methods import ABLATION, BASELINES, METHODS
 from study.results import CONDITION, DISTANCE, RANK, Results
@@ -28,14 +29,6 @@ PAPER_ABLATION = {  # effective rank, AUROC
 }
 
 
-def show(estimate: Estimate, digits: int = 3, sign: str = "") -> str:
-    """Value and interval."""
-    text = f"{estimate.value:{sign}.{digits}f}"
-    if math.isfinite(estimate.low):
-        text += f" ({estimate.low:{sign}.{digits}f} … {estimate.high:{sign}.{digits}f})"
-    return text
-
-
 def paper(name: str, *columns: int) -> list[str]:
     """The paper's figures, where it has any."""
     return [f"{PAPER[name][column]:g}" if name in PAPER else "" for column in columns]
@@ -48,8 +41,8 @@ def table_1(results: Results) -> str:
     rows = [[*head, "Paper: rank", "Paper: condition"]]
     for name in results.shown:
         plain, median, cosine = (results.array(name, key)[0] for key in keys)
-        row = [results.titles[name], show(results.estimate(name, RANK), 1), f"{plain:.1f}"]
-        row += [show(results.estimate(name, CONDITION), 0, ","), f"{median:,.1f}", f"{cosine:.2f}"]
+        row = [results.titles[name], interval(results.estimate(name, RANK), digits=1), f"{plain:.1f}"]
+        row += [interval(results.estimate(name, CONDITION), digits=0), f"{median:,.1f}", f"{cosine:.2f}"]
         rows.append([*row, *paper(name, 0, 1)])
     return markdown(rows)
 
@@ -63,7 +56,7 @@ def table_2(results: Results) -> str:
     for name in results.shown:
         values = [results.array(name, key)[0] for key in keys]
         part = [f"{value:.3f}" if math.isfinite(value) else "–" for value in values]
-        rows.append([results.titles[name], show(results.estimate(name, DISTANCE)), *part, *paper(name, 2)])
+        rows.append([results.titles[name], interval(results.estimate(name, DISTANCE)), *part, *paper(name, 2)])
     return markdown(rows)
 
 
@@ -79,8 +72,10 @@ def table_3(results: Results) -> str:
         row = [results.titles[name]]
         for title, keys in summaries.items():
             other = best[title]
-            difference = show(results.difference(name, other, keys), sign="+") if other and other != name else ""
-            row += [show(results.estimate(name, keys)), difference]
+            difference = (
+                interval(results.difference(name, other, keys), signed=True) if other and other != name else ""
+            )
+            row += [interval(results.estimate(name, keys)), difference]
         rows.append([*row, *paper(name, 3, 4, 5)])
     return markdown(rows)
 
@@ -90,8 +85,12 @@ def table_4(results: Results) -> str:
     rows = [["Objective", "Effective rank", "Subspace distance", "AUROC", "Paper: rank", "Paper: AUROC"]]
     for name, title in ABLATION.items():
         if name in results.runs:
-            row = [title, show(results.estimate(name, RANK), 1), show(results.estimate(name, DISTANCE))]
-            row.append(show(results.estimate(name, results.summaries["AUROC"])))
+            row = [
+                title,
+                interval(results.estimate(name, RANK), digits=1),
+                interval(results.estimate(name, DISTANCE)),
+            ]
+            row.append(interval(results.estimate(name, results.summaries["AUROC"])))
             rows.append([*row, *map("{:g}".format, PAPER_ABLATION[name])])
     return markdown(rows)
 
@@ -156,7 +155,7 @@ def table_maps(results: Results, domain: Domain) -> str:
             for title in MAPS:
                 keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
                 keys = [key for key in keys if (key.split(":")[0] in domain.form) == form]
-                cells.append(show(results.estimate(name, keys)))
+                cells.append(interval(results.estimate(name, keys)))
         epsilons = sorted({float(run["epsilon"][0]) for run in results.runs[name]})
         rows.append([results.titles[name], *cells, ", ".join(f"{value:g}" for value in epsilons)])
     return markdown(rows)
@@ -175,14 +174,14 @@ def verdict_similarity(results: Results, ours: str, domain: Domain) -> list[str]
         ):
             if not chosen:
                 continue
-            difference = show(results.difference(ours, "mlm", chosen), sign="+")
+            difference = interval(results.difference(ours, "mlm", chosen), signed=True)
             peers = [
                 name for name in (*BASELINES, "mlm+infonce") if name in results.runs and name not in ("mlm", "start")
             ]
             best = max(peers, key=lambda name: results.array(name, chosen)[0], default=None)
             text = f"{part.capitalize()}, {title}: {results.titles[ours]} − MLM {difference}, mean over {len(chosen)} tasks"
             if best:
-                against = show(results.difference(ours, best, chosen), sign="+")
+                against = interval(results.difference(ours, best, chosen), signed=True)
                 text += f"; − the best peer, {results.titles[best]}, {against}"
             lines.append(text + ".")
     return lines
@@ -191,7 +190,7 @@ def verdict_similarity(results: Results, ours: str, domain: Domain) -> list[str]
 def table_tasks(results: Results) -> str:
     """Every task by itself."""
     keys = [key for keys in results.summaries.values() for key in keys]
-    rows = [[results.titles[name], *(show(results.estimate(name, key)) for key in keys)] for name in results.shown]
+    rows = [[results.titles[name], *(interval(results.estimate(name, key)) for key in keys)] for name in results.shown]
     return markdown([["Method", *keys], *rows])
 
 
@@ -205,7 +204,7 @@ def table_robust(results: Results, measures: Measures) -> str:
     for name in results.shown:
         means = [np.mean([run[key] for run in results.runs[name]], axis=0) for key in few]
         cells = [Estimate(*mean) for mean in means] + [results.estimate(name, key) for key in keys]
-        rows.append([results.titles[name], *map(show, cells)])
+        rows.append([results.titles[name], *map(interval, cells)])
     return markdown(rows)
 
 
@@ -245,9 +244,16 @@ def table_sweep(results: Results, titles: dict[str, str]) -> str:
         ["Setting", "Effective rank", "Subspace distance", "AUROC", "− default", *others, "16 shots", "60% missing"]
     ]
     for name, title in titles.items():
-        row = [title, show(results.estimate(name, RANK), 1), show(results.estimate(name, DISTANCE))]
-        row += [show(results.estimate(name, areas)), show(results.difference(name, "mlm+dense", areas), sign="+")]
-        row += [show(results.estimate(name, results.summaries[key])) for key in others]
+        row = [
+            title,
+            interval(results.estimate(name, RANK), digits=1),
+            interval(results.estimate(name, DISTANCE)),
+        ]
+        row += [
+            interval(results.estimate(name, areas)),
+            interval(results.difference(name, "mlm+dense", areas), signed=True),
+        ]
+        row += [interval(results.estimate(name, results.summaries[key])) for key in others]
         rows.append([*row, *(f"{results.array(name, key)[0]:.3f}" for key in ("16 shots", "missing 60%"))])
     return markdown(rows)
 
@@ -267,14 +273,14 @@ def verdict(results: Results) -> list[str]:
             best = f"the best trained baseline, {results.titles[other]}"
             lines.append(f"{title}: {ratio:.2f} × that of {best} (paper: {target}).")
     tasks: dict[str, list[str]] = {"better than": [], "within the interval of": [], "worse than": []}
+    words = {"better": "better than", "worse": "worse than", "equal": "within the interval of"}
     for title, keys in results.summaries.items():
-        sign = -1 if title == "RMSE" else 1
         for key in keys:
             other = results.best(key, title == "RMSE")
             found = results.difference(name, other, key)
-            low, high = sorted((sign * found.low, sign * found.high))
-            where = "better than" if low > 0 else "worse than" if high < 0 else "within the interval of"
-            tasks[where].append(f"{key} ({show(found, sign='+')} against {results.titles[other]})")
+            tasks[words[direction(found, title.lower())]].append(
+                f"{key} ({interval(found, signed=True)} against {results.titles[other]})"
+            )
     for where, found in tasks.items():
         lines.append(
             f"Tasks {where} the best baseline of each: {len(found)}{': ' if found else ''}{'; '.join(found)}."

@@ -64,13 +64,20 @@ def run(recipe, monkeypatch, capsys, tmp_path):
 def test_a_run_reads_measures_trains_and_writes_a_folder_that_opens(run, encoder, table, tmp_path):
     """What was read is printed, numbers before and after are saved, and the folder is an encoder."""
     out = run("--notes", table, "--model_name_or_path", encoder, "--probe", "old:binary", "words:regression", *SMALL)
-    for words in ("notes of 40 patients", "adjacent pairs", "truncated", "effective rank", "old auroc", "words rmse"):
+    for words in (
+        "notes of 40 patients",
+        "adjacent pairs",
+        "truncated",
+        "effective rank",
+        "old: AUROC",
+        "words: RMSE",
+    ):
         assert words in out
     folder = tmp_path / "out"
     numbers = json.loads((folder / "report.json").read_text())
     assert numbers["updates"] == 3
     assert numbers["before"]["geometry"]["n"] == numbers["after"]["geometry"]["n"] > 0
-    assert (folder / "spectra.png").stat().st_size > 10_000
+    assert (folder / "spectrum.png").stat().st_size > 10_000
     before, after = AutoModel.from_pretrained(encoder), AutoModel.from_pretrained(folder)
     assert any(not torch.equal(x, y) for x, y in zip(before.parameters(), after.parameters(), strict=True))
     assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(encoder))

@@ -1,0 +1,250 @@
+"""What was measured of encoders, compared: better, worse or no visible difference, and one sentence of advice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, get_args
+
+import numpy as np
+
+from hf_densefeat.evaluation.geometry import State, geometry_state, variance_share
+from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, Estimate, metric_named, paired_difference
+from hf_densefeat.evaluation.probes import ProbeResult
+from hf_densefeat.evaluation.similarity import SimilarityResult
+from hf_densefeat.evaluation.similarity_tasks import SimilarityKind
+from hf_densefeat.reporting.formats import interval
+
+Triple = Sequence[float | None]  # value, low, high; None where there is none
+
+
+class Measured(TypedDict, total=False):
+    """What was measured of one encoder, as plain numbers, on the same notes as of those beside it in a list.
+
+    Attributes:
+        name: in tables and pictures; no path.
+        geometry: `geometry_report` of the notes, or some of it.
+        spectrum: eigenvalues of their centred covariance, largest first.
+        similarity: "task metric" to value, low, high.
+        probes: the same of probes.
+        differences: "task metric" to this encoder's value minus that of the first in the list, paired, with interval.
+    """
+
+    name: str
+    geometry: dict[str, float]
+    spectrum: list[float]
+    similarity: dict[str, Triple]
+    probes: dict[str, Triple]
+    differences: dict[str, Triple]
+
+
+Results = Mapping[str, SimilarityResult] | Mapping[str, ProbeResult]
+
+
+def triples(results: Results, base: Results | None = None) -> dict[str, Triple]:
+    """Results by task as "task metric" to value, low, high; with a base, paired differences to its results."""
+    found: dict[str, Triple] = {}
+    for task, result in results.items():
+        estimates = result.metrics if base is None else paired_difference(result, base[task])
+        found |= {f"{task} {metric}": [e.value, e.low, e.high] for metric, e in estimates.items()}
+    return found
+
+
+def plain_numbers(value: Any) -> Any:
+    """For JSON: nested dicts and lists with Python's floats, None for NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain_numbers(inner) for inner in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def estimate_of(triple: Triple) -> Estimate:
+    """A triple as `Estimate`."""
+    return Estimate(*(np.nan if value is None else value for value in triple))
+
+
+# ---- Rows of a comparison -------------------------------------------------------------------------------------------
+
+Direction = Literal["better", "worse", "equal"]
+WORDS: dict[Direction, str] = {"better": "better", "worse": "worse", "equal": "no visible difference"}
+ARROWS: dict[Direction, str] = {"better": "↑", "worse": "↓", "equal": "·"}
+GROUPS = {"similarity": "similarity", "probes": "linear probes", "clusterings": "k-means"}
+_USES = get_args(SimilarityKind)
+HEADLINES = {
+    "similarity": {METRICS_OF[kind][0] for kind in _USES},
+    "probes": {METRICS_OF[kind][0] for kind in METRICS_OF if kind not in (*_USES, "clustering")},
+    "clusterings": {METRICS_OF["clustering"][0]},
+}
+"""The metrics by which verdicts count, one a task."""
+
+
+def direction(difference: Estimate, metric: str) -> Direction:
+    """Better or worse: a 95 % interval on that side of zero. Equal: it holds zero, which is no proof, or is unknown."""
+    sign = 1 if metric_named(metric).higher_is_better else -1
+    if difference.low <= 0 <= difference.high or not np.isfinite(difference.low):
+        return "equal"
+    return "better" if sign * difference.value > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of one task: the encoders' values, and their differences to the first.
+
+    Attributes:
+        group: a key of `GROUPS`.
+        task: name of the task.
+        metric: name of the metric, a variant such as ``mrr_binary`` too.
+        values: encoder to `Estimate`.
+        differences: encoder to `Estimate` of it minus the first, where it is known.
+    """
+
+    group: str
+    task: str
+    metric: str
+    values: dict[str, Estimate]
+    differences: dict[str, Estimate]
+
+    @property
+    def headline(self) -> bool:
+        """Whether verdicts count it."""
+        return self.metric in HEADLINES[self.group]
+
+    @property
+    def title(self) -> str:
+        """Task and metric, and which way is better where that is down."""
+        entry = metric_named(self.metric)
+        return f"{self.task}: {entry.title}{'' if entry.higher_is_better else ' (lower is better)'}"
+
+    def direction(self, name: str) -> Direction:
+        """Whether that encoder is better than the first."""
+        return direction(self.differences.get(name, Estimate(np.nan)), self.metric)
+
+    def gain(self, name: str) -> float:
+        """Its difference relative to the first encoder's value, above 0 where it is better."""
+        base = abs(next(iter(self.values.values())).value)
+        sign = 1 if metric_named(self.metric).higher_is_better else -1
+        return sign * self.differences[name].value / max(base, 1e-9)
+
+    def quoted(self, name: str) -> str:
+        """Title and difference."""
+        return f"{self.title} {interval(self.differences[name], signed=True)}"
+
+
+def comparisons(measured: Sequence[Measured], *, variants: bool = False) -> list[Comparison]:
+    """Similarity first, then linear probes, then k-means; every metric of the last encoder, of the others where it is known.
+
+    Args:
+        measured: encoders; the first is what the others are compared with.
+        variants: also the metrics of codes and fewer dimensions (``mrr_binary``, ``mrr_d_over_4``).
+    """
+    found = []
+    parts: tuple[Literal["similarity", "probes"], ...] = ("similarity", "probes")
+    for part in parts:
+        sides = {one["name"]: _part(one, part) for one in measured}
+        gaps = {one["name"]: _part(one, "differences") for one in measured[1:]}
+        for key in sides[measured[-1]["name"]]:
+            task, metric = key.rsplit(" ", 1)
+            if not variants and metric not in METRICS:
+                continue
+            values = {name: estimate_of(side[key]) for name, side in sides.items() if key in side}
+            differences = {name: estimate_of(side[key]) for name, side in gaps.items() if key in side}
+            group = "clusterings" if part == "probes" and metric in METRICS_OF["clustering"] else part
+            found.append(Comparison(group, task, metric, values, differences))
+    return sorted(found, key=lambda one: list(GROUPS).index(one.group))
+
+
+def _part(one: Measured, name: Literal["similarity", "probes", "differences"]) -> dict[str, Triple]:
+    return one.get(name, {})
+
+
+# ---- The verdict ----------------------------------------------------------------------------------------------------
+
+ADVICE: dict[State, str] = {
+    "collapsed": "its cosines are hard to tell apart: subtract the mean (a dense head) before comparing by cosine",
+    "healthy": "nothing in its spectrum speaks against using it as it is",
+    "over-spread": "its spectrum is close to noise: trust the uses that were measured alone",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reader should do, and why.
+
+    Attributes:
+        state: of the geometry.
+        against: "better", "worse", "mixed" or "equal", over all headline metrics; None without a base.
+        counts: group to the numbers of better, equal and worse headline metrics.
+        sentence: advice and evidence.
+    """
+
+    state: State
+    against: str | None
+    counts: dict[str, dict[Direction, int]]
+    sentence: str
+
+
+def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
+    """Whether to take an encoder rather than the base, by the headline metric of every task.
+
+    Similarity, linear probes and k-means are counted apart. "better" means that at least one paired 95 % interval is on
+    that side of zero and none on the other; "mixed" that both occur; "equal" that every interval holds zero, which is no
+    proof of equality.
+
+    Args:
+        ours: the encoder, with its differences to the base.
+        base: the first encoder of the list; None where there is but one.
+    """
+    report, name = ours["geometry"], ours["name"]
+    state = geometry_state(report)
+    shape = (
+        f"{name} is {state} on these notes (centred effective rank {report['effective_rank_centered']:.0f} of "
+        f"{report['attainable_rank']:.0f} attainable; {variance_share(report):.0%} of the squared length is variance): "
+        f"{ADVICE[state]}."
+    )
+    rows = [] if base is None else [row for row in comparisons([base, ours]) if row.headline and row.differences]
+    if base is None or not rows:
+        return Verdict(state, None, {}, shape)
+    counts: dict[str, dict[Direction, int]] = {}
+    for row in rows:
+        group = counts.setdefault(row.group, {"better": 0, "equal": 0, "worse": 0})
+        group[row.direction(name)] += 1
+    better, worse = (sum(one[word] for one in counts.values()) for word in ("better", "worse"))
+    against = ("mixed" if worse else "better") if better else ("worse" if worse else "equal")
+    evidence = "; ".join(f"{GROUPS[group]}: {_counted(one)}" for group, one in counts.items())
+    sentence = f"{_advice(name, base['name'], against, counts)} ({evidence}).{_extremes(rows, name)} {shape}"
+    return Verdict(state, against, counts, sentence)
+
+
+def _counted(counts: dict[Direction, int]) -> str:
+    words: dict[Direction, str] = {"better": "better", "worse": "worse", "equal": "without a visible difference"}
+    return ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
+
+
+def _advice(ours: str, base: str, against: str, counts: dict[str, dict[Direction, int]]) -> str:
+    if against == "better":
+        return f"Take {ours} rather than {base}"
+    if against == "worse":
+        return f"Stay with {base}: {ours} is worse"
+    if against == "equal":
+        return f"These notes do not tell {ours} from {base}"
+    if any(one["better"] and one["worse"] for one in counts.values()):
+        return f"Choose between {ours} and {base} by the use: each is better in some"
+    gained, lost = (
+        " and ".join(GROUPS[group] for group, one in counts.items() if one[word]) for word in ("better", "worse")
+    )
+    return f"Take {ours} for {gained}, stay with {base} for {lost}"
+
+
+def _extremes(rows: list[Comparison], name: str) -> str:
+    """The largest gain and the largest loss, relative to the base, as a sentence; also where they are not visible."""
+    order = sorted(rows, key=lambda row: row.gain(name))
+    parts = []
+    if order[-1].gain(name) > 0:
+        parts.append(f"largest gain: {order[-1].quoted(name)}")
+    if order[0].gain(name) < 0:
+        parts.append(f"largest loss: {order[0].quoted(name)}")
+    text = "; ".join(parts)
+    return f" {text[0].upper()}{text[1:]}." if text else ""
