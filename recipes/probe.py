@@ -204,7 +204,7 @@ def run(arguments: argparse.Namespace) -> dict:
     ]
     verdicts = {one["name"]: verdict(one, measured[0] if one["name"] != base else None) for one in measured}
     # The newest encoder first: that is what the reader asks about.
-    sentences = [found.sentence for found in reversed(verdicts.values())]
+    sentences = list(reversed(verdicts.values()))
 
     spectrum_picture = plot_spectra(spectra, output / "spectrum.png")
     angle_pictures = [plot_angles(angles, output / "angles.png")] if angles else []

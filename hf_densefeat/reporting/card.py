@@ -253,7 +253,8 @@ def _measured(measured: Sequence[Measured], pictures: Sequence[Picture], evaluat
     if not measured:
         return _evaluated(evaluated)
     base, last = measured[0], measured[-1]
-    parts = [f"**{verdict(last, base if len(measured) > 1 else None).sentence}**"]
+    found = verdict(last, base if len(measured) > 1 else None)
+    parts = [f"**{found.advice}** {found.evidence}"]
     shape = last["geometry"]
     parts.append(f"{markdown(before_after_table(measured))}\n\n{READING}")
     parts += [f"![{picture.alt}]({picture.path.name})\n\n{picture.caption}" for picture in pictures]

@@ -177,13 +177,20 @@ class Verdict:
         state: of the geometry.
         against: "better", "worse", "mixed" or "equal", over all headline metrics; None without a base.
         counts: group to the numbers of better, equal and worse headline metrics.
-        sentence: advice and evidence.
+        advice: one sentence.
+        evidence: what it rests on.
     """
 
     state: State
     against: str | None
     counts: dict[str, dict[Direction, int]]
-    sentence: str
+    advice: str
+    evidence: str
+
+    @property
+    def sentence(self) -> str:
+        """Advice and evidence."""
+        return f"{self.advice} {self.evidence}"
 
 
 def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
@@ -199,14 +206,14 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
     """
     report, name = ours["geometry"], ours["name"]
     state = geometry_state(report)
-    shape = (
-        f"{name} is {state} on these notes (centred effective rank {report['effective_rank_centered']:.0f} of "
-        f"{report['attainable_rank']:.0f} attainable; {variance_share(report):.0%} of the squared length is variance): "
-        f"{ADVICE[state]}."
+    shape = f"{name} is {state} on these notes"
+    numbers = (
+        f"centred effective rank {report['effective_rank_centered']:.0f} of {report['attainable_rank']:.0f} attainable; "
+        f"{variance_share(report):.0%} of the squared length is variance"
     )
     rows = [] if base is None else [row for row in comparisons([base, ours]) if row.headline and row.differences]
     if base is None or not rows:
-        return Verdict(state, None, {}, shape)
+        return Verdict(state, None, {}, f"{shape}: {ADVICE[state]}.", f"{numbers[0].upper()}{numbers[1:]}.")
     counts: dict[str, dict[Direction, int]] = {}
     for row in rows:
         group = counts.setdefault(row.group, {"better": 0, "equal": 0, "worse": 0})
@@ -214,8 +221,9 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
     better, worse = (sum(one[word] for one in counts.values()) for word in ("better", "worse"))
     against = ("mixed" if worse else "better") if better else ("worse" if worse else "equal")
     evidence = "; ".join(f"{GROUPS[group]}: {_counted(one)}" for group, one in counts.items())
-    sentence = f"{_advice(name, base['name'], against, counts)} ({evidence}).{_extremes(rows, name)} {shape}"
-    return Verdict(state, against, counts, sentence)
+    advice = f"{_advice(name, base['name'], against, counts)}."
+    evidence = f"{evidence[0].upper()}{evidence[1:]}.{_extremes(rows, name)} {shape} ({numbers}): {ADVICE[state]}."
+    return Verdict(state, against, counts, advice, evidence)
 
 
 def _counted(counts: dict[Direction, int]) -> str:

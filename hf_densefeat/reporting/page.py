@@ -5,8 +5,13 @@ It holds numbers, names of columns and label values, and no text of a note, no p
 
 import base64
 import html
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hf_densefeat.evaluation.geometry import (
     COLLAPSED_DIRECTIONS,
@@ -14,8 +19,11 @@ from hf_densefeat.evaluation.geometry import (
     COLLAPSED_VARIANCE,
     OVERSPREAD_RANK,
 )
+from hf_densefeat.evaluation.metrics import Estimate
+from hf_densefeat.reporting.comparison import Measured, Verdict
 from hf_densefeat.reporting.formats import Table, markdown
-from hf_densefeat.reporting.plots import Picture
+from hf_densefeat.reporting.plots import Picture, draw, plot_angles, plot_shots
+from hf_densefeat.reporting.tables import code_table, comparison_table, geometry_table, subspace_table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #ffffff; --line: #d0d7de; --card: #f6f8fa;
@@ -29,6 +37,7 @@ body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: 
 h1 { font-size: 1.5rem; margin: 0 0 1rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 .verdict { border-left: 5px solid var(--mark); background: var(--card); padding: .8rem 1rem; margin: 0 0 .6rem;
   font-size: 1.1rem; }
+.wide { overflow-x: auto; }
 .note { color: var(--soft); font-size: .92rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: 0 0 1rem; }
 th, td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -36,13 +45,15 @@ thead th { color: var(--soft); font-weight: 600; } tbody th { font-weight: 400; 
 .pictures { display: flex; flex-wrap: wrap; gap: 1.4rem; align-items: flex-start; }
 figure { margin: 0; flex: 1 1 20rem; max-width: 34rem; } figcaption { color: var(--soft); font-size: .92rem; }
 img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
+.compact th, .compact td { padding-right: .8rem; } .group th { font-weight: 600; padding-top: .7rem; }
 @media screen and (max-width: 700px) {
-  thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden; }
-  table, tbody, tr, th, td { display: block; width: 100%; }
-  tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
-  th, td { border: 0; padding: .1rem 0; } tbody th { font-weight: 600; }
-  td { display: flex; justify-content: space-between; gap: 1rem; text-align: right; }
-  td::before { content: attr(data-head); color: var(--soft); text-align: left; }
+  .compact { font-size: .75rem; } .compact th, .compact td { padding-right: .45rem; }
+  .lines thead { position: absolute; clip-path: inset(50%); height: 1px; overflow: hidden; }
+  .lines, .lines tbody, .lines tr, .lines th, .lines td { display: block; width: 100%; }
+  .lines tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
+  .lines th, .lines td { border: 0; padding: .1rem 0; } .lines tbody th { font-weight: 600; }
+  .lines td { display: flex; justify-content: space-between; gap: 1rem; text-align: right; }
+  .lines td::before { content: attr(data-head); color: var(--soft); text-align: left; }
 }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --card: #fff; }
@@ -85,23 +96,92 @@ class Section:
         return not self.pictures and (self.table is None or len(self.table) < 2)
 
 
+def report_sections(
+    measured: Sequence[Measured],
+    folder: Path | str,
+    *,
+    adjacent: Mapping[str, dict[str, float]] | None = None,
+    per_patient: Mapping[str, dict[str, float]] | None = None,
+    angles: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]] | None = None,
+    shots: Mapping[str, dict[str, dict[int | str, Estimate]]] | None = None,
+    projection: Picture | None = None,
+    rows: Table | None = None,
+) -> list[Section]:
+    """Similarity first, then geometry, then probes; the pictures are drawn into the folder.
+
+    Args:
+        measured: encoders, the first is the base of the others.
+        folder: of the PNGs.
+        adjacent: encoder to `geometry_report` of the earlier and later notes.
+        per_patient: encoder to `patient_subspaces`.
+        angles: see `plot_angles`.
+        shots: see `plot_shots`.
+        projection: of `plot_projection`.
+        rows: of `rows_table`.
+    """
+    folder = Path(folder)
+    probes = [plot_shots(shots, folder / "shots.png")] if shots else []
+    return [
+        Section("At a glance", pictures=draw(measured, folder)),
+        Section("Similarity", comparison_table(measured, ("similarity",), "use, by cosine")),
+        Section("Similarity with fewer bits or dimensions", code_table(measured)),
+        Section("Geometry", geometry_table(measured)),
+        Section(
+            "Subspaces of adjacent notes",
+            subspace_table(adjacent, per_patient) if adjacent else None,
+            [plot_angles(angles, folder / "angles.png")] if angles else [],
+        ),
+        Section(
+            "Probes",
+            comparison_table(measured, ("probes", "clusterings"), "probe"),
+            [*probes, *([projection] if projection else [])],
+        ),
+        Section("Rows behind the numbers", rows),
+    ]
+
+
 def _words(text: str) -> str:
     return " ".join(text.split())
 
 
+def _cell(text: str) -> str:
+    # An interval is broken before it or after it, not in it.
+    return re.sub(r"(?<=\d), (?=[+-]?\d)", ",\u00a0", html.escape(text))
+
+
 def _html_table(table: Table) -> str:
+    """A table; where lines share their first cell, it becomes a heading over them, and the table stays narrow."""
+    names = [line[0] for line in table[1:]]
+    if len(set(names)) < len(names):
+        return _grouped_table(table)
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table[0])
     # On narrow screens a line becomes a block, and each value stands beside the head of its column.
     lines = "".join(
         f'<tr><th scope="row">{html.escape(line[0])}</th>'
         + "".join(
-            f'<td data-head="{html.escape(title)}">{html.escape(cell)}</td>'
+            f'<td data-head="{html.escape(title)}">{_cell(cell)}</td>'
             for title, cell in zip(table[0][1:], line[1:], strict=True)
         )
         + "</tr>"
         for line in table[1:]
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f'<table class="lines"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+
+
+def _grouped_table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table[0][1:])
+    parts = []
+    for name in dict.fromkeys(line[0] for line in table[1:]):
+        title = f'<th scope="rowgroup" colspan="{len(table[0]) - 1}">{html.escape(name)}</th>'
+        lines = "".join(
+            f'<tr><th scope="row">{html.escape(line[1])}</th>'
+            + "".join(f"<td>{c}</td>" for c in map(_cell, line[2:]))
+            + "</tr>"
+            for line in table[1:]
+            if line[0] == name
+        )
+        parts.append(f'<tbody><tr class="group">{title}</tr>{lines}</tbody>')
+    return f'<table class="compact"><thead><tr>{head}</tr></thead>{"".join(parts)}</table>'
 
 
 def _html_picture(picture: Picture) -> str:
@@ -112,11 +192,11 @@ def _html_picture(picture: Picture) -> str:
     )
 
 
-def render(verdicts: Sequence[str], sections: Sequence[Section], *, facts: str, method: str) -> str:
+def render(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: str, method: str) -> str:
     """The report as one HTML file without any outside reference.
 
     Args:
-        verdicts: sentences that stand first.
+        verdicts: they stand first.
         sections: in the order of the page; empty ones are left out.
         facts: when, what and with which options: one paragraph.
         method: how it was measured: the last paragraph.
@@ -124,14 +204,17 @@ def render(verdicts: Sequence[str], sections: Sequence[Section], *, facts: str, 
     parts = ['<!doctype html><html lang="en"><head><meta charset="utf-8">']
     parts.append('<meta name="viewport" content="width=device-width, initial-scale=1">')
     parts.append(f"<title>Encoder report</title><style>{STYLE}</style></head><body><main><h1>Encoder report</h1>")
-    parts += [f'<p class="verdict">{html.escape(sentence)}</p>' for sentence in verdicts]
+    parts += [
+        f'<p class="verdict"><strong>{html.escape(one.advice)}</strong> {html.escape(one.evidence)}</p>'
+        for one in verdicts
+    ]
     parts.append(f'<p class="note">{html.escape(facts)}</p>')
     for section in sections:
         if section.empty:
             continue
         parts.append(f"<section><h2>{html.escape(section.title)}</h2>")
         if section.table is not None and len(section.table) > 1:
-            parts.append(_html_table(section.table))
+            parts.append(f'<div class="wide">{_html_table(section.table)}</div>')
         if section.remark:
             parts.append(f'<p class="note">{html.escape(section.remark)}</p>')
         if section.pictures:
@@ -142,9 +225,9 @@ def render(verdicts: Sequence[str], sections: Sequence[Section], *, facts: str, 
     return "".join([*parts, "</main></body></html>"])
 
 
-def render_markdown(verdicts: Sequence[str], sections: Sequence[Section], *, facts: str, method: str) -> str:
+def render_markdown(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: str, method: str) -> str:
     """The same as Markdown, without the pictures."""
-    parts = [*verdicts, facts]
+    parts = [*(f"**{one.advice}** {one.evidence}" for one in verdicts), facts]
     for section in sections:
         if section.table is not None and len(section.table) > 1:
             parts += [f"## {section.title}", markdown(section.table), *([section.remark] * bool(section.remark))]

@@ -1,6 +1,6 @@
 """Pictures of what was measured, each a PNG with a text for those who cannot see it. Narrow, so that a phone shows them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hf_densefeat.reporting.formats import interval, number
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osv^D<"
-WIDTH = 5.2  # inches: at the width of a phone the letters are still of 9 pixels
+WIDTH = 4.7  # inches: at the width of a phone the letters are still of 10 pixels
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Picture:
 
 
 def _axes(height: float, rows: int = 1) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(rows, 1, figsize=(WIDTH, height), dpi=150, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, 1, figsize=(WIDTH, height), dpi=170, layout="constrained", squeeze=False)
     for one in axes[:, 0]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25, linewidth=0.6)
@@ -122,7 +122,7 @@ def plot_spectra(spectra: dict[str, NDArray[np.float64]], path: Path | str) -> P
     return _save(figure, path, f"Falling lines on a logarithmic axis, one an encoder. {'; '.join(said)}.", caption)
 
 
-def plot_angles(angles: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path | str) -> Picture:
+def plot_angles(angles: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path | str) -> Picture:
     """Principal angles of adjacent windows, and their noise floor.
 
     Args:
@@ -148,14 +148,14 @@ def plot_angles(angles: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]
     return _save(figure, path, f"Rising lines of principal angles. {'; '.join(said)}.", caption)
 
 
-def plot_shots(curves: dict[str, dict[str, dict[int | str, Estimate]]], path: Path | str) -> Picture:
+def plot_shots(curves: Mapping[str, dict[str, dict[int | str, Estimate]]], path: Path | str) -> Picture:
     """AUROC by the number of training rows of each class, one panel a task, with intervals.
 
     Args:
         curves: task to encoder to number of rows to `Estimate`; the last number is the word "all".
         path: of the PNG.
     """
-    figure, axes = _axes(2.7 * len(curves) + 0.4, len(curves))
+    figure, axes = _axes(2.6 * len(curves) + 0.7, len(curves))
     said = []
     for one, (task, encoders) in zip(axes, curves.items(), strict=True):
         for i, (name, curve) in enumerate(encoders.items()):

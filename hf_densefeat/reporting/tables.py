@@ -85,16 +85,16 @@ def comparison_table(measured: Sequence[Measured], groups: Sequence[str], title:
     Returns:
         The header alone where nothing of these groups was measured.
     """
-    names = [one["name"] for one in measured]
-    lines = [[title, *names, *(f"{name} − {names[0]}" for name in names[1:])]]
-    missing = Estimate(float("nan"))
-    for row in comparisons(measured):
-        if row.group in groups:
-            values = [interval(row.values.get(name, missing)) for name in names]
-            gaps = [row.differences.get(name, missing) for name in names[1:]]
-            words = [f" {WORDS[row.direction(name)]}" * (name in row.differences) for name in names[1:]]
-            shown = [f"{interval(gap, signed=True)}{word}" for gap, word in zip(gaps, words, strict=True)]
-            lines.append([row.title, *values, *shown])
+    names, missing = [one["name"] for one in measured], Estimate(float("nan"))
+    rows = [row for row in comparisons(measured) if row.group in groups]
+    compared = [name for name in names[1:] if any(name in row.differences for row in rows)]
+    lines = [[title, *names, *(f"{name} − {names[0]}" for name in compared)]]
+    for row in rows:
+        cells = [interval(row.values.get(name, missing)) for name in names]
+        for name in compared:
+            word = f" {WORDS[row.direction(name)]}" * (name in row.differences)
+            cells.append(f"{interval(row.differences.get(name, missing), signed=True)}{word}")
+        lines.append([row.title, *cells])
     return lines
 
 
@@ -145,7 +145,7 @@ def _condition(report: Report, name: str) -> str:
     return f"≥ {1 / report['condition_floor']:.0e} (floor)" if singular else number(report[name])
 
 
-def subspace_table(pairs: dict[str, Report], patients: dict[str, Report] | None = None) -> Table:
+def subspace_table(pairs: Mapping[str, Report], patients: Mapping[str, Report] | None = None) -> Table:
     """Adjacent notes pooled over patients and, where it was measured, within patients; always beside the noise floor.
 
     Args:

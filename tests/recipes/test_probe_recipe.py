@@ -1,12 +1,7 @@
-"""The probe recipe end to end: every file written, nothing private in them, and a page that a browser shows well."""
+"""The probe recipe end to end: every file written, and nothing private in them."""
 
-import html.parser
 import importlib.util
 import json
-import os
-import shutil
-import subprocess
-import warnings
 from pathlib import Path
 
 import datasets
@@ -25,9 +20,6 @@ SPEC = importlib.util.spec_from_file_location("probe_recipe", RECIPE)
 recipe = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(recipe)
 
-CHROMIUM = shutil.which("chromium")
-QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
-QUIET += ("--disable-background-networking", "--disable-component-update", "--hide-scrollbars")
 SENTINEL = "zebrasentinel"
 
 
@@ -107,24 +99,12 @@ def test_no_text_patient_or_path_is_written(folder):
     assert all(part.startswith('"data:image/png;base64,') for part in page.split("src=")[1:])
 
 
-def test_verdict_comes_first_and_markup_is_balanced(folder):
-    """The sentence stands before every table and picture; each tag is closed in order."""
+def test_verdict_comes_first(folder):
+    """The sentence stands before every table and picture."""
     page = (folder / "report.html").read_text()
     assert page.index('class="verdict"') < page.index("<table") < page.index("<img")
     report = json.loads((folder / "report.json").read_text())
     assert report["verdicts"]["wide"]["state"] in page[page.index('class="verdict"') :][:600]
-    stack = []
-
-    class Balance(html.parser.HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            if tag not in ("meta", "img"):
-                stack.append(tag)
-
-        def handle_endtag(self, tag):
-            assert stack.pop() == tag
-
-    Balance().feed(page)
-    assert not stack
 
 
 def test_predictions_are_written_for_meds_on_request(folder, tmp_path):
@@ -145,46 +125,6 @@ def test_predictions_are_written_for_meds_on_request(folder, tmp_path):
     area = roc_auc_score(table["boolean_value"], table["predicted_boolean_probability"])
     assert area == pytest.approx(report["probes"]["base"]["sick"]["metrics"]["auroc"]["value"], abs=1e-6)
     assert not list((tmp_path / "report").glob("*.parquet"))
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_browser_shows_the_page(folder, tmp_path, width, scheme):
-    """In Chromium, wide and narrow, light and dark: pictures load, nothing overflows, ink stands off the paper."""
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("The report is to be opened in a browser, but there is no chromium: apt-get install chromium.")
-        warnings.warn("No chromium on this machine: the report was not opened in a browser.", stacklevel=1)
-        return
-    script = """<script>const m = getComputedStyle(document.body); document.title = JSON.stringify({
-      overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-      width: innerWidth, images: [...document.images].map(i => i.naturalWidth),
-      ink: m.color, paper: m.backgroundColor});</script></body>"""
-    page = tmp_path / "page.html"
-    # A narrow window cannot be asked for in headless mode, a narrow frame can.
-    inner = (folder / "report.html").read_text().replace("</body>", script)
-    page.write_text(inner)
-    outer = tmp_path / "outer.html"
-    outer.write_text(
-        f"<body><iframe id=f src=page.html width={width} height=900></iframe><script>onload = () => "
-        "document.body.dataset.found = f.contentDocument.title</script>"
-    )
-    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    command = [CHROMIUM, *QUIET, *dark, "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
-    found = subprocess.run(
-        [*command, "--window-size=1400,1000", "--dump-dom", outer.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    text = found.stdout.split('data-found="')[1].split('"')[0].replace("&quot;", '"')
-    seen = json.loads(text)
-    assert seen["width"] == width
-    assert seen["overflow"] <= 0
-    assert len(seen["images"]) == 4
-    assert min(seen["images"]) > 500
-    ink, paper = (sum(map(int, seen[name].strip("rgb()").split(","))) for name in ("ink", "paper"))
-    assert (paper - ink if scheme == "light" else ink - paper) > 400
 
 
 # ----------------------------------------------------------------------------------------------------- the verdict

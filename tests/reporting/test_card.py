@@ -106,7 +106,7 @@ def test_what_was_done_and_measured_is_said(card):
     assert "(1 spectral_spreading + 0.25 subspace_consistency + 1 orthogonality + 0.5 mean_share)" in text
     assert "| mean_share | Share of the mean in the second moment. |" in text
     assert (
-        "**Take trained rather than start (similarity: 1 better; linear probes: 1 without a visible difference)."
+        "**Take trained rather than start.** Similarity: 1 better; linear probes: 1 without a visible difference."
         in text
     )
     assert "| disease: MRR | 0.200 | 0.250 | +0.050 [+0.010, +0.090] ↑ |" in text
