@@ -100,6 +100,7 @@ patients: language modelling together with an objective that shapes the linear s
 ## Use
 
 {use}
+
 A private repository needs `hf auth login` first. {local} {longer}
 
 ## Trained on
@@ -125,7 +126,7 @@ Notes are paired with the same patient's next note. No text of them is in this r
 For research: features for probes, clustering and search in clinical text, by people who may process such text. It is not
 a medical device, and no clinical decision should rest on it. What the training notes hold too little of (languages,
 departments, groups of patients) it represents badly; check for your patients before relying on it. A more even spectrum
-does not by itself make better predictions: the probes above are the evidence there is. Language models can keep fragments
+does not by itself make better predictions: the uses measured above are the evidence. Language models can keep fragments
 of their training text: share the weights only with those who may see the notes, unless privacy has been assessed.
 
 ## Citation
@@ -257,8 +258,10 @@ def _measured(measured: Sequence[Measured], pictures: Sequence[Picture], evaluat
     parts = [f"**{found.advice}** {found.evidence}"]
     shape = last["geometry"]
     parts.append(f"{markdown(before_after_table(measured))}\n\n{READING}")
-    parts += [f"![{picture.alt}]({picture.path.name})\n\n{picture.caption}" for picture in pictures]
-    parts.append(f"N = {shape['n']:,} notes, d = {shape['d']}.\n\n{markdown(geometry_table([last]))}")
+    for picture in pictures:
+        alt = picture.alt.translate(str.maketrans("[]", "()"))  # brackets would end the text of the picture
+        parts.append(f"![{alt}]({picture.path.name})\n\n{picture.caption}")
+    parts.append(markdown(geometry_table([last])))
     if shape.get("k") and "subspace_distance_half_normalized_centered" in shape:
         parts.append(markdown(subspace_table({last["name"]: shape})))
     return "\n\n".join(parts)
@@ -291,7 +294,7 @@ def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
                 task_name=name,
                 dataset_type="clinical-notes",
                 dataset_name=f"held-out patients: {row.task}",
-                dataset_config=f"{row.task} {row.group}",  # what tells one entry of a model-index from another
+                dataset_config=f"{row.task}, {name}",  # entries with the same task type and config are merged
                 dataset_split="test",
                 metric_type=entry.hub_name,
                 metric_name=f"{title}, 95 % interval {found.low:.3f} to {found.high:.3f}" if known else title,

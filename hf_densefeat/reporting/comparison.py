@@ -129,8 +129,9 @@ class Comparison:
         return sign * self.differences[name].value / max(base, 1e-9)
 
     def quoted(self, name: str) -> str:
-        """Title and difference."""
-        return f"{self.title} {interval(self.differences[name], signed=True)}"
+        """Metric, task and difference, for a sentence."""
+        metric = self.title.removeprefix(f"{self.task}: ")
+        return f"{metric} of {self.task} {interval(self.differences[name], signed=True)}"
 
 
 def comparisons(measured: Sequence[Measured], *, variants: bool = False) -> list[Comparison]:

@@ -86,7 +86,8 @@ def plot_similarity(measured: Sequence[Measured], path: Path | str) -> Picture:
     axes.set(xlabel="value, more is better →")
     _legend_below(figure, axes, min(len(measured), 3))
     values = "; ".join(
-        f"{row.title}: {', '.join(f'{name} {interval(e)}' for name, e in row.values.items())}" for row in rows
+        f"{row.title.replace(': ', ', ')}: {', '.join(f'{name} {interval(e)}' for name, e in row.values.items())}"
+        for row in rows
     )
     caption = "Embeddings compared by cosine as they are, on held-out notes; bars are 95 % intervals over patients."
     return _save(figure, path, f"Dots with intervals, a row for each use of similarity. {values}.", caption)

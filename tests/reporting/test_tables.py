@@ -102,7 +102,7 @@ def test_verdicts_count_headlines_by_group(differences, against, words):
     assert words in found.sentence
     assert found.counts["clusterings"] == {"better": 0, "equal": 1, "worse": 0}
     assert "k-means: 1 without a visible difference" in found.sentence
-    assert ("Largest gain: disease: MRR +0.100 [+0.090, +0.110]" in found.sentence) == (
+    assert ("Largest gain: MRR of disease +0.100 [+0.090, +0.110]" in found.sentence) == (
         differences["disease mrr"][0] > 0
     )
     assert "ours is healthy" in found.sentence
