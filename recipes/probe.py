@@ -1,13 +1,15 @@
-"""What an encoder makes of your notes: geometry report and linear probes, for one encoder or several side by side.
+"""What an encoder makes of your notes: similarity, geometry and linear probes, for one encoder or several side by side.
 
-    python recipes/probe.py --model out/ --model answerdotai/ModernBERT-base \
-        --notes notes.parquet --task died:binary --task specialty:multiclass --task age:regression
+    python recipes/probe.py --model out/ --model answerdotai/ModernBERT-base --notes notes.parquet \
+        --similarity same_patient --similarity diagnosis:neighbours --task died:binary --task age:regression
 
 The first --model is the base that the others are compared with. A model is a folder, a Hub name or a
 sentence-transformers folder, as `path` or `name=path`. A task is `label:kind` for a column of the notes, or
 `label:kind:table` for a table of its own with a `text` column and, where there are such, a `patient_id` or
 `subject_id` column (else every row is a patient) and a `split` column; kinds are binary, multiclass, regression and
-clustering.
+clustering. --similarity names uses of the embeddings by cosine, measured on the notes of held-out patients:
+`same_patient` (the default: a patient's other notes among everybody's), or `column:kind` with a kind of query, same,
+neighbours, clusters or few_labels.
 
 Written to --output: `report.html` (one file that can be sent to a colleague), `report.json`, `report.md` and the PNGs.
 They hold numbers, names of columns and label values, and no note text, patient id or path. With --meds FOLDER, the test
@@ -15,6 +17,8 @@ rows' predictions of binary tasks go to that folder in the schema of meds-evalua
 """
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import logging
 import time
@@ -30,15 +34,27 @@ import torch
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask, adjacent_pairs, geometry_report, load_notes
+from hf_densefeat import (
+    AutoDenseModel,
+    ProbeEvaluator,
+    ProbeTask,
+    SimilarityEvaluator,
+    SimilarityTask,
+    adjacent_pairs,
+    geometry_report,
+    load_notes,
+    split_by_patient,
+)
+from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import patient_subspaces, principal_angles, spectrum
 from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions
+from hf_densefeat.evaluation.similarity import SimilarityResult
 from hf_densefeat.evaluation.tasks import PROBE_KINDS
 from hf_densefeat.reporting.comparison import Measured, plain_numbers, triples, verdict
-from hf_densefeat.reporting.page import METHOD, Section, render, render_markdown
-from hf_densefeat.reporting.plots import Picture, plot_angles, plot_projection, plot_shots, plot_spectra
-from hf_densefeat.reporting.tables import comparison_table, geometry_table, rows_table, subspace_table
+from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
+from hf_densefeat.reporting.plots import Picture, plot_projection
+from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
 
 logger = logging.getLogger("probe")
 
@@ -73,7 +89,7 @@ def load_encoder(argument: str, names: set[str], max_length: int | None) -> Enco
     name = name or Path(source).name or Path(source).resolve().name
     if name in names:
         raise ValueError(f"Two models would be called {name!r}: give names, --model first=PATH --model second=PATH.")
-    config = json.loads(Path(_file(source, "config.json")).read_text())
+    config = json.loads(Path(str(_file(source, "config.json"))).read_text())
     if _file(source, "modules.json", needed=False) and "densefeat" not in config:
         from sentence_transformers import SentenceTransformer
 
@@ -111,6 +127,49 @@ def parse_tasks(arguments: Sequence[str], notes: datasets.Dataset) -> list[Probe
     return [task if names.count(task.name) == 1 else replace(task, name=f"{task.name} {task.kind}") for task in tasks]
 
 
+SIMILARITY = {  # kind on the command line -> how the task is made of the column
+    "query": lambda column: {"kind": "retrieval", "question": column},
+    "same": lambda column: {"kind": "retrieval", "label": column},
+    "neighbours": lambda column: {"kind": "neighbours", "label": column},
+    "clusters": lambda column: {"kind": "clusters", "label": column},
+    "few_labels": lambda column: {"kind": "few_labels", "label": column},
+}
+
+
+def similarity_tasks(arguments: Sequence[str], notes: Any) -> list[SimilarityTask]:
+    """Tasks of the words `column:kind`, and `same_patient` for a patient's own notes among everybody's.
+
+    * `question:query`: the text of the column is a query for the note of its row;
+    * `disease:same`: notes of one value are right for each other;
+    * `diagnosis:neighbours`, `diagnosis:clusters`, `diagnosis:few_labels`: see `SimilarityTask`.
+
+    Raises:
+        ValueError: for another word, with those that there are.
+    """
+    tasks = []
+    for argument in arguments:
+        column, _, kind = argument.rpartition(":")
+        if argument == "same_patient":
+            tasks.append(SimilarityTask(name="own notes", kind="same_patient", notes=notes))
+        elif kind in SIMILARITY and column:
+            name = {"query": column, "same": f"same {column}"}.get(kind, f"{column} {kind.replace('_', ' ')}")
+            tasks.append(SimilarityTask(name=name, notes=notes, **SIMILARITY[kind](column)))
+        else:
+            raise ValueError(
+                f"Expected --similarity same_patient or column:kind, kind one of {', '.join(SIMILARITY)}, but got "
+                f"{argument!r}, as in --similarity diagnosis:neighbours."
+            )
+    return tasks
+
+
+def parse_similarity(arguments: Sequence[str] | None, notes: datasets.Dataset, seed: int) -> list[SimilarityTask]:
+    """Uses by cosine, on the notes of held-out patients; without words a patient's own notes, where any has two."""
+    test = split_by_patient(notes, seed=seed)["test"]
+    if arguments is None:
+        return similarity_tasks(["same_patient"], test) if len(adjacent_pairs(test)) else []
+    return similarity_tasks(arguments, test)
+
+
 def read_table(path: str) -> datasets.Dataset:
     """A parquet, csv or jsonl file."""
     kinds = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
@@ -125,7 +184,103 @@ def truncated_share(encoder: Encoder, texts: Sequence[str]) -> float:
     return float(np.mean([len(ids) > encoder.max_length for ids in lengths]))
 
 
-# ---------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The notes, what is asked of an encoder on them, and the texts that have to be encoded for it.
+
+    Attributes:
+        notes: all of them; geometry is that of these.
+        pairs: adjacent ones.
+        patients: patient codes (N,).
+        probes: linear probes and k-means, if any.
+        similarity: uses by cosine, on held-out patients' notes, if any.
+        others: texts of other tables.
+    """
+
+    notes: datasets.Dataset
+    pairs: NotePairs
+    patients: torch.Tensor
+    probes: ProbeEvaluator | None
+    similarity: SimilarityEvaluator | None
+    others: list[str]
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Reading":
+        """Read everything that the command names, before anything is encoded."""
+        notes = load_notes(arguments.notes)
+        options = {"bootstraps": arguments.bootstraps, "cache": False, "seed": arguments.seed}
+        tasks = parse_tasks(arguments.task, notes)
+        probes = ProbeEvaluator(tasks, shots=arguments.shots, **options) if tasks else None
+        uses = parse_similarity(arguments.similarity, notes, arguments.seed)
+        similarity = SimilarityEvaluator(uses, **options) if uses else None
+        own = set(notes["text"])
+        rows = probes.rows.values() if probes else ()
+        others = sorted({text for one in rows for text in one.texts} - own)
+        if similarity:
+            asked = {text for one in similarity.rows.values() for text in (*one.texts, *one.queries)}
+            others = sorted({*others, *asked} - own)
+        patients = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
+        return cls(notes, adjacent_pairs(notes), patients, probes, similarity, others)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of one encoder; without adjacent notes, what is of these is empty."""
+
+    encoder: Encoder
+    known: Lookup
+    geometry: dict[str, float]
+    spectrum: np.ndarray
+    adjacent: dict[str, float]
+    per_patient: dict[str, float]
+    angles: tuple[np.ndarray, np.ndarray] | None
+    probes: dict[str, ProbeResult]
+    similarity: dict[str, SimilarityResult]
+    seconds: float
+
+
+def examine(encoder: Encoder, reading: Reading, arguments: argparse.Namespace) -> Found:
+    """Encode what is asked for, once, and measure."""
+    start, texts = time.perf_counter(), list(reading.notes["text"])
+    how: dict[str, Any] = {
+        "tokenizer": encoder.tokenizer,
+        "batch_size": arguments.batch_size,
+        "max_length": encoder.max_length,
+        "cache": not arguments.no_cache,
+        "key": encoder_key(encoder.model, encoder.tokenizer),
+    }
+    # Apart, so that another task does not cost another pass over the notes.
+    z = embed(encoder.model, texts, **how)
+    rows = torch.from_numpy(z)
+    if reading.others:
+        z = np.concatenate([z, embed(encoder.model, reading.others, **how)])
+    seconds, known = time.perf_counter() - start, Lookup(texts + reading.others, z)
+    logger.info("%s: %d texts in %.0f s", encoder.name, len(z), seconds)
+    geometry = geometry_report(rows, k=arguments.k, seed=arguments.seed)
+    geometry["truncated"] = truncated_share(encoder, texts)
+    adjacent, per_patient, angles = {}, {}, None
+    if len(reading.pairs) > 3:
+        earlier, later = rows[reading.pairs.earlier], rows[reading.pairs.later]
+        groups = torch.from_numpy(reading.pairs.patient)
+        adjacent = geometry_report(earlier, later, arguments.k, groups, arguments.seed)
+        per_patient = patient_subspaces(rows, reading.patients, arguments.k, seed=arguments.seed)
+        if adjacent["k"]:
+            angles = _angles_with_floor(earlier, later, groups, int(adjacent["k"]), arguments.seed)
+    return Found(
+        encoder,
+        known,
+        geometry,
+        spectrum(rows, center=True).numpy(),
+        adjacent,
+        per_patient,
+        angles,
+        reading.probes.evaluate(known) if reading.probes else {},
+        reading.similarity.evaluate(known) if reading.similarity else {},
+        seconds,
+    )
 
 
 def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Tensor, k: int, seed: int):
@@ -145,105 +300,116 @@ def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Te
     return tuple(np.mean(angles, axis=0) for angles in found)
 
 
-def run(arguments: argparse.Namespace) -> dict:
-    """Encode, measure, write; returns what `report.json` holds."""
-    notes = load_notes(arguments.notes)
-    tasks = parse_tasks(arguments.task, notes)
-    options = {"bootstraps": arguments.bootstraps, "shots": arguments.shots, "cache": False, "seed": arguments.seed}
-    evaluator = ProbeEvaluator(tasks, **options) if tasks else None
-    pairs = adjacent_pairs(notes)
-    output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    texts = list(notes["text"])
-    own = set(texts)
-    others = sorted({t for rows in (evaluator.rows.values() if evaluator else ()) for t in rows.texts if t not in own})
-    patients = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
+# ------------------------------------------------------------------------------------------------------ the report
 
-    found, geometry, subspaces, per_patient, spectra, angles, results, seconds = ({} for _ in range(8))
-    for argument in arguments.model:
-        encoder = load_encoder(argument, set(found), arguments.max_length)
-        name, start = encoder.name, time.perf_counter()
-        how = {
-            "tokenizer": encoder.tokenizer,
-            "batch_size": arguments.batch_size,
-            "max_length": encoder.max_length,
-            "cache": not arguments.no_cache,
-            "key": encoder_key(encoder.model, encoder.tokenizer),
-        }
-        # Apart, so that another task does not cost another pass over the notes.
-        z = embed(encoder.model, texts, **how)
-        rows = torch.from_numpy(z)
-        if others:
-            z = np.concatenate([z, embed(encoder.model, others, **how)])
-        seconds[name] = time.perf_counter() - start
-        logger.info("%s: %d texts in %.0f s", name, len(z), seconds[name])
-        found[name] = Lookup(texts + others, z)
-        geometry[name] = geometry_report(rows, k=arguments.k, seed=arguments.seed)
-        geometry[name]["truncated"] = truncated_share(encoder, texts)
-        spectra[name] = spectrum(rows, center=True).numpy()
-        if len(pairs) > 3:
-            earlier, later = rows[pairs.earlier], rows[pairs.later]
-            groups = torch.from_numpy(pairs.patient)
-            subspaces[name] = geometry_report(earlier, later, arguments.k, groups, arguments.seed)
-            per_patient[name] = patient_subspaces(rows, patients, arguments.k, seed=arguments.seed)
-            if subspaces[name]["k"]:
-                angles[name] = _angles_with_floor(earlier, later, groups, int(subspaces[name]["k"]), arguments.seed)
-        if evaluator:
-            results[name] = evaluator.evaluate(found[name])
 
-    base = next(iter(found))
-    measured: list[Measured] = [
-        {
-            "name": name,
-            "geometry": geometry[name],
-            "spectrum": spectra[name].tolist(),
-            "probes": triples(results.get(name, {})),
-            "differences": triples(results[name], results[base]) if evaluator and name != base else {},
-        }
-        for name in found
-    ]
-    verdicts = {one["name"]: verdict(one, measured[0] if one["name"] != base else None) for one in measured}
+def measured_of(found: dict[str, Found]) -> list[Measured]:
+    """Plain numbers, with differences to the first encoder."""
+    base = next(iter(found.values()))
+    measured: list[Measured] = []
+    for name, one in found.items():
+        compared = one is not base
+        measured.append(
+            {
+                "name": name,
+                "geometry": one.geometry,
+                "spectrum": one.spectrum.tolist(),
+                "similarity": triples(one.similarity),
+                "probes": triples(one.probes),
+                "differences": {
+                    **(triples(one.similarity, base.similarity) if compared else {}),
+                    **(triples(one.probes, base.probes) if compared else {}),
+                },
+            }
+        )
+    return measured
+
+
+def draw_projection(found: dict[str, Found], reading: Reading, arguments: argparse.Namespace) -> Picture | None:
+    """The first probe's rows in the plane."""
+    if reading.probes is None:
+        return None
+    task = reading.probes.tasks[0]
+    rows = reading.probes.rows[task.name]
+    some = np.random.default_rng(arguments.seed).permutation(len(rows.y))[:2000]
+    sets = {name: one.known.encode(rows.texts)[some] for name, one in found.items()}
+    place = Path(arguments.output) / "projection.png"
+    return plot_projection(sets, rows.y[some], rows.classes, label=task.label, path=place)
+
+
+def write_report(found: dict[str, Found], reading: Reading, arguments: argparse.Namespace) -> dict:
+    """Page, Markdown, JSON and pictures; returns what the JSON holds."""
+    output, base = Path(arguments.output), next(iter(found.values()))
+    measured = measured_of(found)
+    others = measured[1:] or measured
     # The newest encoder first: that is what the reader asks about.
-    sentences = list(reversed(verdicts.values()))
-
-    spectrum_picture = plot_spectra(spectra, output / "spectrum.png")
-    angle_pictures = [plot_angles(angles, output / "angles.png")] if angles else []
-    probe_pictures: list[Picture] = []
-    if curves := few_shot_curves(results):
-        probe_pictures.append(plot_shots(curves, output / "shots.png"))
-    if evaluator:
-        rows = evaluator.rows[tasks[0].name]
-        some = np.random.default_rng(arguments.seed).permutation(len(rows.y))[:2000]
-        sets = {name: known.encode(rows.texts)[some] for name, known in found.items()}
-        place = output / "projection.png"
-        probe_pictures.append(plot_projection(sets, rows.y[some], rows.classes, label=tasks[0].label, path=place))
-    sections = [Section("Geometry", geometry_table(measured), [spectrum_picture])]
-    if subspaces:
-        table = subspace_table(subspaces, per_patient)
-        sections.append(Section("Subspaces of adjacent notes", table, angle_pictures))
-    if evaluator:
-        table = comparison_table(measured, ("probes", "clusterings"), "probe")
-        sections.append(Section("Probes", table, probe_pictures))
-        sections.append(Section("Rows behind the numbers", rows_table(results[base])))
-    facts = f"{len(notes):,} notes of {pairs.patients:,} patients, {len(pairs):,} adjacent pairs."
-    how = {"facts": facts, "method": METHOD.format(bootstraps=f"{arguments.bootstraps:,}")}
-    report = {
-        "verdicts": {name: asdict(one) for name, one in verdicts.items()},
-        "notes": {"notes": len(notes), "patients": pairs.patients, "pairs": len(pairs)},
-        "measured": measured,
-        "adjacent": subspaces,
-        "per_patient": per_patient,
-        "probes": {name: {task: _result(one) for task, one in tasks.items()} for name, tasks in results.items()},
-        "encode_seconds": seconds,
-        "settings": {name: getattr(arguments, name) for name in ("k", "bootstraps", "shots", "seed")},
+    verdicts = {one["name"]: verdict(one, measured[0] if measured[1:] else None) for one in reversed(others)}
+    angles = {name: one.angles for name, one in found.items() if one.angles is not None}
+    sections = report_sections(
+        measured,
+        output,
+        adjacent={name: one.adjacent for name, one in found.items()} if base.adjacent else None,
+        per_patient={name: one.per_patient for name, one in found.items()} if base.per_patient else None,
+        angles=angles,
+        shots=few_shot_curves({name: one.probes for name, one in found.items()}),
+        projection=draw_projection(found, reading, arguments),
+        rows=rows_table(base.similarity) + rows_table(base.probes)[1:],
+    )
+    counts = {"notes": len(reading.notes), "patients": reading.pairs.patients, "pairs": len(reading.pairs)}
+    settings = {name: getattr(arguments, name) for name in ("k", "bootstraps", "shots", "seed")}
+    how = {
+        "facts": facts_of(found, counts, arguments),
+        "method": METHOD.format(bootstraps=f"{arguments.bootstraps:,}"),
     }
-    text = render_markdown(sentences, sections, **how)
+    report = {
+        "verdicts": {name: asdict(one) | {"sentence": one.sentence} for name, one in verdicts.items()},
+        "notes": counts,
+        "measured": measured,
+        "adjacent": {name: one.adjacent for name, one in found.items()},
+        "per_patient": {name: one.per_patient for name, one in found.items()},
+        "probes": {name: {task: _result(r) for task, r in one.probes.items()} for name, one in found.items()},
+        "encode_seconds": {name: one.seconds for name, one in found.items()},
+        "settings": settings,
+    }
+    text = render_markdown(list(verdicts.values()), sections, **how)
     (output / "report.md").write_text(text)
     (output / "report.json").write_text(json.dumps(plain_numbers(report), indent=1) + "\n")
-    (output / "report.html").write_text(render(sentences, sections, **how))
-    print(text)
+    (output / "report.html").write_text(render(list(verdicts.values()), sections, **how))
+    return report
+
+
+def facts_of(found: dict[str, Found], counts: dict[str, int], arguments: argparse.Namespace) -> str:
+    """When, with what, on what and with which options, in a paragraph."""
+    encoders = "; ".join(
+        f"{name}: {one.known.z.shape[1]} dimensions, {one.encoder.max_length:,} tokens, which cut "
+        f"{one.geometry['truncated']:.1%} of the notes"
+        for name, one in found.items()
+    )
+    return (
+        f"{datetime.date.today().isoformat()}, hf_densefeat {importlib.metadata.version('hf_densefeat')}. "
+        f"{counts['notes']:,} notes of {counts['patients']:,} patients, {counts['pairs']:,} adjacent pairs. {encoders}. "
+        f"Subspaces of {arguments.k} dimensions, seed {arguments.seed}."
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Read, encode, measure, write; returns what `report.json` holds."""
+    reading = Reading.of(arguments)
+    Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    found: dict[str, Found] = {}
+    for argument in arguments.model:
+        encoder = load_encoder(argument, set(found), arguments.max_length)
+        found[encoder.name] = examine(encoder, reading, arguments)
+    report = write_report(found, reading, arguments)
+    measured = report["measured"]
+    print(
+        terminal(before_after_table(measured)),
+        *(f"\n{one['sentence']}" for one in report["verdicts"].values()),
+        sep="\n",
+    )
+    print(f"\nWritten to {arguments.output}: report.html, one file that can be sent, report.md and report.json.")
     if arguments.meds:
-        write_predictions(Path(arguments.meds), tasks, results)
+        write_predictions(Path(arguments.meds), reading.probes.tasks if reading.probes else [], found)
     return report
 
 
@@ -257,15 +423,15 @@ def few_shot_curves(results: dict[str, dict[str, ProbeResult]]) -> dict:
     return curves
 
 
-def write_predictions(folder: Path, tasks: Sequence[ProbeTask], results: dict[str, dict[str, ProbeResult]]) -> None:
+def write_predictions(folder: Path, tasks: Sequence[ProbeTask], found: dict[str, Found]) -> None:
     """One parquet file an encoder and binary task, readable by the user alone: unlike the report, they hold patient ids."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name, found in results.items():
+    for name, one in found.items():
         for task in tasks:
             if task.kind == "binary":
                 path = folder / f"{name} {task.name}.parquet"
                 path.touch(mode=0o600)
-                pq.write_table(meds_predictions(task, found[task.name]), path)
+                pq.write_table(meds_predictions(task, one.probes[task.name]), path)
 
 
 def _result(found: ProbeResult) -> dict:
@@ -284,6 +450,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--model", action="append", required=True, help="PATH or NAME=PATH; the first is the base")
     found.add_argument("--notes", required=True, help="table of notes, see load_notes")
     found.add_argument("--task", action="append", default=[], help="label:kind or label:kind:table")
+    found.add_argument(
+        "--similarity", action="append", help=f"same_patient, or column:kind, kind one of {', '.join(SIMILARITY)}"
+    )
     found.add_argument("--output", default="probe_report", help="folder to write")
     found.add_argument("--k", type=int, default=20, help="subspace dimension")
     found.add_argument("--bootstraps", type=int, default=1000, help="redraws of the test patients")

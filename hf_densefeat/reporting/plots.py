@@ -70,7 +70,7 @@ def plot_similarity(measured: Sequence[Measured], path: Path | str) -> Picture:
         path: of the PNG.
     """
     rows = [row for row in comparisons(measured) if row.headline and row.group == "similarity"]
-    figure, (axes,) = _axes(1.0 + (0.34 + 0.13 * len(measured)) * len(rows))
+    figure, (axes,) = _axes(max(3.0, 1.0 + (0.34 + 0.13 * len(measured)) * len(rows)))
     step = 0.62 / max(len(measured), 2)
     for i, name in enumerate(one["name"] for one in measured):
         look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}

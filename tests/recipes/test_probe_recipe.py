@@ -52,6 +52,7 @@ def folder(tmp_path_factory, tokenizer):
     models = ["--model", f"base={work / 'small'}", "--model", str(work / "wide")]
     tasks = [f"--task={task}" for task in ("sick:binary", "ward:multiclass", "ward:clustering", "severity:regression")]
     tasks.append(f"--task=ward:multiclass:{work / 'letters.parquet'}")
+    tasks += ["--similarity=same_patient", "--similarity=ward:neighbours"]
     options = ["--bootstraps", "50", "--shots", "1", "4", "--k", "4", "--no_cache"]
     recipe.main([*models, "--notes", str(work / "notes.parquet"), *tasks, *options, "--output", str(work / "report")])
     return work / "report"
@@ -60,10 +61,10 @@ def folder(tmp_path_factory, tokenizer):
 def test_every_file_is_written_and_holds_the_numbers(folder):
     """Page, JSON, Markdown and pictures; the JSON has both encoders, intervals, differences and noise floors."""
     names = {path.name for path in folder.iterdir()}
-    pictures = {"spectrum.png", "angles.png", "shots.png", "projection.png"}
+    pictures = {"similarity.png", "spectrum.png", "angles.png", "shots.png", "projection.png"}
     assert names == {"report.html", "report.json", "report.md"} | pictures
     report = json.loads((folder / "report.json").read_text())
-    assert list(report["verdicts"]) == ["base", "wide"]
+    assert list(report["verdicts"]) == ["wide"]
     wide = report["measured"][1]
     assert (wide["name"], wide["geometry"]["d"]) == ("wide", 32)
     sick = report["probes"]["wide"]["sick"]["metrics"]["auroc"]
@@ -76,7 +77,11 @@ def test_every_file_is_written_and_holds_the_numbers(folder):
         "ward clustering",
         "severity",
         "letters ward",
+        "own notes",
+        "ward neighbours",
     }
+    own = wide["similarity"]["own notes mrr"]
+    assert own[1] <= own[0] <= own[2]
     assert report["adjacent"]["base"]["subspace_noise_floor_centered"] > 0
     assert report["probes"]["base"]["letters ward"]["rows"]["patients"] > 5
 
@@ -102,9 +107,9 @@ def test_no_text_patient_or_path_is_written(folder):
 def test_verdict_comes_first(folder):
     """The sentence stands before every table and picture."""
     page = (folder / "report.html").read_text()
-    assert page.index('class="verdict"') < page.index("<table") < page.index("<img")
+    assert page.index('class="verdict"') < page.index("<img") < page.index("<table")
     report = json.loads((folder / "report.json").read_text())
-    assert report["verdicts"]["wide"]["state"] in page[page.index('class="verdict"') :][:600]
+    assert report["verdicts"]["wide"]["state"] in page.split('class="verdict"')[1].split("</p>")[0]
 
 
 def test_predictions_are_written_for_meds_on_request(folder, tmp_path):
