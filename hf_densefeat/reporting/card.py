@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ halves of the same notes."""
 
 TERMS = {
     "spectral_spreading": "‖Σ / tr Σ − I/d‖², spread of the spectrum of the embeddings' covariance",
-    "subspace_consistency": "‖P_a − P_b‖², leading {subspace_dim}-dimensional subspaces of the earlier and the later notes",
+    "subspace_consistency": "‖P_a − P_b‖², leading {k}-dimensional subspaces of the earlier and the later notes",
     "orthogonality": "‖corr(Z) − I‖², correlation between features",
 }
 
@@ -140,20 +141,38 @@ of their training text: share the weights only with those who may see the notes,
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a model was trained on and how.
+
+    Attributes:
+        mlm_weight: weight of language modelling.
+        dense_weight: weight of the sum of the terms.
+        terms: name to weight and one line of description, for every term that was trained.
+        subspace_dim: k of the subspaces.
+        settings: what else is worth knowing, by name.
+        counts: numbers of patients, notes, pairs, by name.
+        base_model: Hub name or folder of the weights that training began with; None for random weights.
+        evaluated: numbers of the last evaluation in training; those of an evaluator are shown where nothing was measured.
+    """
+
+    mlm_weight: float
+    dense_weight: float
+    terms: Mapping[str, tuple[float, str]]
+    subspace_dim: int
+    settings: Mapping[str, Any]
+    counts: Mapping[str, int]
+    base_model: str | None = None
+    evaluated: Mapping[str, Any] | None = None
+
+
 def model_card(
     repository: str,
     model: Any,
+    run: Run,
     *,
-    mlm_weight: float,
-    dense_weight: float,
-    terms: Mapping[str, tuple[float, str]],
-    subspace_dim: int,
-    training: Mapping[str, Any],
-    counts: Mapping[str, int],
     measured: Sequence[Measured] = (),
-    evaluated: Mapping[str, Any] | None = None,
     pictures: Sequence[Picture] = (),
-    base_model: str | None = None,
     language: str | None = None,
     license: str | None = None,
     tags: Sequence[str] = (),
@@ -164,30 +183,39 @@ def model_card(
     Args:
         repository: name on the Hub, or of the folder.
         model: an encoder with `DenseFeatureMixin`.
-        mlm_weight: weight of language modelling.
-        dense_weight: weight of the sum of the terms.
-        terms: name to weight and one line of description, for every term that was trained.
-        subspace_dim: k of the subspaces.
-        training: settings of the run worth knowing, by name.
-        counts: numbers of patients, notes, pairs, by name.
+        run: what was trained.
         measured: what was measured, in order of time; the last one's headlines become the `model-index`.
-        evaluated: numbers of the last evaluation in training, of which those of an evaluator are shown.
         pictures: PNGs that lie beside the card.
-        base_model: Hub name or folder of the weights that training began with; None for random weights.
         language: ISO code.
         license: by default the one that the base model's card names.
         tags: further tags.
         dataset: Hub name of the notes, if they may be named.
     """
-    name, local = repository.split("/")[-1], base_model is not None and Path(base_model).exists()
-    windows = hasattr(model, "card_use")
-    weighted = [f"{weight:g} {term}" for term, (weight, _) in terms.items()]
-    described = [[term, TERMS.get(term, text).format(subspace_dim=subspace_dim)] for term, (_, text) in terms.items()]
-    text = BODY.format(
-        name=name,
-        kind=model.card_kind if windows else "A text encoder for clinical notes",
+    windows, base = hasattr(model, "card_use"), run.base_model
+    metadata = ModelCardData(
+        language=language,
+        license=license or (licence_of(base) if base else None),
+        library_name="transformers" if windows else "sentence-transformers",
+        pipeline_tag="feature-extraction" if windows else "sentence-similarity",
+        tags=list(dict.fromkeys([*([] if windows else ["sentence-transformers"]), *TAGS, *tags])),
+        base_model=None if base is None or Path(base).exists() else base,
+        datasets=dataset,
+        model_name=repository.split("/")[-1],
+        eval_results=_eval_results(measured) if measured else None,
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n\n{_text(repository, model, run, measured, pictures)}"
+
+
+def _text(repository: str, model: Any, run: Run, measured: Sequence[Measured], pictures: Sequence[Picture]) -> str:
+    """The card below its metadata."""
+    weighted = " + ".join(f"{weight:g} {term}" for term, (weight, _) in run.terms.items())
+    described = [
+        [term, TERMS.get(term, text).replace("{k}", str(run.subspace_dim))] for term, (_, text) in run.terms.items()
+    ]
+    return BODY.format(
+        name=repository.split("/")[-1],
+        kind=getattr(model, "card_kind", "A text encoder for clinical notes"),
         use=_use(repository, model),
-        repository=repository,
         local="" if "/" in repository else LOCAL.format(repository=repository),
         architecture=type(model).__name__.removeprefix("FSDP"),
         parameters=model.num_parameters(),
@@ -195,25 +223,13 @@ def model_card(
         pooling=model.pooling,
         span=f"the first {model.max_length:,} tokens" if model.max_length else "all tokens",
         longer=CHUNKED if model.long_notes == "chunk" else "",
-        origin=_origin(base_model),
-        counts=markdown([["notes", "number"], *([key, f"{value:,}"] for key, value in counts.items())]),
-        loss=f"L = {mlm_weight:g} MLM + {dense_weight:g} ({' + '.join(weighted)})",
+        origin=_origin(run.base_model),
+        counts=markdown([["notes", "number"], *([key, f"{value:,}"] for key, value in run.counts.items())]),
+        loss=f"L = {run.mlm_weight:g} MLM + {run.dense_weight:g} ({weighted})",
         terms=markdown([["term", "what it is"], *described]),
-        training=markdown([["training", "setting"], *([key, str(value)] for key, value in training.items())]),
-        measured=_measured(measured, pictures, evaluated or {}),
+        training=markdown([["training", "setting"], *([key, str(value)] for key, value in run.settings.items())]),
+        measured=_measured(measured, pictures, run.evaluated or {}),
     )
-    metadata = ModelCardData(
-        language=language,
-        license=license or (licence_of(base_model) if base_model else None),
-        library_name="transformers" if windows else "sentence-transformers",
-        pipeline_tag="feature-extraction" if windows else "sentence-similarity",
-        tags=list(dict.fromkeys([*([] if windows else ["sentence-transformers"]), *TAGS, *tags])),
-        base_model=None if local else base_model,
-        datasets=dataset,
-        model_name=name,
-        eval_results=_eval_results(measured) if measured else None,
-    )
-    return f"---\n{metadata.to_yaml()}\n---\n\n{text}"
 
 
 def _origin(base_model: str | None) -> str:

@@ -179,7 +179,9 @@ def plot_shots(curves: Mapping[str, dict[str, dict[int | str, Estimate]]], path:
     return _save(figure, path, f"AUROC by number of labels. {'; '.join(said)}.", caption)
 
 
-def plot_projection(z: dict[str, NDArray], y: NDArray, classes: Sequence, *, label: str, path: Path | str) -> Picture:
+def plot_projection(
+    z: dict[str, NDArray[Any]], y: NDArray[Any], classes: Sequence[Any], *, label: str, path: Path | str
+) -> Picture:
     """First two principal components of each encoder, coloured by one label.
 
     Args:
@@ -210,7 +212,7 @@ def plot_projection(z: dict[str, NDArray], y: NDArray, classes: Sequence, *, lab
     return _save(figure, path, f"Scatter of notes, coloured by {label}. {'; '.join(said)}.", caption)
 
 
-def _scatter_classes(axes: Any, x: NDArray, y: NDArray, classes: Sequence) -> None:
+def _scatter_classes(axes: Any, x: NDArray[Any], y: NDArray[Any], classes: Sequence[Any]) -> None:
     shown = np.argsort(-np.bincount(y, minlength=len(classes)), kind="stable")[: len(MARKERS)]
     rest = ~np.isin(y, shown)
     axes.scatter(*x[rest].T, color="0.75", s=8, linewidths=0, label="others" if rest.any() else None)

@@ -17,7 +17,7 @@ from hf_densefeat.models.adapters import ADAPTER, load_adapter, merged, save_ada
 from hf_densefeat.models.sentence_transformers import FILES
 from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.objective import DenseObjective
-from hf_densefeat.reporting.card import model_card
+from hf_densefeat.reporting.card import Run, model_card
 from hf_densefeat.reporting.plots import draw
 
 OBJECTIVE_STATE = "densefeat_state.safetensors"
@@ -100,6 +100,12 @@ class Saving:
                 self.model = adapted
             save_adapter(adapted, Path(output_dir or self.args.output_dir) / ADAPTER)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, with the model card where it is the run's own folder that a person saves to."""
+        if not _internal_call and output_dir in (None, self.args.output_dir):
+            self.create_model_card()
+        super().save_model(output_dir, _internal_call)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PeftModel):
             load_adapter(self.model, Path(resume_from_checkpoint) / ADAPTER)
@@ -156,19 +162,22 @@ class Saving:
             training["adapter"] = f"{self.model.peft_config[adapter].peft_type.value}, merged"
         evaluations = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
         folder.mkdir(parents=True, exist_ok=True)
-        card = model_card(
-            self.hub_model_id or args.hub_model_id or model_name or folder.absolute().name,
-            model,
+        run = Run(
             mlm_weight=args.mlm_weight,
             dense_weight=args.dense_weight,
             terms=_described_terms(self.objective),
             subspace_dim=args.subspace_dim,
-            training=training,
+            settings=training,
             counts=counts,
-            measured=self.measured,
-            evaluated=evaluations[-1] if evaluations else None,
-            pictures=draw(self.measured, folder) if self.measured else (),
             base_model=finetuned_from or model.name_or_path or None,
+            evaluated=evaluations[-1] if evaluations else None,
+        )
+        card = model_card(
+            self.hub_model_id or args.hub_model_id or model_name or folder.absolute().name,
+            model,
+            run,
+            measured=self.measured,
+            pictures=draw(self.measured, folder) if self.measured else (),
             language=language,
             license=license,
             tags=[tags] if isinstance(tags, str) else tags,

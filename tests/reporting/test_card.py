@@ -124,10 +124,10 @@ def test_what_was_done_and_measured_is_said(card):
 
 
 def test_unmeasured_card_and_unknown_licence(tokenizer, tmp_path):
-    """Without measurement, base and training notes the card says so instead of failing, and has no model-index."""
+    """Saving writes a card; without measurement, base and notes it says so, and has no model-index."""
     args = DenseTrainingArguments(str(tmp_path / "out"), **ARGUMENTS)
     trainer = DenseTrainer(make_model("bert", tokenizer), args, processing_class=tokenizer)
-    trainer.create_model_card()
+    trainer.save_model()
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "Nothing was measured in this run." in card.text
     assert "Trained from random weights." in card.text
