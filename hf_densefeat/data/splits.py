@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,6 +19,96 @@ SPLITS = {
 }
 
 
+@dataclass(frozen=True)
+class SplitRecord:
+    """How patients were split, without naming any: what a trained folder's config keeps under `densefeat["split"]`.
+
+    A patient's place is a hash of (seed, patient id) as a fraction of its range, so the record says of any patient, of this
+    table or another, in which part he was.
+
+    Attributes:
+        seed: Seed of the hash.
+        shares: Shares of patients for train, validation and, if three are given, test.
+        rule: `hash` where places decide, `column` where the table brought its own splits: then the record cannot say.
+        cuts: Places at which validation ends, test (if any) ends, and train begins.
+    """
+
+    seed: int = 0
+    shares: tuple[float, ...] = (0.7, 0.15, 0.15)
+    rule: str = "hash"
+    cuts: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a config that is saved as JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> SplitRecord:
+        """From what `to_dict` gave."""
+        return cls(int(record["seed"]), tuple(record["shares"]), str(record["rule"]), tuple(record["cuts"]))
+
+    def parts_of(self, ids: Sequence[Hashable]) -> np.ndarray | None:
+        """0 (train), 1 (validation) or 2 (test) of each patient id, (n,); None where a column decided."""
+        if self.rule != "hash":
+            return None
+        order = (*range(1, len(self.shares)), 0)
+        return np.array(order)[np.searchsorted(self.cuts, _places(ids, self.seed), side="right")]
+
+
+def _places(ids: Sequence[Hashable], seed: int) -> np.ndarray:
+    """Where each patient stands, in [0, 1)."""
+    keys = [hashlib.blake2b(f"{seed}:{one}".encode(), digest_size=8).digest() for one in ids]
+    return np.array(keys, dtype="S8").view(">u8").astype(np.float64) / 2.0**64
+
+
+def split_patients(
+    ids: Sequence[Hashable],
+    shares: Sequence[float] = (0.7, 0.15, 0.15),
+    seed: int = 0,
+    stratum: Sequence[Hashable] | np.ndarray | None = None,
+) -> tuple[np.ndarray, SplitRecord]:
+    """Parts 0 (train), 1 (validation), 2 (test) of different patient ids, (n,), and the record of the split.
+
+    Patients are ranked by their place, a hash of (seed, id): neither their order nor the number of their notes matters.
+    With `stratum`, a label for each patient, each stratum is split by itself, so that a rare outcome reaches every part;
+    such a split cannot be told from a record, whose rule is then `stratified`.
+
+    Raises:
+        ValueError: If there are fewer patients than parts, or the shares are not positive and add up to 1.
+    """
+    if len(shares) not in (2, 3) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"Expected two or three positive `fractions` that add up to 1, got {tuple(shares)}.")
+    if len(ids) < len(shares):
+        raise ValueError(
+            f"Expected at least {len(shares)} patients, one for each of {list(SPLITS)[: len(shares)]}, got {len(ids)}. "
+            "A split is by patient: bring more patients, or pass fewer `fractions`."
+        )
+    place, shares = _places(ids, seed), tuple(float(share) for share in shares)
+    if stratum is not None:
+        return _stratified(place, shares, stratum), SplitRecord(seed, shares, "stratified")
+    sizes = [max(1, round(len(ids) * share)) for share in shares[1:]]
+    while sum(sizes) >= len(ids):
+        sizes[int(np.argmax(sizes))] -= 1
+    ranked, ends = np.sort(place), np.cumsum(sizes)
+    # Between two patients, so that a record names the place of neither.
+    record = SplitRecord(seed, shares, "hash", tuple(float(cut) for cut in (ranked[ends - 1] + ranked[ends]) / 2))
+    parts = record.parts_of(ids)
+    assert parts is not None
+    return parts, record
+
+
+def _stratified(place: np.ndarray, shares: tuple[float, ...], stratum: Sequence[Hashable] | np.ndarray) -> np.ndarray:
+    """Along places sorted within strata, each run of 20 patients is cut in the given shares."""
+    label = np.unique(np.asarray(stratum), return_inverse=True)[1]
+    order = np.lexsort((place, label))
+    block = np.searchsorted(np.cumsum(shares)[:-1], (np.arange(20) + 0.5) / 20)
+    # Spread over the block, so that a stratum smaller than a block reaches every part.
+    block = block[np.argsort((np.arange(20) * 0.6180339887) % 1, kind="stable")]
+    parts = np.empty(len(place), dtype=np.int64)
+    parts[order] = np.resize(block, len(place))
+    return parts
+
+
 def split_by_patient(
     notes: datasets.Dataset,
     fractions: Sequence[float] = (0.7, 0.15, 0.15),
@@ -25,8 +117,8 @@ def split_by_patient(
 ) -> datasets.DatasetDict:
     """Split notes so that no patient is in two splits.
 
-    Patients are ranked by a hash of (seed, patient id), so the split depends neither on the order of the rows nor on
-    how many notes a patient has. Where the table brings its own splits in `split_column`, these are kept instead.
+    Patients are split by `split_patients`. Where the table brings its own splits in `split_column`, these are kept
+    instead. `split_record` tells how.
 
     Args:
         notes: What `load_notes` returns.
@@ -44,26 +136,23 @@ def split_by_patient(
     patient = dense_codes(notes, "patient_id")
     if split_column is not None and split_column in notes.column_names:
         return _own_splits(notes, patient, split_column)
+    ids = sorted(column(notes, "patient_id").unique().to_pylist())
+    group = split_patients(ids, fractions, seed)[0]
     names = list(SPLITS)[: len(fractions)]
-    if len(fractions) not in (2, 3) or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"Expected two or three positive `fractions` that add up to 1, got {tuple(fractions)}.")
-    ids = column(notes, "patient_id").unique().to_pylist()
-    if len(ids) < len(fractions):
-        raise ValueError(
-            f"Expected at least {len(fractions)} patients, one for each of {names}, got {len(ids)}. A split is by "
-            "patient: bring more patients, or pass fewer `fractions`."
-        )
-    ids.sort()
-    keys = [hashlib.blake2b(f"{seed}:{one}".encode(), digest_size=8).digest() for one in ids]
-    by_hash = np.argsort(np.array(keys, dtype="S8").view(">u8"), kind="stable")
-    sizes = [max(1, round(len(ids) * share)) for share in fractions[1:]]
-    while sum(sizes) >= len(ids):
-        sizes[int(np.argmax(sizes))] -= 1
-    group = np.zeros(len(ids), dtype=np.int64)
-    for number in range(1, len(fractions)):
-        group[by_hash[sum(sizes[: number - 1]) : sum(sizes[:number])]] = number
     parts = {name: notes.select(np.flatnonzero(group[patient] == number)) for number, name in enumerate(names)}
     return _without_overlap(datasets.DatasetDict(parts))
+
+
+def split_record(
+    notes: datasets.Dataset,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+    seed: int = 0,
+    split_column: str | None = "split",
+) -> SplitRecord:
+    """The record of what `split_by_patient` does with the same arguments."""
+    if split_column is not None and split_column in notes.column_names:
+        return SplitRecord(seed, tuple(fractions), "column")
+    return split_patients(column(notes, "patient_id").unique().to_pylist(), fractions, seed)[1]
 
 
 def _own_splits(notes: datasets.Dataset, patient: np.ndarray, split_column: str) -> datasets.DatasetDict:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from sklearn.cluster import KMeans
 
+from hf_densefeat.data.splits import SplitRecord
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.linear import ALPHAS, CS, fit_path, predict
 from hf_densefeat.evaluation.metrics import (
@@ -26,7 +27,7 @@ from hf_densefeat.evaluation.metrics import (
     patient_weights,
     replicate,
 )
-from hf_densefeat.evaluation.tasks import Kind, ProbeTask, task_rows
+from hf_densefeat.evaluation.tasks import Kind, ProbeTask, refuse_trained, task_rows
 
 logger = logging.getLogger(__name__)
 
@@ -247,6 +248,8 @@ class ProbeEvaluator:
         max_length: int | None = None,
         cache: str | Path | bool = True,
         seed: int = 0,
+        split: SplitRecord | None = None,
+        allow_trained: bool = False,
     ) -> None:
         """Read the tasks' tables and split them; nothing is encoded yet.
 
@@ -258,6 +261,8 @@ class ProbeEvaluator:
             max_length: passed to ``encode`` where it takes it.
             cache: disk cache of `evaluate`, see `embed`.
             seed: seed of splits, k-means, samples and bootstrap.
+            split: record of a model's pretraining (`trained_split`), for tables without a split of their own.
+            allow_trained: test on patients that the model was trained on, instead of refusing them by their number.
 
         Raises:
             ValueError: for tasks that cannot be split or read, see `task_rows`; before any encoding.
@@ -267,12 +272,16 @@ class ProbeEvaluator:
             raise ValueError(f"Expected at least one task, with different names, but got {names}.")
         self.tasks, self.bootstraps, self.shots = list(tasks), bootstraps, shots
         self.batch_size, self.max_length, self.cache, self.seed = batch_size, max_length, cache, seed
-        self.rows = {task.name: task_rows(task, seed) for task in tasks}
+        self.allow_trained = allow_trained
+        self.rows = {task.name: task_rows(task, seed, split) for task in tasks}
         for name, rows in self.rows.items():
             if rows.unlabelled:
                 logger.info("Probe %s: %d rows without a label are left out.", name, rows.unlabelled)
 
     def _embeddings(self, model: Any, tokenizer: Any, cache: str | Path | bool) -> dict[str, np.ndarray]:
+        if not self.allow_trained:
+            for name, rows in self.rows.items():
+                refuse_trained(rows, name, model)
         key = encoder_key(model, tokenizer) if cache else None
         texts = [text for rows in self.rows.values() for text in rows.texts]
         options: dict[str, Any] = {

@@ -1,12 +1,11 @@
 """Questions put to frozen embeddings: labelled rows of a table, and their split by patient."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from hf_densefeat.data.splits import SPLITS
+from hf_densefeat.data.splits import SPLITS, SplitRecord, split_patients
 
 Kind = Literal["binary", "multiclass", "regression", "clustering"]
 PROBE_KINDS = get_args(Kind)
@@ -28,7 +27,9 @@ class ProbeTask:
         text: text column.
         split: column of a given split; used if the table has it. Its values, like the keys of a mapping, are train,
             validation (valid, val, dev, tuning) and test (held_out). Without validation rows, 15 in 85 of the training
-            patients serve.
+            patients serve. Without such a column patients are split as `split_by_patient` splits them.
+        stratify: split patients by their largest label instead, so that a rare outcome reaches every split. Then the test
+            patients are not those of `split_by_patient`, which pretraining left out.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ProbeTask:
     patient: str | None = "patient_id"
     text: str = "text"
     split: str = "split"
+    stratify: bool = False
 
     def column(self, table: Any, name: str) -> list:
         """A column of the table, or ValueError with those that there are."""
@@ -50,7 +52,18 @@ class ProbeTask:
 
 @dataclass(frozen=True)
 class Rows:
-    """The labelled rows of a task as arrays: texts, label codes or values, patient codes, split codes 0/1/2."""
+    """The labelled rows of a task as arrays.
+
+    Attributes:
+        texts: texts, (N,).
+        y: label codes or values, (N,).
+        patient: patient codes, (N,), numbers of ``ids``.
+        split: 0 train, 1 validation, 2 test, (N,).
+        classes: the label of each code.
+        index: positions in the task's table, (N,).
+        unlabelled: rows left out.
+        ids: patient ids; for the comparison with a `SplitRecord`, never written anywhere.
+    """
 
     texts: list[str]
     y: np.ndarray
@@ -59,6 +72,7 @@ class Rows:
     classes: list
     index: np.ndarray
     unlabelled: int
+    ids: list = field(repr=False)
 
 
 def _split_code(name: Any, task: ProbeTask) -> int:
@@ -82,17 +96,10 @@ def _encoded_labels(labels: list, task: ProbeTask) -> tuple[np.ndarray, list]:
     return y, classes.tolist()
 
 
-def task_rows(task: ProbeTask, seed: int = 0) -> Rows:
-    """Read a task's table: labelled rows, label codes, patient codes, the split.
-
-    Raises:
-        ValueError: for a missing column, an unknown split name, a wrong number of classes, patients in two splits,
-            or a split without rows (or, for classes, without two classes).
-    """
-    if task.kind not in PROBE_KINDS:
-        raise ValueError(f"Probe {task.name!r}: expected a kind among {PROBE_KINDS} but got {task.kind!r}.")
+def _read(task: ProbeTask) -> tuple[list[Any], list[Any], list[Any], list[int]]:
+    """Texts, labels, patients and split codes of all rows; no split codes where the table has none."""
     parts = task.dataset if isinstance(task.dataset, dict) else {None: task.dataset}
-    texts: list[str] = []
+    texts: list[Any] = []
     labels: list[Any] = []
     patients: list[Any] = []
     splits: list[int] = []
@@ -105,25 +112,62 @@ def task_rows(task: ProbeTask, seed: int = 0) -> Rows:
             splits += [_split_code(name, task)] * len(table)
         elif task.split in table.column_names:
             splits += [_split_code(value, task) for value in task.column(table, task.split)]
+    return texts, labels, patients, splits
+
+
+def task_rows(task: ProbeTask, seed: int = 0, split: SplitRecord | None = None) -> Rows:
+    """Read a task's table: labelled rows, label codes, patient codes, the split.
+
+    Args:
+        task: the task.
+        seed: seed of the split, where the table has none and no record is given.
+        split: a trained model's record: its test patients are tested on here, in any table.
+
+    Raises:
+        ValueError: for a missing column, an unknown split name, a wrong number of classes, patients in two splits,
+            or a split without rows (or, for classes, without two classes).
+    """
+    if task.kind not in PROBE_KINDS:
+        raise ValueError(f"Probe {task.name!r}: expected a kind among {PROBE_KINDS} but got {task.kind!r}.")
+    texts, labels, patients, splits = _read(task)
     keep = [i for i, label in enumerate(labels) if label is not None and label == label]
     y, classes = _encoded_labels([labels[i] for i in keep], task)
     for i in keep:
         if not isinstance(texts[i], str) or patients[i] is None:
             column = task.patient if patients[i] is None else task.text
             raise ValueError(f"Probe {task.name!r}: row {i} has a label but nothing in column {column!r}.")
-    codes = {patient: code for code, patient in enumerate(sorted({patients[i] for i in keep}, key=str))}
+    ids = sorted({patients[i] for i in keep}, key=str)
+    codes = {patient: code for code, patient in enumerate(ids)}
     patient = np.array([codes[patients[i]] for i in keep])
     if splits:
-        split = np.array([splits[i] for i in keep])
-        _refuse_leak(patient, split, task)
-        train = split == 0
-        if train.any() and not (split == 1).any():
-            split[train] = np.where(split_patients(patient[train], y[train], task.kind, (0.85, 0.15), seed) == 1, 1, 0)
+        part = np.array([splits[i] for i in keep])
+        _refuse_leak(patient, part, task)
+        train = part == 0
+        if train.any() and not (part == 1).any():
+            part[train] = _stratified(patient[train], y[train], ids, task, (0.85, 0.15), seed)
+    elif task.stratify:
+        part = _stratified(patient, y, ids, task, (0.7, 0.15, 0.15), seed)
     else:
-        split = split_patients(patient, y, task.kind, (0.7, 0.15, 0.15), seed)
+        everybody = sorted({one for one in patients if one is not None}, key=str)
+        found = None if split is None else split.parts_of(everybody)
+        # Of all patients of the table, labelled or not: these are who pretraining on the table splits.
+        of_all = split_patients(everybody, seed=seed)[0] if found is None else found
+        part_of = dict(zip(everybody, of_all, strict=True))
+        part = np.array([part_of[one] for one in ids])[patient]
     if task.kind != "clustering":
-        _refuse_empty(y, split, task)
-    return Rows([texts[i] for i in keep], y, patient, split, classes, np.array(keep), len(labels) - len(keep))
+        _refuse_empty(y, part, task)
+    return Rows([texts[i] for i in keep], y, patient, part, classes, np.array(keep), len(labels) - len(keep), ids)
+
+
+def _stratified(
+    patient: np.ndarray, y: np.ndarray, ids: list, task: ProbeTask, shares: tuple[float, ...], seed: int
+) -> np.ndarray:
+    """Split codes of the rows, whole patients each, patients stratified by their largest label code."""
+    present, own = np.unique(patient, return_inverse=True)
+    stratum = np.zeros(len(present))
+    if task.kind != "regression":
+        np.maximum.at(stratum, own, y)
+    return split_patients([ids[code] for code in present], shares, seed, stratum)[0][own]
 
 
 def _refuse_leak(patient: np.ndarray, split: np.ndarray, task: ProbeTask) -> None:
@@ -144,28 +188,31 @@ def _refuse_empty(y: np.ndarray, split: np.ndarray, task: ProbeTask) -> None:
         if len(present) == 0 or (task.kind != "regression" and len(np.unique(present)) < 2):
             raise ValueError(
                 f"Probe {task.name!r}: the {name} split has {len(present)} labelled rows of "
-                f"{len(np.unique(present))} classes. More labelled patients, or another split, are needed."
+                f"{len(np.unique(present))} classes. Give more labelled patients or another split, or set stratify=True."
             )
 
 
-def split_patients(
-    patient: np.ndarray, y: np.ndarray, kind: Kind, fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0
-) -> np.ndarray:
-    """Split codes 0, 1, … of the rows, whole patients each, in the given fractions.
+def refuse_trained(rows: Rows, name: str, model: Any) -> None:
+    """Refuse test patients that the model was trained on, as far as the split in its config tells.
 
-    For classes, patients are stratified by their largest label code, so that a rare outcome reaches every split.
+    Raises:
+        ValueError: with their number.
     """
-    count = patient.max() + 1
-    stratum = np.zeros(count)
-    if kind != "regression":
-        np.maximum.at(stratum, patient, y)
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(count)
-    order = order[np.argsort(stratum[order], kind="stable")]
-    # Along this order each block of 20 patients is cut in the given fractions.
-    block = np.searchsorted(np.cumsum(fractions)[:-1], (np.arange(20) + 0.5) / 20)
-    drawn = np.concatenate([rng.permutation(block) for _ in range(-(-count // 20))])[:count]
-    code = np.empty(count, dtype=np.int64)
-    code[order] = drawn
-    present = np.isin(np.arange(count), patient)
-    return np.where(present, code, 0)[patient]
+    record = trained_split(model)
+    parts = None if record is None else record.parts_of(rows.ids)
+    if parts is None:
+        return
+    test = np.unique(rows.patient[rows.split == 2])
+    trained = int((parts[test] == 0).sum())
+    if trained:
+        raise ValueError(
+            f"Probe {name!r}: {trained} of {len(test)} test patients were trained on, by the split that the model's config "
+            "records. Split as it does (split=trained_split(model)); or, if these are other patients with the same ids or "
+            "you want it so, allow it (allow_trained=True)."
+        )
+
+
+def trained_split(model: Any) -> SplitRecord | None:
+    """The record of the patients that a model was trained on, if its config has one."""
+    block = getattr(getattr(model, "config", None), "densefeat", None) or {}
+    return SplitRecord.from_dict(block["split"]) if block.get("split") else None

@@ -1,12 +1,14 @@
 """Splits are by patient: none shared, none lost."""
 
+import json
+
 import datasets
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_densefeat.data.splits import split_by_patient
+from hf_densefeat.data.splits import SplitRecord, split_by_patient, split_patients, split_record
 
 
 def two_patients(**columns):
@@ -58,3 +60,27 @@ def test_the_tables_own_splits():
     }
     with pytest.raises(ValueError, match="add up to 1"):
         split_by_patient(two_patients(), (0.5, 0.6))
+
+
+def test_record_says_where_a_patient_was():
+    """From the record alone, through JSON, for patients of this table, some of them, and others; no id is in it."""
+    table = datasets.Dataset.from_dict({"patient_id": list(range(500)), "time": [0] * 500, "text": ["a"] * 500})
+    parts, record = split_by_patient(table, seed=7), split_record(table, seed=7)
+    record = SplitRecord.from_dict(json.loads(json.dumps(record.to_dict())))
+    for code, name in enumerate(("train", "validation", "test")):
+        assert set(record.parts_of(parts[name]["patient_id"])) == {code}
+    shares = np.bincount(record.parts_of([f"other {i}" for i in range(4000)])) / 4000
+    np.testing.assert_allclose(shares, [0.7, 0.15, 0.15], atol=0.06)
+    assert set(record.to_dict()) == {"seed", "shares", "rule", "cuts"}
+    assert split_record(table, (0.8, 0.2), seed=7).parts_of([1, 2, 3]).max() <= 1
+    own = datasets.Dataset.from_dict({"patient_id": [1], "time": [0], "text": ["a"], "split": ["train"]})
+    assert split_record(own).parts_of([1]) is None
+
+
+def test_strata_reach_every_part():
+    """Ten patients of one kind among 190 of another: both in every part, in the shares asked for."""
+    stratum = np.arange(200) % 20 == 0
+    codes, record = split_patients(range(200), seed=1, stratum=stratum)
+    np.testing.assert_allclose(np.bincount(codes), [140, 30, 30], atol=1)
+    assert set(codes[stratum]) == set(codes[~stratum]) == {0, 1, 2}
+    assert record.parts_of([1]) is None

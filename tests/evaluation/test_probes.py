@@ -1,18 +1,21 @@
 """Probes: what they find, a protocol that cannot see the test patients, splits, the cache."""
 
 import datetime
+import json
 import stat
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 from letters import LetterCounts, features, notes, tasks, thirds
 
+from hf_densefeat.data.splits import split_by_patient, split_record
 from hf_densefeat.evaluation.embeddings import embed
 from hf_densefeat.evaluation.linear import Standardizer
 from hf_densefeat.evaluation.metrics import paired_difference
 from hf_densefeat.evaluation.probes import ProbeEvaluator, meds_predictions, probe
-from hf_densefeat.evaluation.tasks import ProbeTask, split_patients, task_rows
+from hf_densefeat.evaluation.tasks import ProbeTask, task_rows, trained_split
 
 # ------------------------------------------------------------------------------------------------- what it can find
 
@@ -90,18 +93,53 @@ def test_few_shot_curve_rises_and_samples_are_nested(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- splits
 
 
-def test_split_is_by_patient_stratified_and_independent_of_row_order():
-    """70/15/15 of the patients, no patient twice, a rare outcome in every part."""
+def test_split_is_that_of_pretraining():
+    """Without a split column the test patients are `split_by_patient`'s, labelled or not, in any order of the rows."""
+    table, order = notes(), np.random.default_rng(0).permutation(360)
+    some = [None if i % 7 == 0 else value for i, value in enumerate(table["sick"])]
+    task = ProbeTask("t", table.remove_columns("sick").add_column("sick", some), "sick")
+    rows, parts = task_rows(task, seed=3), split_by_patient(table, seed=3)
+    for code, name in enumerate(("train", "validation", "test")):
+        own = {table[int(i)]["patient_id"] for i in rows.index[rows.split == code]}
+        assert own <= set(parts[name]["patient_id"])
+    shuffled = task_rows(ProbeTask("t", table.select(order), "sick"), seed=3)
+    np.testing.assert_array_equal(task_rows(ProbeTask("t", table, "sick"), seed=3).split[order], shuffled.split)
+
+
+def test_stratified_where_asked():
+    """A rare outcome is in every part, patients are whole, 70/15/15."""
+    table = notes(200)
     patient = np.repeat(np.arange(200), 3)
-    y = (patient % 20 == 0).astype(int)
-    split = split_patients(patient, y, "binary", seed=3)
-    shares = np.array([len(np.unique(patient[split == code])) for code in range(3)])
+    table = table.add_column("rare", (patient % 20 == 0).tolist())
+    rows = task_rows(ProbeTask("t", table, "rare", stratify=True), seed=3)
+    shares = np.array([len(np.unique(patient[rows.split == code])) for code in range(3)])
     assert shares.sum() == 200
     np.testing.assert_allclose(shares, [140, 30, 30], atol=2)
-    assert all(y[split == code].sum() > 0 for code in range(3))
-    table, order = notes(), np.random.default_rng(0).permutation(360)
-    task, shuffled = ProbeTask("t", table, "sick"), ProbeTask("t", table.select(order), "sick")
-    np.testing.assert_array_equal(task_rows(task).split[order], task_rows(shuffled).split)
+    assert all(rows.y[rows.split == code].sum() > 0 for code in range(3))
+
+
+def test_patients_that_were_trained_on_are_refused(tmp_path):
+    """By their number, in another table too; not where split as the record says, nor where told."""
+    table = notes(200)
+    record, model = split_record(table, seed=42), LetterCounts()
+    model.config = SimpleNamespace(densefeat={"split": json.loads(json.dumps(record.to_dict()))}, to_json_string=str)
+    task = ProbeTask("t", table, "sick")
+    trained = set(split_by_patient(table, seed=42)["train"]["patient_id"])
+    rows = task_rows(task)
+    test = {table[int(i)]["patient_id"] for i in rows.index[rows.split == 2]}
+    with pytest.raises(
+        ValueError, match=f"{len(test & trained)} of {len(test)} test patients were trained on"
+    ) as error:
+        ProbeEvaluator([task], cache=False)(model)
+    assert not any(f"'{one}'" in str(error.value) for one in test)
+    ProbeEvaluator([task], cache=False, allow_trained=True)(model)
+    assert trained_split(model) == record
+    ProbeEvaluator([task], cache=False, split=trained_split(model))(model)
+    part = ProbeTask("t", table.select(range(150, 600)), "sick")
+    few = task_rows(part, split=record)
+    assert not {part.dataset[int(i)]["patient_id"] for i in few.index[few.split == 2]} & trained
+    model.config.densefeat["split"]["rule"] = "column"
+    ProbeEvaluator([task], cache=False)(model)
 
 
 def test_given_splits_are_used_and_validation_is_cut_from_train():
@@ -120,9 +158,8 @@ def test_given_splits_are_used_and_validation_is_cut_from_train():
 def test_clusters_need_no_training_rows_and_probes_say_that_they_do():
     """A table of held-out notes alone can be clustered; a probe of it is refused by the name of the empty split."""
     table = notes().add_column("split", ["test"] * 360)
-    result = ProbeEvaluator([ProbeTask("t", table, "grade", "clustering")], bootstraps=10, cache=False).evaluate(
-        LetterCounts()
-    )["t"]
+    evaluator = ProbeEvaluator([ProbeTask("t", table, "grade", "clustering")], bootstraps=10, cache=False)
+    result = evaluator.evaluate(LetterCounts())["t"]
     assert len(result.y) == 360
     assert np.isfinite(result.metrics["ari"].value)
     with pytest.raises(ValueError, match="the train split has 0 labelled rows"):
@@ -170,7 +207,7 @@ def test_rows_without_label_are_left_out_and_counted():
 
 def test_too_few_patients_are_refused():
     """Two patients cannot fill three splits."""
-    with pytest.raises(ValueError, match="split has 0 labelled rows"):
+    with pytest.raises(ValueError, match="Expected at least 3 patients"):
         task_rows(ProbeTask("t", notes(patients=2, each=10), "age", "regression"))
 
 
