@@ -35,6 +35,7 @@ from hf_densefeat import (
     split_by_patient,
 )
 from hf_densefeat.data.notes import describe_notes
+from hf_densefeat.data.splits import split_record
 from hf_densefeat.evaluation.geometry import spectrum
 from hf_densefeat.reporting.comparison import plain_numbers
 from hf_densefeat.reporting.formats import markdown
@@ -107,6 +108,7 @@ def prepare(recipe: RecipeArguments, args: DenseTrainingArguments):
     source = recipe.model_name_or_path or recipe.config_name
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer_name or source)
     model, head_is_new = load_model(recipe, args)
+    model.config.densefeat["split"] = split_record(notes, seed=args.seed).to_dict()
     say(args, f"model      {type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling")
 
     measure = Measurement(recipe, parts, args)

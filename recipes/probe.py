@@ -46,11 +46,12 @@ from hf_densefeat import (
     split_by_patient,
 )
 from hf_densefeat.data.pairs import NotePairs
+from hf_densefeat.data.splits import SplitRecord
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import patient_subspaces, principal_angles, spectrum
 from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions
 from hf_densefeat.evaluation.similarity import SimilarityResult
-from hf_densefeat.evaluation.tasks import PROBE_KINDS
+from hf_densefeat.evaluation.tasks import PROBE_KINDS, refuse_trained
 from hf_densefeat.reporting.comparison import Measured, plain_numbers, triples, verdict
 from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
 from hf_densefeat.reporting.plots import Picture, plot_projection
@@ -105,6 +106,16 @@ def load_encoder(argument: str, names: set[str], max_length: int | None) -> Enco
 
 def _file(source: str, name: str, needed: bool = True) -> str | None:
     return cached_file(source, name, _raise_exceptions_for_missing_entries=needed)
+
+
+def recorded_split(models: Sequence[str]) -> SplitRecord | None:
+    """How the patients of the first model that says so were split for training: all models are tested on the others."""
+    for argument in models:
+        path = _file(argument.rpartition("=")[2], "config.json")
+        block = json.loads(Path(str(path)).read_text()).get("densefeat") or {}
+        if block.get("split"):
+            return SplitRecord.from_dict(block["split"])
+    return None
 
 
 def parse_tasks(arguments: Sequence[str], notes: datasets.Dataset) -> list[ProbeTask]:
@@ -162,9 +173,11 @@ def similarity_tasks(arguments: Sequence[str], notes: Any) -> list[SimilarityTas
     return tasks
 
 
-def parse_similarity(arguments: Sequence[str] | None, notes: datasets.Dataset, seed: int) -> list[SimilarityTask]:
+def parse_similarity(
+    arguments: Sequence[str] | None, notes: datasets.Dataset, seed: int, split: SplitRecord | None
+) -> list[SimilarityTask]:
     """Uses by cosine, on the notes of held-out patients; without words a patient's own notes, where any has two."""
-    test = split_by_patient(notes, seed=seed)["test"]
+    test = split_by_patient(notes, seed=seed, record=split)["test"]
     if arguments is None:
         return similarity_tasks(["same_patient"], test) if len(adjacent_pairs(test)) else []
     return similarity_tasks(arguments, test)
@@ -212,9 +225,9 @@ class Reading:
         """Read everything that the command names, before anything is encoded."""
         notes = load_notes(arguments.notes)
         options = {"bootstraps": arguments.bootstraps, "cache": False, "seed": arguments.seed}
-        tasks = parse_tasks(arguments.task, notes)
-        probes = ProbeEvaluator(tasks, shots=arguments.shots, **options) if tasks else None
-        uses = parse_similarity(arguments.similarity, notes, arguments.seed)
+        tasks, split = parse_tasks(arguments.task, notes), recorded_split(arguments.model)
+        probes = ProbeEvaluator(tasks, shots=arguments.shots, split=split, **options) if tasks else None
+        uses = parse_similarity(arguments.similarity, notes, arguments.seed, split)
         similarity = SimilarityEvaluator(uses, **options) if uses else None
         own = set(notes["text"])
         rows = probes.rows.values() if probes else ()
@@ -245,6 +258,9 @@ class Found:
 def examine(encoder: Encoder, reading: Reading, arguments: argparse.Namespace) -> Found:
     """Encode what is asked for, once, and measure."""
     start, texts = time.perf_counter(), list(reading.notes["text"])
+    if reading.probes and not arguments.allow_trained:
+        for name, task in reading.probes.rows.items():
+            refuse_trained(task, name, encoder.model)
     how: dict[str, Any] = {
         "tokenizer": encoder.tokenizer,
         "batch_size": arguments.batch_size,
@@ -462,6 +478,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--no_cache", action="store_true", help="do not keep embeddings under HF_HOME/hf_densefeat")
     found.add_argument("--meds", help="folder for binary tasks' predictions as MEDS tables; these hold patient ids")
     found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--allow_trained", action="store_true", help="test on patients that a model was trained on")
     return found
 
 

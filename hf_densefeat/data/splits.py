@@ -114,6 +114,8 @@ def split_by_patient(
     fractions: Sequence[float] = (0.7, 0.15, 0.15),
     seed: int = 0,
     split_column: str | None = "split",
+    *,
+    record: SplitRecord | None = None,
 ) -> datasets.DatasetDict:
     """Split notes so that no patient is in two splits.
 
@@ -126,6 +128,7 @@ def split_by_patient(
         seed: Another seed, another split.
         split_column: Column with the table's own splits (train, validation or tuning, test or held_out), used if it
             exists; None to split anew.
+        record: Of a trained model: its patients, shares and seed instead of those above, in any table.
 
     Returns:
         `train`, `validation` and `test`, each in the order of `notes`.
@@ -137,8 +140,9 @@ def split_by_patient(
     if split_column is not None and split_column in notes.column_names:
         return _own_splits(notes, patient, split_column)
     ids = sorted(column(notes, "patient_id").unique().to_pylist())
-    group = split_patients(ids, fractions, seed)[0]
-    names = list(SPLITS)[: len(fractions)]
+    known = None if record is None else record.parts_of(ids)
+    group = split_patients(ids, fractions, seed)[0] if known is None else known
+    names = list(SPLITS)[: len(fractions if known is None or record is None else record.shares)]
     parts = {name: notes.select(np.flatnonzero(group[patient] == number)) for number, name in enumerate(names)}
     return _without_overlap(datasets.DatasetDict(parts))
 

@@ -18,7 +18,7 @@ def _accepted(model: Any, **options: Any) -> dict[str, Any]:
 
 
 def encoder_key(model: Any, tokenizer: Any = None) -> str:
-    """SHA-256 over the weights below the head, architecture, config and tokenizer: equal keys, equal embeddings."""
+    """SHA-256 over body, dense head, architecture, config and tokenizer: equal keys, equal embeddings."""
     digest = hashlib.sha256(repr(model).encode())
     if hasattr(model, "config"):
         digest.update(model.config.to_json_string().encode())
@@ -26,7 +26,11 @@ def encoder_key(model: Any, tokenizer: Any = None) -> str:
     if tokenizer is not None:
         digest.update(repr(tokenizer).encode() + repr(sorted(tokenizer.get_vocab().items())).encode())
     # The body only: a language-modelling head has no part in embeddings, and is random where a checkpoint has none.
-    for name, weight in sorted(getattr(model, "base_model", model).state_dict().items()):
+    weights = dict(getattr(model, "base_model", model).state_dict())
+    head = getattr(model, "dense_head", None)
+    if head is not None:
+        weights |= {"dense_head.mean": head.mean, "dense_head.matrix": head.matrix}
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -41,7 +45,7 @@ def embed(
     max_length: int | None = None,
     cache: str | Path | bool = False,
     key: str | None = None,
-    headless: bool = False,
+    head: bool = True,
 ) -> np.ndarray:
     """Embeddings (N, d) float32 of the texts, each different text encoded once, longest first; bf16 autocast on CUDA.
 
@@ -54,17 +58,17 @@ def embed(
         cache: True for the private folder ``$HF_HOME/hf_densefeat/embeddings``, or a folder; made with mode 0700.
             The file name is a hash of weights, tokenizer, options and texts; the file holds numbers only.
         key: `encoder_key` of the model, where it is known already.
-        headless: without the model's own head, where ``encode`` takes ``head``.
+        head: False for the embeddings below the model's dense head, where ``encode`` takes ``head``.
     """
     unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
     options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-    if headless:
+    if not head:
         options |= _accepted(model, head=False)
     path = None
     if cache:
         folder = Path(HF_HOME) / "hf_densefeat" / "embeddings" if cache is True else Path(cache)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        digest = hashlib.sha256(f"{key or encoder_key(model, tokenizer)} {max_length} {headless}".encode())
+        digest = hashlib.sha256(f"{key or encoder_key(model, tokenizer)} {max_length} {head}".encode())
         for text in unique:
             digest.update(hashlib.sha256(text.encode()).digest())
         path = folder / f"{digest.hexdigest()}.npy"

@@ -211,7 +211,7 @@ class SimilarityEvaluator:
             "cache": cache,
             "key": key,
         }
-        z = embed(model, texts, tokenizer, headless=self.head is not None, **options)
+        z = embed(model, texts, tokenizer, head=self.head is None, **options)
         cut = iter(np.split(z, np.cumsum([len(part) for part in parts])[:-1]))
         found = {}
         for name, rows in self.rows.items():

@@ -11,6 +11,7 @@ from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, metric_named, p
 from hf_densefeat.evaluation.ranking import same_label
 from hf_densefeat.evaluation.similarity import centred_on, similarity_of
 from hf_densefeat.evaluation.similarity_tasks import similarity_rows
+from hf_densefeat.models.head import DenseHead
 
 N = 120
 
@@ -221,3 +222,22 @@ def test_every_metric_is_complete():
     assert metric_named("nmi_binary").title == "NMI, binary codes"
     with pytest.raises(KeyError):
         metric_named("accuracy_binary")
+
+
+def test_with_and_without_the_models_own_head(tokenizer, tmp_path):
+    """`encode`'s own head counts unless it is switched off or replaced; the cache tells one head from another."""
+    notes, model = make_notes(20, seed=1), make_model("bert", tokenizer)
+    tasks = [SimilarityTask(name="own", kind="same_patient", notes=notes)]
+    options = {"cache": tmp_path, "codes": ("float",), "divisors": (1, 2), "bootstraps": 0}
+
+    def measured(head=None):
+        return SimilarityEvaluator(tasks, head=head, **options).evaluate(model, tokenizer)["own"].metrics
+
+    plain = measured()
+    z = model.encode(list(notes["text"]), tokenizer=tokenizer)
+    model.dense_head = DenseHead.fit(z, epsilon=0.1)
+    assert measured() != plain
+    assert measured(False) == plain
+    assert measured(model.dense_head)["mrr"].value == pytest.approx(measured()["mrr"].value, abs=1e-6)
+    model.dense_head = DenseHead.fit(z)
+    assert measured()["mrr"].value == pytest.approx(measured("centred")["mrr"].value, abs=1e-6)

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_model, make_notes
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
+
+from hf_densefeat.data.splits import SplitRecord
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -81,6 +85,8 @@ def test_a_run_reads_measures_trains_and_writes_a_folder_that_opens(run, encoder
     before, after = AutoModel.from_pretrained(encoder), AutoModel.from_pretrained(folder)
     assert any(not torch.equal(x, y) for x, y in zip(before.parameters(), after.parameters(), strict=True))
     assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(encoder))
+    record = SplitRecord.from_dict(after.config.densefeat["split"])
+    assert set(np.bincount(record.parts_of(sorted(set(pq.read_table(table)["patient_id"].to_pylist()))))) == {28, 6}
 
 
 def test_a_new_head_is_trained_alone_first(run, tokenizer, encoder, table, tmp_path, recipe, monkeypatch):

@@ -13,6 +13,7 @@ from conftest import make_model, make_notes
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from hf_densefeat.data.splits import split_record
 from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "probe.py"
@@ -130,6 +131,27 @@ def test_predictions_are_written_for_meds_on_request(folder, tmp_path):
     area = roc_auc_score(table["boolean_value"], table["predicted_boolean_probability"])
     assert area == pytest.approx(report["probes"]["base"]["sick"]["metrics"]["auroc"]["value"], abs=1e-6)
     assert not list((tmp_path / "report").glob("*.parquet"))
+
+
+def test_patients_of_pretraining_are_not_tested_on(folder, tmp_path, tokenizer):
+    """The first record splits for all; a model that trained on its test patients is refused by number, unless allowed."""
+    notes = folder.parent / "notes.parquet"
+    table, records = datasets.Dataset.from_parquet(str(notes)), {}
+    for seed in (3, 4):
+        model = make_model("bert", tokenizer, hidden=8)
+        records[seed] = split_record(table, seed=seed)
+        model.config.densefeat["split"] = records[seed].to_dict()
+        model.save_pretrained(tmp_path / str(seed))
+        tokenizer.save_pretrained(tmp_path / str(seed))
+    options = ["--notes", str(notes), "--task", "sick:binary", "--bootstraps", "0", "--shots", "--no_cache"]
+    models = [f"--model={tmp_path / str(seed)}" for seed in (3, 4)]
+    ids = sorted(set(table["patient_id"]))
+    test = records[3].parts_of(ids) == 2
+    trained = int((test & (records[4].parts_of(ids) == 0)).sum())
+    with pytest.raises(ValueError, match=f"{trained} of {test.sum()} test patients were trained on"):
+        recipe.main([*models, *options, "--output", str(tmp_path / "report")])
+    report = recipe.main([*models, *options, "--allow_trained", "--output", str(tmp_path / "report")])
+    assert report["probes"]["3"]["sick"]["rows"]["patients"] == test.sum()
 
 
 # ----------------------------------------------------------------------------------------------------- the verdict
