@@ -16,20 +16,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_densefeat.evaluation.metrics import METRICS
 from hf_densefeat.models.pooling import POOLINGS
-from hf_densefeat.reporting.comparison import Measured, comparisons, verdict
+from hf_densefeat.reporting.comparison import GROUPS, Measured, comparisons, verdict
 from hf_densefeat.reporting.formats import markdown, number
 from hf_densefeat.reporting.plots import Picture
 from hf_densefeat.reporting.tables import before_after_table, geometry_table, subspace_table
 
 TAGS = ("feature-extraction", "clinical", "hf_densefeat")
-# Task types and names of the `model-index`, by which the Hub groups results, of each group and headline metric
+# Task types and names of the `model-index`, by which the Hub groups results; the others are linear probes
 HUB_TASKS = {
     "mrr": ("information-retrieval", "Information Retrieval"),
     "precision_at_10": ("feature-extraction", "Neighbours by cosine"),
     "nmi": ("feature-extraction", "Clustering"),
     "accuracy_at_4": ("feature-extraction", "Few-label classification"),
-    "auroc": ("feature-extraction", "Linear probe"),
-    "rmse": ("feature-extraction", "Linear probe"),
     "ari": ("feature-extraction", "Clustering"),
 }
 
@@ -302,7 +300,7 @@ def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
         if not row.headline or not math.isfinite(row.values[measured[-1]["name"]].value):
             continue
         found, entry = row.values[measured[-1]["name"]], METRICS[row.metric]
-        kind, name = HUB_TASKS[row.metric]
+        kind, name = HUB_TASKS.get(row.metric, ("feature-extraction", GROUPS[row.group].capitalize()))
         title, known = entry.title, math.isfinite(found.low)
         results.append(
             EvalResult(

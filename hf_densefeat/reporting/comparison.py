@@ -72,13 +72,17 @@ Direction = Literal["better", "worse", "equal"]
 WORDS: dict[Direction, str] = {"better": "better", "worse": "worse", "equal": "no visible difference"}
 ARROWS: dict[Direction, str] = {"better": "↑", "worse": "↓", "equal": "·"}
 GROUPS = {"similarity": "similarity", "probes": "linear probes", "clusterings": "k-means"}
-_USES = get_args(SimilarityKind)
-HEADLINES = {
-    "similarity": {METRICS_OF[kind][0] for kind in _USES},
-    "probes": {METRICS_OF[kind][0] for kind in METRICS_OF if kind not in (*_USES, "clustering")},
-    "clusterings": {METRICS_OF["clustering"][0]},
-}
-"""The metrics by which verdicts count, one a task."""
+
+
+def headlines(group: str) -> set[str]:
+    """The metrics of a group by which verdicts count, one a task: the first of each kind in `METRICS_OF`."""
+    uses = get_args(SimilarityKind)
+    kinds = {
+        "similarity": uses,
+        "clusterings": ("clustering",),
+        "probes": tuple(kind for kind in METRICS_OF if kind not in (*uses, "clustering")),
+    }
+    return {METRICS_OF[kind][0] for kind in kinds[group]}
 
 
 def direction(difference: Estimate, metric: str) -> Direction:
@@ -110,7 +114,7 @@ class Comparison:
     @property
     def headline(self) -> bool:
         """Whether verdicts count it."""
-        return self.metric in HEADLINES[self.group]
+        return self.metric in headlines(self.group)
 
     @property
     def title(self) -> str:

@@ -15,8 +15,8 @@ from hf_densefeat import (
     DenseTrainingArguments,
     geometry_report,
 )
-from hf_densefeat.evaluation.metrics import METRICS_OF
-from hf_densefeat.reporting.card import HUB_TASKS, licence_of
+from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, Metric
+from hf_densefeat.reporting.card import licence_of
 
 ARGUMENTS = {"use_cpu": True, "report_to": [], "subspace_dim": 3, "max_steps": 1}
 
@@ -93,9 +93,22 @@ def test_metadata_is_valid_and_holds_the_headlines(card):
     assert data.model_name == "dense-encoder"
 
 
-def test_every_headline_has_a_task_of_the_hub():
-    """Whatever a task's kind, its first metric can stand in the model-index."""
-    assert {metrics[0] for metrics in METRICS_OF.values()} == set(HUB_TASKS)
+def test_a_metric_of_ones_own_is_on_the_card(tokenizer, tmp_path, monkeypatch):
+    """One entry in the list of metrics, and one of its kind, are enough: it counts, is shown and is in the model-index."""
+    monkeypatch.setitem(METRICS, "lift", Metric(lambda y, output, weights: output.mean(), "lift", True, "lift"))
+    monkeypatch.setitem(METRICS_OF, "binary", ("lift", *METRICS_OF["binary"]))
+    args = DenseTrainingArguments(str(tmp_path / "out"), **ARGUMENTS)
+    model = make_model("bert", tokenizer)
+    trainer = DenseTrainer(model, args, processing_class=tokenizer)
+    start, trained = measure("start", model, tokenizer), measure("trained", model, tokenizer, 0.05)
+    start["probes"]["died lift"] = [1.0, 0.9, 1.1]
+    trained["probes"]["died lift"] = [2.0, 1.8, 2.2]
+    trained["differences"] |= {"died lift": [1.0, 0.8, 1.2]}
+    trainer.measured = [start, trained]
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "Largest gain: lift of died +1.000 [+0.800, +1.200]" in card.text
+    assert ("lift", 2.0) in [(result.metric_type, result.metric_value) for result in card.data.eval_results]
 
 
 def test_what_was_done_and_measured_is_said(card):
