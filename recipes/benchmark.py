@@ -5,6 +5,7 @@
     python recipes/benchmark.py running                    # no window of the running covariance runs away
     python recipes/benchmark.py scaling                    # by ranks, width and rows: bytes, seconds, memory
     python recipes/benchmark.py data [--notes 3000000]     # notes to batches, at the size of MIMIC-IV-Note
+    python recipes/benchmark.py probes                     # the path of linear probes, against LogisticRegressionCV
     python recipes/benchmark.py encode                     # embeddings, against SentenceTransformer on the same folder
 
 Timings are ratios of alternating runs in one process: medians, with the 10th and 90th percentile.
@@ -16,6 +17,7 @@ import json
 from benchmarks.data import data
 from benchmarks.encode import encode
 from benchmarks.objective import objective, running
+from benchmarks.probes import probes
 from benchmarks.scaling import scaling
 from benchmarks.step import step
 from benchmarks.timing import machine
@@ -42,10 +44,12 @@ def main():
     encode_parser.add_argument("--texts", type=int, default=128)
     encode_parser.add_argument("--batch_size", type=int, default=32)
     encode_parser.add_argument("--repeats", type=int, default=10)
+    probes_parser = commands.add_parser("probes", help="linear probes at every strength, against scikit-learn")
+    probes_parser.add_argument("--repeats", type=int, default=5)
     scaling_parser = commands.add_parser("scaling", help="ranks, width and rows")
     scaling_parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode)}
+    commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode, probes)}
     print(json.dumps({"command": args.command, **machine(), **commands[args.command](args)}, indent=1))
 
 
