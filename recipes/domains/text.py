@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from domains import Domain, features
 from domains.notes import CLUSTER, labels_key, labels_of, own_notes
 from domains.rows import balanced, sample, standardised, training
-from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, adjacent_pairs, load_notes
+from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, SimilarityTask, adjacent_pairs, load_notes
 from hf_densefeat.data.collator import tokenize_notes
 from hf_densefeat.data.pairs import NotePairs, TokenPairs
 from hf_densefeat.evaluation.embeddings import encoder_key
@@ -94,9 +94,19 @@ def load(
         supervised_task=primary,
         degrade=partial(_without_sections, tokenizer=tokenizer, length=length),
         shift=shift(notes),
+        similarity=own_similarity(held_out, [label for label, kind in tasks if kind in ("multiclass", "clustering")]),
         training=training(5e-5 if model_name_or_path else 1e-3),
         key=key,
     )
+
+
+def own_similarity(notes: datasets.Dataset, labels: list[str]) -> list[SimilarityTask]:
+    """A patient's own notes among everybody's, and each label among the nearest notes of other patients."""
+    tasks = [SimilarityTask(name="own notes", kind="same_patient", notes=notes)]
+    for label in labels:
+        tasks.append(SimilarityTask(name=label, kind="neighbours", notes=notes, label=label))
+        tasks.append(SimilarityTask(name=f"{label}, few labels", kind="few_labels", notes=notes, label=label))
+    return tasks
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------------
