@@ -1,5 +1,7 @@
 """Dense embeddings for clinical encoders: shape the linear structure of the embedding matrix while pretraining."""
 
+from importlib.metadata import version
+
 from hf_densefeat import events  # their import makes them known to transformers' auto classes
 from hf_densefeat.data.collator import DensePairCollator
 from hf_densefeat.data.notes import load_notes
@@ -19,6 +21,8 @@ from hf_densefeat.objective.statistics import Statistics
 from hf_densefeat.objective.terms import orthogonality_loss, spectral_spreading_loss, subspace_consistency_loss
 from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.trainer import DenseTrainer
+
+__version__ = version("hf_densefeat")
 
 __all__ = [
     "AutoDenseModel",

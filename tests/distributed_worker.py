@@ -188,7 +188,7 @@ def train(
     if evaluation is not None:
         answer["metrics"] = trainer.evaluate()
     if encode is not None:
-        answer["encoded"] = trainer._dense_model.encode(encode, tokenizer)
+        answer["encoded"] = trainer.dense_model.encode(encode, tokenizer)
     if save is not None:
         trainer.save_model(save)
     return answer

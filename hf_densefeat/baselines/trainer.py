@@ -262,7 +262,7 @@ class SupervisedTrainer(PairLossTrainer):
             )
         with torch.random.fork_rng(devices=[]):  # the dropout of a run does not depend on whether it has a head
             torch.manual_seed(self.args.seed)
-            self.pair_loss = nn.Linear(self._dense_model.config.hidden_size, classes).to(self.args.device)
+            self.pair_loss = nn.Linear(self.dense_model.config.hidden_size, classes).to(self.args.device)
         self.train_dataset = _LabelledPairs(self.train_dataset, labels)
         self.data_collator = _LabelledCollator(self.data_collator)
 

@@ -27,6 +27,9 @@ class DenseTrainingArguments(TrainingArguments):
     dense_weight: float = field(default=3.0, metadata={"help": "Weight of the dense objective; 0 is plain MLM."})
     lambda_sub: float = field(default=0.003, metadata={"help": "Weight of L_sub, in [0, 2 subspace_dim]."})
     lambda_orth: float = field(default=0.0, metadata={"help": "Weight of L_orth, in [0, d (d - 1)]."})
+    lambda_pair: float = field(
+        default=0.3, metadata={"help": "Weight of the share of variance that adjacent notes do not share, in [0, 2]."}
+    )
     subspace_dim: int = field(default=20, metadata={"help": "k, the dimension of the leading subspaces."})
     window: str = field(
         default="auto",
@@ -110,6 +113,6 @@ class DenseTrainingArguments(TrainingArguments):
             "center": self.center,
             "unbiased": self.unbiased,
             "power_iterations": self.power_iterations or None,
-            "terms": self.terms,
+            "terms": ({"unshared_variance": self.lambda_pair} if self.lambda_pair else {}) | (self.terms or {}),
         }
         return DenseObjective(**options | more)

@@ -135,7 +135,7 @@ class Saving:
         """
         if not self.is_world_process_zero():
             return
-        args, model, folder = self.args, self._dense_model, Path(self.args.output_dir)
+        args, model, folder = self.args, self.dense_model, Path(self.args.output_dir)
         counts = {}
         if isinstance(self.train_dataset, TokenPairs):
             pairs = self.train_dataset.pairs

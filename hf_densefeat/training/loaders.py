@@ -82,7 +82,7 @@ class Loading:
         )
 
     def _stream_loader(self) -> DataLoader:
-        model, args = self._dense_model, self.args
+        model, args = self.dense_model, self.args
         self._stream = PairStream(
             self.train_dataset,
             partial(
@@ -118,5 +118,5 @@ class Loading:
         if eval_dataset is None:
             raise ValueError("Evaluation needs an eval_dataset: notes with patient_id, time and text.")
         if isinstance(eval_dataset, Dataset):
-            eval_dataset = self._token_pairs(eval_dataset, "eval", self._dense_model, self.args, self.processing_class)
+            eval_dataset = self._token_pairs(eval_dataset, "eval", self.dense_model, self.args, self.processing_class)
         return self._pair_loader(eval_dataset, self.args.eval_batch_size, shuffle=False)

@@ -174,7 +174,8 @@ class DenseTrainer(Loading, Saving, Trainer):
         return optimizer
 
     @property
-    def _dense_model(self):
+    def dense_model(self):
+        """The model that is trained, without what wraps it: DDP, FSDP, torch.compile, an adapter."""
         return without_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -233,7 +234,7 @@ class DenseTrainer(Loading, Saving, Trainer):
         """One forward of both notes of each pair: outputs, Z_a and Z_b, both (pairs, d)."""
         pairs = int(inputs["num_pairs"])
         tokens = {name: value for name, value in inputs.items() if name not in ("labels", "num_pairs", "owner")}
-        dense = self._dense_model
+        dense = self.dense_model
         with dense.capture_hidden():
             outputs = model(**tokens)
             z = dense.pooled(tokens["attention_mask"], inputs.get("owner"), num_notes=2 * max(pairs, 1))
@@ -244,7 +245,7 @@ class DenseTrainer(Loading, Saving, Trainer):
     def _window_pass(self, model, update: _Update) -> None:
         """Moments of all micro-batches of the update, and the random state from which each forward is to be replayed."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile):
-            model = self._dense_model.base_model  # no logits; the wrappers are for gradients, and for these three
+            model = self.dense_model.base_model  # no logits; the wrappers are for gradients, and for these three
         totals, tokens = None, 0
         for micro_batch in self._micro_batches:
             inputs = self._prepare_inputs(micro_batch)
@@ -356,7 +357,7 @@ class DenseTrainer(Loading, Saving, Trainer):
         pooled = (pair.a.covariance(args.center) + pair.b.covariance(args.center)) / 2
         metrics = {"loss": loss, **terms, "effective_rank": _effective_rank(pooled)}
         if self.evaluator is not None:
-            metrics |= self.evaluator(self._dense_model, self.processing_class)
+            metrics |= self.evaluator(self.dense_model, self.processing_class)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
 

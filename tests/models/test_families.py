@@ -149,7 +149,7 @@ def opened(trainers, tmp_path_factory):
     root, expected = tmp_path_factory.mktemp("saved"), {}
     for family, kind, pooling in CASES:
         trainer, name = trainers[family, kind], f"{family}-{kind}-{pooling}"
-        model = as_dense(trainer._dense_model, pooling)
+        model = as_dense(trainer.dense_model, pooling)
         trainer.save_model(str(root / name))
         expected[name] = model.encode(TEXTS, trainer.processing_class)
     (root / "texts.json").write_text(json.dumps(TEXTS))
@@ -172,7 +172,7 @@ def test_opened_elsewhere_it_gives_the_embeddings_of_encode(opened, family, kind
 def test_every_family_trains(trainers, family, kind):
     """Both losses are logged, finite, and the embeddings have moved from those of the untrained model."""
     trainer = trainers[family, kind]
-    model, log = trainer._dense_model, trainer.state.log_history[0]
+    model, log = trainer.dense_model, trainer.state.log_history[0]
     assert model.language_modeling == ("causal" if family in DECODERS else "mlm")
     assert log["mlm_loss"] > 0
     assert 0 < log["spectral_spreading"] < 1
@@ -187,7 +187,7 @@ def test_decoders_embed_the_last_token_and_predict_the_next(trainers, tokenizer,
     """Last-token pooling is the default, and the language-modelling loss is the model's own with shifted labels."""
     trainer = trainers[family, "full"]
     assert build(family, tokenizer).pooling == "last"
-    model, batch = trainer._dense_model.eval(), next(iter(trainer.get_train_dataloader()))
+    model, batch = trainer.dense_model.eval(), next(iter(trainer.get_train_dataloader()))
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     with torch.no_grad():
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)

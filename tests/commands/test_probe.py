@@ -1,8 +1,6 @@
 """The probe recipe end to end: every file written, and nothing private in them."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,13 +11,9 @@ from conftest import make_model, make_notes
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+import hf_densefeat.commands.probe as recipe
 from hf_densefeat.data.splits import split_record
 from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "probe.py"
-SPEC = importlib.util.spec_from_file_location("probe_recipe", RECIPE)
-recipe = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(recipe)
 
 SENTINEL = "zebrasentinel"
 

@@ -1,8 +1,6 @@
 """The pretraining recipe, run as a user would, small, and given what users give by mistake."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import datasets
@@ -15,18 +13,15 @@ from conftest import make_model, make_notes
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from hf_densefeat.commands import pretrain
 from hf_densefeat.data.splits import SplitRecord
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+DOCUMENTS = Path(__file__).parents[2] / "recipes" / "configs" / "documents.yaml"
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("pretrain", RECIPES / "pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pretrain"] = module
-    spec.loader.exec_module(module)
-    return module
+    return pretrain
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +46,12 @@ SMALL += ["--save_strategy", "no", "--logging_steps", "1", "--disable_tqdm", "tr
 
 
 @pytest.fixture
-def run(recipe, monkeypatch, capsys, tmp_path):
+def run(recipe, capsys, tmp_path):
     """Run the recipe with arguments; what it printed, or what it exits with."""
 
     def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, argv), "--output_dir", str(tmp_path / "out")])
         try:
-            recipe.main()
+            recipe.main([*map(str, argv), "--output_dir", str(tmp_path / "out")], DOCUMENTS)
         except SystemExit as error:
             return f"{error.code} {capsys.readouterr().err}"
         return capsys.readouterr().out
@@ -131,7 +125,7 @@ def test_yaml_values_get_the_options_types_and_the_command_line_wins(recipe, tmp
 
 def test_without_arguments_the_bundled_cohort_and_encoder_are_used(recipe):
     """The default run needs nothing that is not in the repository."""
-    parsed, args = recipe.parse(["--use_cpu"])
+    parsed, args = recipe.parse(["--use_cpu"], DOCUMENTS)
     assert Path(parsed.notes).is_file()
     assert Path(parsed.model_name_or_path, "model.safetensors").is_file()
     assert args.dense_weight > 0
@@ -176,7 +170,7 @@ def test_a_push_that_cannot_be_is_refused_before_training(run, encoder, table, m
     """A name that the Hub does not take, and no network: one line."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = run("--notes", table, "--model_name_or_path", encoder, *SMALL, "--push_to_hub", f"--hub_model_id={name}")
-    assert "pretrain.py: error: " in message
+    assert "pretrain: error: " in message
     assert words in message
 
 

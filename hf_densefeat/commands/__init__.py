@@ -1,0 +1,1 @@
+"""The console command: `densefeat pretrain`, `densefeat probe`, `densefeat head`."""

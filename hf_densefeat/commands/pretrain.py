@@ -1,0 +1,228 @@
+"""Continued pretraining of a clinical encoder with language modelling and the dense objective on adjacent notes.
+
+It prints what was read, the progress, and what the encoder was and became on held-out patients, and writes to `output_dir`
+the encoder, as a folder that `AutoModel` and `SentenceTransformer` open, its model card, `report.json`, `report.md` and
+pictures.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_densefeat.commands.measure import Measurement
+from hf_densefeat.commands.options import RecipeArguments, parse
+from hf_densefeat.data.notes import describe_notes, load_notes
+from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.sections import split_into_sections
+from hf_densefeat.data.splits import split_by_patient, split_record
+from hf_densefeat.models.dense import AutoDenseModel
+from hf_densefeat.models.head import SAMPLE, fit_head
+from hf_densefeat.reporting.comparison import plain_numbers
+from hf_densefeat.reporting.formats import markdown
+from hf_densefeat.reporting.tables import before_after_table, terminal
+from hf_densefeat.training.arguments import DenseTrainingArguments
+from hf_densefeat.training.trainer import DenseTrainer
+
+
+def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
+    """Read, measure, train, fit the head, save, measure."""
+    recipe, args = parse(sys.argv[1:] if argv is None else argv, default_config)
+    set_seed(args.seed)
+    use_every_core(args)
+    if not args.should_save:
+        disable_progress_bars()
+    try:
+        trainer, measure, head_is_new = prepare(recipe, args)
+    except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
+        sys.exit(f"pretrain: error: {error}")
+
+    model, tokenizer = trainer.model, trainer.processing_class
+    before = measure("start", model, tokenizer) if args.should_save else None
+    if head_is_new and args.mlm_weight and recipe.head_warmup_steps and not args.resume_from_checkpoint:
+        say(args, f"lm head    new: it is trained alone first, for {recipe.head_warmup_steps} updates")
+        warm_up_head(model, recipe, args, trainer.train_dataset, tokenizer)
+    try:
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(args))
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped at update {trainer.state.global_step}. {how_to_resume(args)}")
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if recipe.head != "none":
+        fit_dense_head(trainer, measure.parts, recipe, args)
+    trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
+    if args.should_save:
+        after = measure("MLM + dense" if args.dense_weight else "MLM alone", final_model(trainer, args), tokenizer)
+        report([before, *kept_measurements(recipe), after], trainer, args)
+    trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
+
+
+def use_every_core(args: DenseTrainingArguments) -> None:
+    """Undo accelerate's OMP_NUM_THREADS=1 where one process has a CPU for itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate launch sets both
+    if args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() < cores and launched:
+        torch.set_num_threads(cores)
+        say(args, f"threads    {cores}, all cores: accelerate launch leaves one")
+
+
+def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, bool]:
+    """Notes split by patient, model, trainer and measurement, each checked; what was read is printed."""
+    columns = {"patient_id": recipe.patient_column, "time": recipe.time_column, "text": recipe.text_column}
+    named = {role: name for role, name in columns.items() if name}
+    with args.main_process_first(desc="reading notes"):
+        notes = load_notes(recipe.notes, columns=named or "auto")
+        if recipe.sections:
+            notes = split_into_sections(notes)
+    say(args, f"notes      {notes.info.description}\n           {describe_notes(notes)}")
+    adjacent_pairs(notes, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
+    parts = split_by_patient(notes, seed=args.seed)
+
+    source = recipe.model_name_or_path or recipe.config_name
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer_name or source)
+    model, head_is_new = load_model(recipe, args)
+    model.config.densefeat["split"] = split_record(notes, seed=args.seed).to_dict()
+    model.dense_head = None  # that of another run: it is fitted anew
+    say(args, f"model      {type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling")
+
+    measure = Measurement(recipe, parts, args)
+    validation = parts["validation"] if args.eval_strategy != "no" else None
+    trainer = DenseTrainer(
+        model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
+    )
+    say(args, f"pairs      {trainer.train_dataset.pairs}\ntokens     {trainer.token_stats['train']}")
+    say(args, f"objective  {objective_in_words(args)}")
+    return trainer, measure, head_is_new
+
+
+def objective_in_words(args: DenseTrainingArguments) -> str:
+    """The weights of every term, as they stand in the loss."""
+    terms = args.dense_objective().terms.items()
+    weighted = " + ".join(f"{weight:g} {name}" for name, (weight, _) in terms if weight)
+    return f"{args.mlm_weight:g} mlm_loss + {args.dense_weight:g} ({weighted})"
+
+
+def load_model(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Any, bool]:
+    """The model, and whether its language-modelling head has just been made."""
+    if not recipe.model_name_or_path:
+        return AutoDenseModel.from_config(AutoConfig.from_pretrained(recipe.config_name), args.pooling), False
+    model, loading = AutoDenseModel.from_pretrained(
+        recipe.model_name_or_path, pooling=args.pooling, output_loading_info=True
+    )
+    body = model.base_model_prefix + "."
+    return model, any(not name.startswith(body) for name in loading["missing_keys"])
+
+
+def warm_up_head(model: Any, recipe: RecipeArguments, args: DenseTrainingArguments, train_dataset, tokenizer) -> None:
+    """Train the new head alone by MLM: the encoder must not be pulled about by a random head."""
+    trained = {id(parameter) for parameter in model.base_model.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in trained)
+    changed = {
+        "dense_weight": 0.0,
+        "mlm_weight": 1.0,
+        "max_steps": recipe.head_warmup_steps,
+        "learning_rate": recipe.head_warmup_learning_rate,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+        "report_to": "none",
+    }
+    values = {name: value for name, value in args.to_dict().items() if name in args.__dataclass_fields__} | changed
+    values = {name: value for name, value in values.items() if args.__dataclass_fields__[name].init}
+    DenseTrainer(
+        model, DenseTrainingArguments(**values), train_dataset=train_dataset, processing_class=tokenizer
+    ).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def last_checkpoint(args: DenseTrainingArguments) -> str | None:
+    """What `--resume_from_checkpoint` names: a folder, or `last` for the newest in output_dir."""
+    if args.resume_from_checkpoint != "last":
+        return args.resume_from_checkpoint
+    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if found is None:
+        raise SystemExit(f"--resume_from_checkpoint last: no checkpoint in {args.output_dir}.")
+    return found
+
+
+def how_to_resume(args: DenseTrainingArguments) -> str:
+    """What to do after Ctrl-C."""
+    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if found is None:
+        return "There is no checkpoint to resume from: --save_steps says how often one is written."
+    return f"The same command with --resume_from_checkpoint last goes on from {Path(found).name}."
+
+
+def fit_dense_head(trainer: DenseTrainer, parts: dict, recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
+    """Fit the head on unmasked training notes; "auto" chooses epsilon by validation patients' next notes."""
+    model, tokenizer = final_model(trainer, args), trainer.processing_class
+    encode = partial(model.encode, tokenizer=tokenizer, head=False)
+    epsilon: float | str = {"center": math.inf, "auto": "auto"}.get(recipe.head) or float(recipe.head)
+    pairs = None
+    if epsilon == "auto":
+        following = adjacent_pairs(parts["validation"])
+        texts = np.array(parts["validation"]["text"][:], dtype=object)
+        pairs = (texts[following.earlier].tolist(), texts[following.later].tolist())
+    head = fit_head(encode, parts["train"]["text"][:], epsilon=epsilon, pairs=pairs, seed=args.seed)
+    model.dense_head = head
+    how = "centring alone" if math.isinf(head.epsilon) else f"epsilon {head.epsilon:g}"
+    say(args, f"head       {how}, fitted on {min(len(parts['train']), SAMPLE):,} training notes")
+
+
+def final_model(trainer: DenseTrainer, args: DenseTrainingArguments) -> Any:
+    """The trained model, without what wraps it for training."""
+    return trainer.dense_model
+
+
+def kept_measurements(recipe: RecipeArguments) -> list[dict]:
+    """What was measured once of another training on the same notes, such as MLM alone, from the file that names it."""
+    return json.loads(Path(recipe.beside).read_text()) if recipe.beside else []
+
+
+def report(measured: list[dict], trainer: DenseTrainer, args: DenseTrainingArguments) -> None:
+    """Print the table, and write it, the numbers, the pictures and the model card beside the model."""
+    table, folder = before_after_table(measured), Path(args.output_dir)
+    (folder / "report.md").write_text(markdown(table) + "\n")
+    numbers = {"before": measured[0], "after": measured[-1], "updates": trainer.state.global_step}
+    (folder / "report.json").write_text(json.dumps(plain_numbers(numbers), indent=1) + "\n")
+    trainer.measured = measured
+    trainer.create_model_card()
+    say(args, f"\n{terminal(table)}\n\n{next_steps(args)}")
+
+
+def next_steps(args: DenseTrainingArguments) -> str:
+    """Where things are and what to do with them, in three lines."""
+    folder = args.output_dir
+    return (
+        f"Saved to {folder}: AutoModel and SentenceTransformer open it; report.md has this table.\n"
+        f'Search:   SentenceTransformer("{folder}").encode(texts)\n'
+        f"Measure:  densefeat probe --model {folder} --notes YOUR_NOTES --similarity same_patient\n"
+        f"Share:    hf upload YOUR_NAME/MODEL {folder} --private"
+    )
+
+
+def say(args: DenseTrainingArguments, text: str) -> None:
+    """Print once, not once a process."""
+    if args.should_save:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
