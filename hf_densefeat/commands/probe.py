@@ -34,25 +34,17 @@ import torch
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat import (
-    AutoDenseModel,
-    ProbeEvaluator,
-    ProbeTask,
-    SimilarityEvaluator,
-    SimilarityTask,
-    adjacent_pairs,
-    geometry_report,
-    load_notes,
-    split_by_patient,
-)
 from hf_densefeat.commands.measure import SIMILARITY, similarity_tasks
-from hf_densefeat.data.pairs import NotePairs
-from hf_densefeat.data.splits import SplitRecord
+from hf_densefeat.data.notes import load_notes
+from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.data.splits import SplitRecord, split_by_patient
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
-from hf_densefeat.evaluation.geometry import patient_subspaces, principal_angles, spectrum
-from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions
-from hf_densefeat.evaluation.similarity import SimilarityResult
-from hf_densefeat.evaluation.tasks import PROBE_KINDS, refuse_trained
+from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles, spectrum
+from hf_densefeat.evaluation.probes import SHOTS, ProbeEvaluator, ProbeResult, meds_predictions
+from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
+from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
+from hf_densefeat.evaluation.tasks import PROBE_KINDS, ProbeTask, refuse_trained
+from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.reporting.comparison import Measured, plain_numbers, triples, verdict
 from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
 from hf_densefeat.reporting.plots import Picture, plot_projection
