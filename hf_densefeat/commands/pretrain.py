@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
     recipe, args = parse(sys.argv[1:] if argv is None else argv, default_config)
     set_seed(args.seed)
     use_every_core(args)
-    if not args.should_save:
+    if not args.should_save or not sys.stderr.isatty():  # no frames of a bar in a log file
         disable_progress_bars()
+        args.disable_tqdm = True
     try:
         trainer, measure, head_is_new = prepare(recipe, args)
     except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training

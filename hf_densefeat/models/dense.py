@@ -158,7 +158,9 @@ class DenseFeatureMixin:
             lengths = [len(ids) for ids in tokens["input_ids"]]
             order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
             out = []
-            for start in tqdm(range(0, len(order), batch_size), desc="Encoding", disable=not show_progress):
+            for start in tqdm(
+                range(0, len(order), batch_size), desc="Encoding", disable=None if show_progress else True
+            ):
                 rows = order[start : start + batch_size]
                 batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
                 # to the right, as in training: learned positions count from the left

@@ -105,6 +105,8 @@ class DenseTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"Expected window 'none', 'auto' or a number of samples but got {window!r}."
                 ) from None
+        given = not self.lambda_pair or "unshared_variance" in (self.terms or {})
+        pairing = {} if given else {"unshared_variance": self.lambda_pair}
         options = {
             "lambda_sub": self.lambda_sub,
             "lambda_orth": self.lambda_orth,
@@ -113,6 +115,6 @@ class DenseTrainingArguments(TrainingArguments):
             "center": self.center,
             "unbiased": self.unbiased,
             "power_iterations": self.power_iterations or None,
-            "terms": ({"unshared_variance": self.lambda_pair} if self.lambda_pair else {}) | (self.terms or {}),
+            "terms": (self.terms or {}) | pairing,
         }
         return DenseObjective(**options | more)

@@ -19,7 +19,7 @@ from study.training import embed_at, make_trainer
 
 # What the trainer's defaults say of the objective: a run under other defaults is another run.
 DEFAULTS = (
-    *("mlm_weight", "dense_weight", "lambda_sub", "lambda_orth"),
+    *("mlm_weight", "dense_weight", "lambda_sub", "lambda_orth", "lambda_pair"),
     *("window", "center", "unbiased", "power_iterations"),
 )
 
