@@ -153,6 +153,7 @@ def make_trainer(
         "dense_weight": 1.0,
         "lambda_sub": LAMBDA_SUB,
         "lambda_orth": LAMBDA_ORTH,
+        "lambda_pair": 0.0,  # the reference losses are of the paper's three terms
         "subspace_dim": K,
         "per_device_train_batch_size": 16,
     }

@@ -155,7 +155,7 @@ def train(
         save_strategy=arguments.pop("save_strategy", "no"),
         report_to="none",
         disable_tqdm=True,
-        **arguments,
+        **{"lambda_pair": 0.0} | arguments,
     )
     trainer = _Trainer(
         varied_model(family, tokenizer, dtype, **model or {}),

@@ -99,14 +99,9 @@ def table_5(results: Results, title: str, domain: Domain) -> str:
     """Similarity under one map: a column a task, best in bold; beyond or behind MLM on the same redraws by ↑ and ↓."""
     keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
     content = [key for key in keys if key.split(":")[0] not in domain.form]
-    rows = [
-        [
-            "Method",
-            *(key.split(",")[0] if "few" not in key else key.rsplit(",", 1)[0] for key in keys),
-            "content",
-            "form",
-        ]
-    ]
+    form = [key for key in keys if key not in content]
+    groups = {"content": content, "form": form} if content and form else {"mean": keys}
+    rows = [["Method", *(key.rsplit(",", 1)[0] for key in keys), *groups]]
     best = {key: max(results.array(name, key)[0] for name in results.shown) for key in keys}
     for name in results.shown:
         cells = []
@@ -117,9 +112,7 @@ def table_5(results: Results, title: str, domain: Domain) -> str:
                 found = results.difference(name, "mlm", key)
                 text += " ↑" if found.low > 0 else " ↓" if found.high < 0 else ""
             cells.append(text)
-        means = [
-            results.array(name, part)[0] for part in (content, [key for key in keys if key not in content]) if part
-        ]
+        means = [results.array(name, part)[0] for part in groups.values()]
         rows.append([results.titles[name], *cells, *(f"{mean:.3f}" for mean in means)])
     return markdown(rows)
 
@@ -148,14 +141,15 @@ def table_codes(results: Results) -> str:
 
 def table_maps(results: Results, domain: Domain) -> str:
     """Means over the content and the form tasks as they are, centred and mapped, and the epsilon that was chosen."""
-    rows = [["Method", *(f"{part}, {title}" for part in ("content", "form") for title in MAPS), "ε"]]
+    groups: dict[str, list[str]] = {}
+    for part, wanted in (("content", False), ("form", True)):
+        for title in MAPS:
+            keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
+            groups[f"{part}, {title}"] = [key for key in keys if (key.split(":")[0] in domain.form) == wanted]
+    groups = {title: keys for title, keys in groups.items() if keys}
+    rows = [["Method", *groups, "ε"]]
     for name in results.shown:
-        cells = []
-        for form in (False, True):
-            for title in MAPS:
-                keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
-                keys = [key for key in keys if (key.split(":")[0] in domain.form) == form]
-                cells.append(interval(results.estimate(name, keys)))
+        cells = [interval(results.estimate(name, keys)) for keys in groups.values()]
         epsilons = sorted({float(run["epsilon"][0]) for run in results.runs[name]})
         rows.append([results.titles[name], *cells, ", ".join(f"{value:g}" for value in epsilons)])
     return markdown(rows)
