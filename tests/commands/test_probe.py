@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import hf_densefeat.commands.probe as recipe
+from hf_densefeat.commands.examine import parse_tasks
 from hf_densefeat.data.splits import split_record
 from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
 
@@ -176,4 +177,4 @@ def test_state_of_the_geometry(z, state):
 def test_bad_tasks_are_named(task):
     """What was expected is said before anything is encoded."""
     with pytest.raises(ValueError, match="Expected"):
-        recipe.parse_tasks([task], sick_notes(3))
+        parse_tasks([task], sick_notes(3))

@@ -1,0 +1,250 @@
+"""What `densefeat probe` reads, encodes and measures: encoders, notes with their tasks, and what one encoder gives."""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers.utils import cached_file
+
+from hf_densefeat.commands.measure import similarity_tasks
+from hf_densefeat.data.notes import load_notes
+from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.data.splits import SplitRecord, split_by_patient
+from hf_densefeat.evaluation.embeddings import embed, encoder_key
+from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles, spectrum
+from hf_densefeat.evaluation.probes import ProbeEvaluator, ProbeResult
+from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
+from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
+from hf_densefeat.evaluation.tasks import PROBE_KINDS, ProbeTask, refuse_trained
+from hf_densefeat.models.dense import AutoDenseModel
+
+logger = logging.getLogger("probe")
+
+
+# ------------------------------------------------------------------------------------------------ reading and encoding
+
+
+@dataclass
+class Encoder:
+    """A model under the name that the report gives it, and how many tokens of a text it sees."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    max_length: int
+
+
+class Lookup:
+    """Embeddings that are already there, in the shape of an encoder."""
+
+    def __init__(self, texts: Sequence[str], z: np.ndarray) -> None:
+        self.rows, self.z = {text: row for row, text in enumerate(texts)}, z
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Rows of the texts."""
+        return self.z[[self.rows[text] for text in texts]]
+
+
+def load_encoder(argument: str, names: set[str], max_length: int | None) -> Encoder:
+    """A folder or Hub name, as `path` or `name=path`, that sees `max_length` tokens; the path is never the name."""
+    name, _, source = argument.rpartition("=")
+    name = name or Path(source).name or Path(source).resolve().name
+    if name in names:
+        raise ValueError(f"Two models would be called {name!r}: give names, --model first=PATH --model second=PATH.")
+    config = json.loads(Path(str(_file(source, "config.json"))).read_text())
+    if _file(source, "modules.json", needed=False) and "densefeat" not in config:
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(source)
+        model.max_seq_length = min(max_length or model.max_seq_length, model.max_seq_length)
+        return Encoder(name, model, model.tokenizer, model.max_seq_length)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoDenseModel.from_pretrained(source).to(device).eval()
+    tokenizer = model._default_tokenizer()
+    limits = (max_length, model.max_length, tokenizer.model_max_length)
+    return Encoder(name, model, tokenizer, min(limit for limit in limits if limit))
+
+
+def _file(source: str, name: str, needed: bool = True) -> str | None:
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=needed)
+
+
+def recorded_split(models: Sequence[str]) -> SplitRecord | None:
+    """How the patients of the first model that says so were split for training: all models are tested on the others."""
+    for argument in models:
+        path = _file(argument.rpartition("=")[2], "config.json")
+        block = json.loads(Path(str(path)).read_text()).get("densefeat") or {}
+        if block.get("split"):
+            return SplitRecord.from_dict(block["split"])
+    return None
+
+
+def parse_tasks(arguments: Sequence[str], notes: datasets.Dataset) -> list[ProbeTask]:
+    """`label:kind` for a column of the notes, `label:kind:table` for a table of its own."""
+    tasks = []
+    for argument in arguments:
+        label, kind, table = (*argument.split(":", 2), "")[:3] if argument.count(":") else (argument, "", "")
+        if kind not in PROBE_KINDS:
+            raise ValueError(
+                f"Expected --task label:kind or label:kind:table, kind one of {list(PROBE_KINDS)}, got {argument!r}."
+            )
+        if not table:
+            tasks.append(ProbeTask(label, notes, label, kind))
+            continue
+        data = read_table(table)
+        patient = next((name for name in ("patient_id", "subject_id") if name in data.column_names), None)
+        tasks.append(ProbeTask(f"{Path(table).stem} {label}", data, label, kind, patient=patient))
+    names = [task.name for task in tasks]
+    # One column may be both predicted and clustered.
+    return [task if names.count(task.name) == 1 else replace(task, name=f"{task.name} {task.kind}") for task in tasks]
+
+
+def parse_similarity(
+    arguments: Sequence[str] | None, notes: datasets.Dataset, seed: int, split: SplitRecord | None
+) -> list[SimilarityTask]:
+    """Uses by cosine, on the notes of held-out patients; without words a patient's own notes, where any has two."""
+    test = split_by_patient(notes, seed=seed, record=split)["test"]
+    if arguments is None:
+        return similarity_tasks(["same_patient"], test) if len(adjacent_pairs(test)) else []
+    return similarity_tasks(arguments, test)
+
+
+def read_table(path: str) -> datasets.Dataset:
+    """A parquet, csv or jsonl file."""
+    kinds = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+    if Path(path).suffix not in kinds:
+        raise ValueError(f"Expected a table with a name ending in {', '.join(kinds)} but got {Path(path).name!r}.")
+    return datasets.load_dataset(kinds[Path(path).suffix], data_files=path, split="train")
+
+
+def truncated_share(encoder: Encoder, texts: Sequence[str]) -> float:
+    """Share of the texts that are longer than what the encoder sees."""
+    lengths = encoder.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+    return float(np.mean([len(ids) > encoder.max_length for ids in lengths]))
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The notes, what is asked of an encoder on them, and the texts that have to be encoded for it.
+
+    Attributes:
+        notes: all of them; geometry is that of these.
+        pairs: adjacent ones.
+        patients: patient codes (N,).
+        probes: linear probes and k-means, if any.
+        similarity: uses by cosine, on held-out patients' notes, if any.
+        others: texts of other tables.
+    """
+
+    notes: datasets.Dataset
+    pairs: NotePairs
+    patients: torch.Tensor
+    probes: ProbeEvaluator | None
+    similarity: SimilarityEvaluator | None
+    others: list[str]
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Reading":
+        """Read everything that the command names, before anything is encoded."""
+        notes = load_notes(arguments.notes)
+        options = {"bootstraps": arguments.bootstraps, "cache": False, "seed": arguments.seed}
+        tasks, split = parse_tasks(arguments.task, notes), recorded_split(arguments.model)
+        probes = ProbeEvaluator(tasks, shots=arguments.shots, split=split, **options) if tasks else None
+        uses = parse_similarity(arguments.similarity, notes, arguments.seed, split)
+        similarity = SimilarityEvaluator(uses, **options) if uses else None
+        own = set(notes["text"])
+        rows = probes.rows.values() if probes else ()
+        others = sorted({text for one in rows for text in one.texts} - own)
+        if similarity:
+            asked = {text for one in similarity.rows.values() for text in (*one.texts, *one.queries)}
+            others = sorted({*others, *asked} - own)
+        patients = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
+        return cls(notes, adjacent_pairs(notes), patients, probes, similarity, others)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of one encoder; without adjacent notes, what is of these is empty."""
+
+    encoder: Encoder
+    known: Lookup
+    geometry: dict[str, float]
+    spectrum: np.ndarray
+    adjacent: dict[str, float]
+    per_patient: dict[str, float]
+    angles: tuple[np.ndarray, np.ndarray] | None
+    probes: dict[str, ProbeResult]
+    similarity: dict[str, SimilarityResult]
+    seconds: float
+
+
+def examine(encoder: Encoder, reading: Reading, arguments: argparse.Namespace) -> Found:
+    """Encode what is asked for, once, and measure."""
+    start, texts = time.perf_counter(), list(reading.notes["text"])
+    if reading.probes and not arguments.allow_trained:
+        for name, task in reading.probes.rows.items():
+            refuse_trained(task, name, encoder.model)
+    how: dict[str, Any] = {
+        "tokenizer": encoder.tokenizer,
+        "batch_size": arguments.batch_size,
+        "max_length": encoder.max_length,
+        "cache": not arguments.no_cache,
+        "key": encoder_key(encoder.model, encoder.tokenizer),
+    }
+    # Apart, so that another task does not cost another pass over the notes.
+    z = embed(encoder.model, texts, **how)
+    rows = torch.from_numpy(z)
+    if reading.others:
+        z = np.concatenate([z, embed(encoder.model, reading.others, **how)])
+    seconds, known = time.perf_counter() - start, Lookup(texts + reading.others, z)
+    logger.info("%s: %d texts in %.0f s", encoder.name, len(z), seconds)
+    geometry = geometry_report(rows, k=arguments.k, seed=arguments.seed)
+    geometry["truncated"] = truncated_share(encoder, texts)
+    adjacent, per_patient, angles = {}, {}, None
+    if len(reading.pairs) > 3:
+        earlier, later = rows[reading.pairs.earlier], rows[reading.pairs.later]
+        groups = torch.from_numpy(reading.pairs.patient)
+        adjacent = geometry_report(earlier, later, arguments.k, groups, arguments.seed)
+        per_patient = patient_subspaces(rows, reading.patients, arguments.k, seed=arguments.seed)
+        if adjacent["k"]:
+            angles = _angles_with_floor(earlier, later, groups, int(adjacent["k"]), arguments.seed)
+    return Found(
+        encoder,
+        known,
+        geometry,
+        spectrum(rows, center=True).numpy(),
+        adjacent,
+        per_patient,
+        angles,
+        reading.probes.evaluate(known) if reading.probes else {},
+        reading.similarity.evaluate(known) if reading.similarity else {},
+        seconds,
+    )
+
+
+def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Tensor, k: int, seed: int):
+    """Angles between patients' halves, earlier against later, and earlier against earlier: equal row counts.
+
+    Halves are of patients, because a note is the later one of a pair and the earlier one of the next.
+    Means over four draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: tuple[list, list] = ([], [])
+    count = int(patients.max()) + 1
+    for _ in range(4):
+        first = torch.randperm(count, generator=generator)[: count // 2]
+        half = torch.isin(patients, first)
+        for angles, other in zip(found, (z_next, z), strict=True):
+            angles.append(principal_angles(z[half], other[~half], k, center=True).numpy())
+    return tuple(np.mean(angles, axis=0) for angles in found)
