@@ -74,6 +74,7 @@ def embed(
         path = folder / f"{digest.hexdigest()}.npy"
         if path.exists():
             return np.load(path, allow_pickle=False)[inverse]
+    # Longest first: batches hold texts of one length, and memory is highest at once.
     order = np.argsort([-len(text) for text in unique], kind="stable")
     device = next(model.parameters()).device.type if isinstance(model, torch.nn.Module) else "cpu"
     with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
@@ -81,6 +82,7 @@ def embed(
     z = np.empty_like(encoded)
     z[order] = encoded
     if path is not None:
+        # Written beside and renamed, so that another process never reads half a file.
         partial = path.with_suffix(f".{time.monotonic_ns()}.tmp")
         with open(partial, "wb") as file:
             partial.chmod(0o600)

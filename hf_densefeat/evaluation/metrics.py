@@ -107,6 +107,7 @@ def auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.nd
 
     Equals `sklearn.metrics.roc_auc_score(positive, score, sample_weight=weights[b])`; NaN where a class has no weight.
     """
+    # Rows of equal score are one cell, so that ties cost nothing and count half.
     codes = np.unique(score, return_inverse=True)[1]
     everyone, ours = _sums(weights, codes)[0], _sums(weights * positive, codes)[0]
     others = everyone - ours
@@ -138,6 +139,7 @@ def macro_f1(y: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.nd
     Equals `sklearn.metrics.f1_score(average="macro")` where every class that occurs has weight.
     """
     classes, codes = np.unique(np.concatenate([y, predicted]), return_inverse=True)
+    # One row of weight 0 for each class makes the table square.
     square = np.concatenate([weights, np.zeros((len(weights), len(classes)))], axis=1)
     corner = np.arange(len(classes))
     table = _tables(np.append(codes[: len(y)], corner), np.append(codes[len(y) :], corner), square)
@@ -320,5 +322,6 @@ def best_threshold(y: np.ndarray, p: np.ndarray) -> float:
     hits, taken = np.cumsum(y[order]), np.arange(1, len(y) + 1)
     positives, negatives = y.sum(), len(y) - y.sum()
     f1 = 2 * hits / (taken + positives) + 2 * (negatives - taken + hits) / (len(y) - taken + negatives)
+    # A threshold can only lie between different probabilities.
     last = np.append(np.diff(p[order]) != 0, True)
     return float(p[order][np.argmax(np.where(last, f1, -1))])

@@ -107,6 +107,7 @@ def ranking(
     ideal = torch.cat([torch.zeros(1), discount.cumsum(0)])
     parts: list[Tensor] = []
     step = max(1, _CHUNK // max(1, len(documents)))
+    # In slices of the queries: the whole table of cosines may not fit into memory.
     for start in range(0, len(queries), step):
         rows = slice(start, min(start + step, len(queries)))
         scores, wanted = queries[rows] @ documents.T, relevant(rows)
@@ -216,8 +217,10 @@ def few_labels(
             support = [rows[: min(k, len(rows) // 2)] for rows in shuffled]
             centroids = unit_rows(torch.stack([z[rows].mean(0) for rows in support]))
             scores = z @ centroids.T
+            # Classes that are equally near share the credit, as tied documents do.
             near = scores >= scores.amax(1, keepdim=True) - TIE
             credit = near.gather(1, own.clamp_min(0)[:, None])[:, 0] / near.sum(1)
+            # A labelled note must not find its own patient.
             asked = torch.from_numpy(~np.isin(group, group[np.concatenate(support)])) & (own >= 0)
             right[k] += torch.where(asked, credit.double(), 0.0)
             tested[k] += asked

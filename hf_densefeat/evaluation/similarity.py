@@ -61,6 +61,7 @@ def centred_on(z: np.ndarray | Tensor) -> Map:
 def _values(rows: SimilarityRows, z: Tensor, queries: Tensor | None, seed: int) -> dict[str, np.ndarray]:
     """One value a scored row for each metric of the kind; clusters once for all of theirs."""
     if rows.kind == "clusters":
+        # At length 1 Euclidean k-means compares by cosine, like the other uses.
         found = KMeans(int(rows.y.max()) + 1, n_init=4, random_state=seed).fit_predict(unit_rows(z).numpy())
         return dict.fromkeys(METRICS_OF["clusters"], found)
     if rows.kind == "few_labels":
@@ -129,6 +130,7 @@ def similarity_of(
     for suffix, code, width in _variants(codes, divisors, z.shape[1]):
         documents = unit_rows(z[:, :width])
         sides = [documents] if asked is None else [documents, unit_rows(asked[:, :width])]
+        # Queries take the documents' ranges: an index is built before anybody asks.
         made = [coded(side, code, documents) for side in sides]
         found = _values(rows, made[0], made[1] if asked is not None else None, seed)
         values |= {name + suffix: found[name] for name in METRICS_OF[rows.kind]}
@@ -144,6 +146,7 @@ def _result(rows: SimilarityRows, values: dict[str, np.ndarray], bootstraps: int
         function = metric_named(name).function
         drawn[name] = replicate(function, rows.y, output, weights)
         metrics[name] = Estimate.of(function(rows.y, output, one)[0], drawn[name])
+    # Labels alone decide which rows have a value, so the same ones have it for every encoder.
     defined = np.isfinite(values[METRICS_OF[rows.kind][0]])
     counts = {"scored": int(defined.sum()), "patients": len(np.unique(rows.group[defined]))}
     counts |= {"searched": len(rows.texts), "undefined": int((~defined).sum())} | rows.left_out
@@ -202,6 +205,7 @@ class SimilarityEvaluator:
     def _results(
         self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int
     ) -> dict[str, SimilarityResult]:
+        # All texts in one call, so that a text of several tasks is encoded once.
         parts = [part for rows in self.rows.values() for part in (rows.texts, rows.queries)]
         key = encoder_key(model, tokenizer) if cache else None
         texts = [text for part in parts for text in part]

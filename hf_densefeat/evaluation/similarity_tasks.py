@@ -101,6 +101,7 @@ def _column(task: SimilarityTask, table: Any, *names: str) -> list:
 
 
 def _missing(value: Any) -> bool:
+    # NaN is not equal to itself.
     return value is None or value != value or value == ""
 
 
@@ -128,6 +129,7 @@ def _following(task: SimilarityTask, group: np.ndarray) -> np.ndarray:
     if task.order in _columns(task.notes):
         times = np.asarray(_column(task, task.notes, task.order))
         order = np.argsort(times, kind="stable")
+    # Stable sorts, the last key first: by patient, within the patient by time.
     order = order[np.argsort(group[order], kind="stable")]
     following = np.full(len(group), -1)
     same = group[order[:-1]] == group[order[1:]]
@@ -161,6 +163,7 @@ def _beir(task: SimilarityTask) -> SimilarityRows:
     kept = np.unique(relevant[:, 0])
     queries = _texts(task, _column(task, task.queries, "text", "query"), "text")
     group = _group_codes(task, task.queries, required=False)[kept]
+    # From rows of the table to rows of the queries that are asked.
     relevant[:, 0] = np.searchsorted(kept, relevant[:, 0])
     left_out = {"without_relevant": len(ids) - len(kept)}
     return SimilarityRows(

@@ -130,6 +130,7 @@ def task_rows(task: ProbeTask, seed: int = 0, split: SplitRecord | None = None) 
     if task.kind not in PROBE_KINDS:
         raise ValueError(f"Probe {task.name!r}: expected a kind among {PROBE_KINDS} but got {task.kind!r}.")
     texts, labels, patients, splits = _read(task)
+    # None or NaN, which is not equal to itself, is no label.
     keep = [i for i, label in enumerate(labels) if label is not None and label == label]
     y, classes = _encoded_labels([labels[i] for i in keep], task)
     for i in keep:
