@@ -16,7 +16,7 @@ FLOORS = {
     "data": set(),
     "models": set(),
     "events": {"data", "models"},
-    "evaluation": {"models", "data.splits", "data.notes", "objective.moments"},
+    "evaluation": {"models", "data.splits", "data.columns", "objective.moments"},
     "reporting": {"evaluation", "models.pooling"},
     "training": {"data", "models", "events", "objective", "evaluation", "reporting"},
     "baselines": {"data", "models", "events", "objective", "evaluation", "training"},

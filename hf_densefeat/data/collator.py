@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from hf_densefeat.data.notes import column
+from hf_densefeat.data.columns import column
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_densefeat.data.readers import FORMATS, NAME, SourceTable, read_files, shown
+from hf_densefeat.data.columns import close_names, column, dense_codes, order_of_notes, shown, time_ticks
+from hf_densefeat.data.readers import FORMATS, SourceTable, read_files
+from hf_densefeat.data.times import read_times, stripped
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ PRESETS = {
     "MIMIC-IV-Note": {"patient_id": "subject_id", "time": "charttime", "text": "text"},
     "MEDS": {"patient_id": "subject_id", "time": "time", "text": "text_value"},
 }
-MICROSECONDS = pa.timestamp("us")
 
 
 def load_notes(
@@ -66,72 +66,6 @@ def load_notes(
     return _checked(replace(opened, data=_renamed(opened.data, roles)), preset, on_missing)
 
 
-def column(notes: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """Return one column as Arrow, in the order of the rows, without reading the others.
-
-    Raises:
-        ValueError: If the column does not exist.
-    """
-    if name not in notes.column_names:
-        raise ValueError(
-            f"Expected a column `{name}`, got {shown(notes.column_names)}{_close(name, notes.column_names)}."
-        )
-    values = notes.data.column(name)
-    if notes._indices is None:
-        return values
-    # `notes[name]` would take the rows out of a table of thousands of chunks, ten times slower than out of one.
-    return pa.chunked_array([values.combine_chunks().take(notes._indices.column(0).combine_chunks())])
-
-
-def time_ticks(notes: datasets.Dataset) -> tuple[np.ndarray, float]:
-    """Return the times as numbers, and how many of these make a day: microseconds for timestamps, else days."""
-    time = column(notes, "time")
-    if pa.types.is_temporal(time.type):
-        return time.cast(pa.timestamp("us", getattr(time.type, "tz", None))).cast(pa.int64()).to_numpy(), 86_400e6
-    return time.to_numpy(), 1.0
-
-
-def dense_codes(notes: datasets.Dataset, name: str) -> np.ndarray:
-    """Return int64 codes 0, 1, … of a column's values, which sort as the values do; empty cells share the first code.
-
-    Raises:
-        ValueError: If the column does not exist, or holds lists or objects.
-    """
-    values = column(notes, name)
-    if pa.types.is_integer(values.type) and values.null_count == 0:
-        return np.unique(values.to_numpy(), return_inverse=True)[1].astype(np.int64)
-    if pa.types.is_null(values.type):
-        return np.zeros(len(values), dtype=np.int64)
-    if pa.types.is_nested(values.type):
-        raise ValueError(
-            f"Column {name} holds {values.type}: expected numbers, strings or times. Remove or rename it."
-        )
-    encoded = values.dictionary_encode().unify_dictionaries().combine_chunks()
-    rank = np.zeros(len(encoded.dictionary) + 1, dtype=np.int64)
-    order = pc.array_sort_indices(encoded.dictionary).to_numpy()
-    rank[1:][order] = np.arange(len(order)) + (encoded.null_count > 0)
-    return rank[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False) + 1]
-
-
-def order_of_notes(notes: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return (order, patient): the rows sorted by (patient, time, `note_seq`), and every row's patient code.
-
-    Codes are dense and follow the order of the patient ids. Both are int64, in the order of rows they index.
-    """
-    patient = dense_codes(notes, "patient_id")
-    keys = [time_ticks(notes)[0], patient]
-    for name in ("note_seq", "section_index"):
-        if name in notes.column_names:
-            keys.insert(0, dense_codes(notes, name))
-    later, tied = np.zeros(len(patient) - 1, dtype=bool), np.ones(len(patient) - 1, dtype=bool)
-    for key in reversed(keys):
-        step = np.diff(key)
-        later |= tied & (step < 0)
-        tied &= step == 0
-    # Sorting notes that are sorted, as all that `load_notes` returns are, would take most of the time of pairing.
-    return np.lexsort(keys) if later.any() else np.arange(len(patient)), patient
-
-
 def describe_notes(notes: datasets.Dataset) -> str:
     """Return one line of counts: notes, patients, and adjacent pairs before filters, Σ_p (n_p − 1)."""
     counts = np.bincount(dense_codes(notes, "patient_id"))
@@ -139,13 +73,6 @@ def describe_notes(notes: datasets.Dataset) -> str:
         f"{len(notes):,} notes of {len(counts):,} patients (median {np.median(counts):g}, most {counts.max():,} a "
         f"patient), {len(notes) - len(counts):,} adjacent pairs"
     )
-
-
-def _close(name: str, names: Sequence[str]) -> str:
-    """Say which names come close, if any."""
-    close = difflib.get_close_matches(name.lower(), [other.lower() for other in names], n=3, cutoff=0.6)
-    close = [other for other in names if other.lower() in close and NAME.fullmatch(other)]
-    return f" (did you mean {' or '.join(f'`{other}`' for other in close)}?)" if close else ""
 
 
 def _open(source: object, columns: str | Mapping[str, str], split: str | None) -> SourceTable:
@@ -205,7 +132,7 @@ def _match_columns(
         if set(roles.values()) <= set(names):
             return preset, roles
     nearest = min(tried.values(), key=lambda roles: len(set(roles.values()) - set(names)))
-    lacking = [f"`{theirs}`{_close(theirs, names)}" for theirs in nearest.values() if theirs not in names]
+    lacking = [f"`{theirs}`{close_names(theirs, names)}" for theirs in nearest.values() if theirs not in names]
     raise ValueError(
         f"Missing column {', '.join(lacking)}: the table has {shown(names)}. Name yours with "
         '`columns={"patient_id": ..., "time": ..., "text": ...}`.'
@@ -229,7 +156,7 @@ def _checked(source: SourceTable, preset: str, on_missing: str) -> datasets.Data
     if total == 0:
         raise ValueError("The table has no rows: expected notes, one a row.")
     patient = _patients(column(table, "patient_id"), source)
-    time, unit = _times(column(table, "time"), source)
+    time, unit = read_times(column(table, "time"), source)
     dropped = {"other codes": _other_codes(table, preset), "no text": _no_text(column(table, "text"))}
     if dropped["no text"].all():
         raise ValueError(
@@ -316,72 +243,10 @@ def _patients(values: pa.ChunkedArray, source: SourceTable) -> pa.ChunkedArray:
         return values.cast(pa.int64())
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise ValueError(f"Column patient_id holds {kind}: expected integers or strings. Which one holds the patient?")
-    values = _stripped(values)
+    values = stripped(values)
     # A csv file knows no types. Identifiers such as 007 stay what they are.
     numbers = pc.match_substring_regex(values, r"^(0|-?[1-9]\d{0,17})$").fill_null(True)
     return values.cast(pa.int64()) if source.untyped and pc.all(numbers).as_py() else values
-
-
-def _times(values: pa.ChunkedArray, source: SourceTable) -> tuple[pa.ChunkedArray, str]:
-    """Return times as timestamps in UTC or as numbers of days, none of them odd, and a word for which."""
-    kind, days = values.type, "numbers of days"
-    if pa.types.is_integer(kind):
-        return _parsed(values, lambda some: some.cast(pa.int64()), source), days
-    if pa.types.is_floating(kind):
-        return pc.if_else(pc.is_finite(values), values.cast(pa.float64()), None), days
-    if pa.types.is_date(kind):
-        return _parsed(values, lambda some: some.cast(MICROSECONDS), source), "dates"
-    if pa.types.is_timestamp(kind):
-        zoned = pa.timestamp("us", kind.tz)
-        safe = kind.unit in ("s", "ms")  # nanoseconds lose digits, seconds must not overflow
-        return _parsed(values, lambda some: some.cast(zoned, safe=safe).cast(MICROSECONDS), source), "timestamps"
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise ValueError(
-            f"Column time holds {kind}: expected timestamps, dates, ISO 8601 strings, or days as integers."
-        )
-    values = _stripped(values)
-    first = next((value.as_py() for value in values if value.is_valid), "")
-    if first.lstrip("+-").replace(".", "", 1).isdigit():
-        whole = pc.all(pc.match_substring_regex(values, r"^-?\d+$")).as_py()
-        return _parsed(values, lambda some: some.cast(pa.int64() if whole else pa.float64()), source), days
-    return _parsed(values, _from_iso, source), "timestamps"
-
-
-def _parsed(
-    values: pa.ChunkedArray, parse: Callable[[pa.ChunkedArray], pa.ChunkedArray], source: SourceTable
-) -> pa.ChunkedArray:
-    """Return the parsed times, or name the first row that cannot be parsed, found by bisection."""
-    try:
-        return parse(values)
-    except pa.ArrowInvalid:
-        good, bad = 0, len(values)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            try:
-                parse(values.slice(good, middle - good))
-                good = middle
-            except pa.ArrowInvalid:
-                bad = middle
-        raise ValueError(
-            f"Column time cannot be read as a time in {source.place(good)}. Expected the same in every row: ISO 8601 "
-            "(2024-05-31 or 2024-05-31 08:15:00, with or without a zone), or a number of days. Rewrite the column."
-        ) from None
-
-
-def _from_iso(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Parse ISO 8601; what names a zone is brought to UTC, what names none is taken as it is."""
-    values = pc.replace_substring_regex(values, r"(\.\d{6})\d+", r"\1")
-    zoned = pc.match_substring_regex(values, r":.*(Z|[+-]\d\d:?\d\d)$").fill_null(False)
-    naive = pc.if_else(zoned, None, values).cast(MICROSECONDS)
-    if not pc.any(zoned).as_py():
-        return naive
-    return pc.coalesce(naive, pc.if_else(zoned, values, None).cast(pa.timestamp("us", "UTC")).cast(MICROSECONDS))
-
-
-def _stripped(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Strip white space; what is then empty becomes null."""
-    values = pc.utf8_trim_whitespace(values.cast(pa.string()))
-    return pc.if_else(pc.equal(values, ""), None, values)
 
 
 def _no_text(values: pa.ChunkedArray) -> np.ndarray:

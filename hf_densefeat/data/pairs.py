@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from hf_densefeat.data.notes import column, dense_codes, order_of_notes, time_ticks
+from hf_densefeat.data.columns import column, dense_codes, order_of_notes, time_ticks
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,14 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from hf_densefeat.data.columns import shown
+
 logger = logging.getLogger(__name__)
 
 FORMATS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".json")
 BATCH_ROWS = 1000
 BLOCK_BYTES = 1 << 25  # a row of text must fit in a block
 CACHE_VERSION = 1
-NAME = re.compile(r"(?=.{1,40}$)[A-Za-z_][\w.\-]*( [\w.\-]+){0,2}")
 JSON_TIME = pa.timestamp("s")
 READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error, ValueError, OverflowError)
 
@@ -109,13 +109,6 @@ def read_files(path: Path, resolve: Callable[[Sequence[str]], Mapping[str, str]]
     if meds:
         data = _with_meds_splits(data, path, roles["patient_id"])
     return SourceTable(data, record["files"], record["repaired"], meds, untyped=kinds[0] in (".csv", ".tsv"))
-
-
-def shown(names: Sequence[str]) -> str:
-    """List the names of columns, unless they may be a row: a table without a header has patient text for names."""
-    if all(NAME.fullmatch(name) for name in names):
-        return str(list(names))
-    return f"{len(names)} columns, some without a proper name (is the first row a header?)"
 
 
 def _format(file: Path) -> str:

@@ -7,7 +7,7 @@ import re
 import datasets
 import numpy as np
 
-from hf_densefeat.data.notes import dense_codes, order_of_notes
+from hf_densefeat.data.columns import dense_codes, order_of_notes
 
 SECTION_HEADER = r"^(?:#+ *\S.*|[A-Z][A-Z0-9 /&,()'-]{2,60}:?|[A-Z][A-Za-z0-9 /&,()'-]{2,60}:)[ \t]*$"
 

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from hf_densefeat.data.notes import column, dense_codes
+from hf_densefeat.data.columns import column, dense_codes
 
 SPLITS = {
     "train": ("train", "training"),

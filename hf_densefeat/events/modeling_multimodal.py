@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from hf_densefeat.data.collator import DensePairCollator
-from hf_densefeat.data.notes import column
+from hf_densefeat.data.columns import column
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.events.modeling_event import EventConfig, EventModel, WindowModel, prediction_head, transformer
 from hf_densefeat.events.processing_event import EventProcessor, EventStats, WindowPairCollator, WindowPairs, pad_rows

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import FeatureExtractionMixin
 
-from hf_densefeat.data.notes import column
+from hf_densefeat.data.columns import column
 from hf_densefeat.data.pairs import NotePairs, TokenPairs, adjacent_pairs
 from hf_densefeat.events.records import events_of, latest_of_each
 

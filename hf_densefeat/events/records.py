@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
-from hf_densefeat.data.notes import column, dense_codes, time_ticks
+from hf_densefeat.data.columns import column, dense_codes, time_ticks
 
 
 def pack_windows(window, code, value, hours, texts: Sequence[str | None] | int) -> list[str]:

@@ -25,7 +25,7 @@ from hf_densefeat import (
     split_by_patient,
 )
 from hf_densefeat.data.collator import tokenize_notes
-from hf_densefeat.data.notes import column, order_of_notes
+from hf_densefeat.data.columns import column, order_of_notes
 from hf_densefeat.data.pairs import PairBatchSampler, TokenPairs
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data"

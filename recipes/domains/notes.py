@@ -23,7 +23,7 @@ import numpy as np
 
 from domains.rows import standardised
 from hf_densefeat import load_notes, split_by_patient
-from hf_densefeat.data.notes import column, dense_codes, time_ticks
+from hf_densefeat.data.columns import column, dense_codes, time_ticks
 
 KINDS = ("binary", "multiclass", "regression", "clustering")
 HELD_OUT = 4000  # notes of test patients, drawn at random until there are so many; a patient's stay together

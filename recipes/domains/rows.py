@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 
 from hf_densefeat import ProbeTask
-from hf_densefeat.data.notes import column
+from hf_densefeat.data.columns import column
 
 ENCODED = {"train": 2200, "validation": 800}  # rows at random of each split; of test patients all
 COHORT_KINDS = ("ambulatory", "wellness", "emergency")
