@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -23,7 +23,7 @@ from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces,
 from hf_densefeat.evaluation.probes import ProbeEvaluator, ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
-from hf_densefeat.evaluation.tasks import PROBE_KINDS, ProbeTask, refuse_trained
+from hf_densefeat.evaluation.tasks import PROBE_KINDS, Kind, ProbeTask, refuse_trained
 from hf_densefeat.models.dense import AutoDenseModel
 
 logger = logging.getLogger("probe")
@@ -70,7 +70,7 @@ def load_encoder(argument: str, names: set[str], max_length: int | None) -> Enco
     model = AutoDenseModel.from_pretrained(source).to(device).eval()
     tokenizer = model._default_tokenizer()
     limits = (max_length, model.max_length, tokenizer.model_max_length)
-    return Encoder(name, model, tokenizer, min(limit for limit in limits if limit))
+    return Encoder(name, model, tokenizer, min(int(limit) for limit in limits if limit))
 
 
 def _file(source: str, name: str, needed: bool = True) -> str | None:
@@ -97,11 +97,11 @@ def parse_tasks(arguments: Sequence[str], notes: datasets.Dataset) -> list[Probe
                 f"Expected --task label:kind or label:kind:table, kind one of {list(PROBE_KINDS)}, got {argument!r}."
             )
         if not table:
-            tasks.append(ProbeTask(label, notes, label, kind))
+            tasks.append(ProbeTask(label, notes, label, cast(Kind, kind)))
             continue
         data = read_table(table)
         patient = next((name for name in ("patient_id", "subject_id") if name in data.column_names), None)
-        tasks.append(ProbeTask(f"{Path(table).stem} {label}", data, label, kind, patient=patient))
+        tasks.append(ProbeTask(f"{Path(table).stem} {label}", data, label, cast(Kind, kind), patient=patient))
     names = [task.name for task in tasks]
     # One column may be both predicted and clustered.
     return [task if names.count(task.name) == 1 else replace(task, name=f"{task.name} {task.kind}") for task in tasks]

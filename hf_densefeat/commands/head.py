@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.commands.measure import numbers, similarity_tasks
+from hf_densefeat.commands.measure import similarity_tasks
 from hf_densefeat.data.notes import describe_notes, load_notes
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.splits import split_by_patient
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
-from hf_densefeat.evaluation.metrics import paired_difference
 from hf_densefeat.evaluation.similarity import similarity_of
 from hf_densefeat.evaluation.similarity_tasks import similarity_rows
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.head import SAMPLE, DenseHead, choose_epsilon
+from hf_densefeat.reporting.comparison import triples
 from hf_densefeat.reporting.tables import before_after_table, terminal
 
 
@@ -114,10 +114,9 @@ def compared(notes: datasets.Dataset, z: torch.Tensor, head: DenseHead, argument
                 raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
             places = [text_row[text] for text in asked.texts]
             result = similarity_of(rows[places], asked, codes=("float",), divisors=(1,), seed=arguments.seed)
-            found["similarity"] |= {f"{task.name} {metric}": numbers(one) for metric, one in result.metrics.items()}
+            found["similarity"] |= triples({task.name: result})
             if task.name in first:
-                differences = paired_difference(result, first[task.name])
-                found["differences"] |= {f"{task.name} {m}": numbers(one) for m, one in differences.items()}
+                found["differences"] |= triples({task.name: result}, first)
             first.setdefault(task.name, result)
         measured.append(found)
     return measured

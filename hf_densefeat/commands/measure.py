@@ -1,7 +1,6 @@
 """What `pretrain` measures before and after, on patients that it does not train on."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,11 @@ import torch
 from hf_densefeat.commands.options import RecipeArguments
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
-from hf_densefeat.evaluation.metrics import Estimate, paired_difference
 from hf_densefeat.evaluation.probes import ProbeEvaluator
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
 from hf_densefeat.evaluation.tasks import ProbeTask
+from hf_densefeat.reporting.comparison import triples
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
 SIMILARITY = {  # kind on the command line -> how the task is made of the column
@@ -89,16 +88,10 @@ class Measurement:
         }
         for task, result in results.items():
             part = "probes" if result.kind in ("binary", "multiclass", "regression", "clustering") else "similarity"
-            found[part] |= {f"{task} {metric}": numbers(one) for metric, one in result.metrics.items()}
+            found[part] |= triples({task: result})
             if results is not self.first:
-                differences = paired_difference(result, self.first[task])
-                found["differences"] |= {f"{task} {metric}": numbers(one) for metric, one in differences.items()}
+                found["differences"] |= triples({task: result}, self.first)
         return found
-
-
-def numbers(estimate: Estimate) -> list[float]:
-    """Value and the ends of its interval."""
-    return list(asdict(estimate).values())
 
 
 def sample(notes, maximum: int, seed: int):

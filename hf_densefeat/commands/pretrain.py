@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from hf_densefeat.data.sections import split_into_sections
 from hf_densefeat.data.splits import split_by_patient, split_record
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.head import SAMPLE, fit_head
-from hf_densefeat.reporting.comparison import plain_numbers
+from hf_densefeat.reporting.comparison import plain_numbers, verdict
 from hf_densefeat.reporting.formats import markdown
 from hf_densefeat.reporting.tables import before_after_table, terminal
 from hf_densefeat.training.arguments import DenseTrainingArguments
@@ -205,7 +206,8 @@ def report(measured: list[dict], trainer: DenseTrainer, args: DenseTrainingArgum
     (folder / "report.json").write_text(json.dumps(plain_numbers(numbers), indent=1) + "\n")
     trainer.measured = measured
     trainer.create_model_card()
-    say(args, f"\n{terminal(table)}\n\n{next_steps(args)}")
+    advice = textwrap.fill(verdict(measured[-1], measured[0]).sentence, 80)
+    say(args, f"\n{terminal(table)}\n\n{advice}\n\n{next_steps(args)}")
 
 
 def next_steps(args: DenseTrainingArguments) -> str:

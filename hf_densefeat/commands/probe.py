@@ -39,9 +39,6 @@ from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_
 from hf_densefeat.reporting.plots import Picture, plot_projection
 from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
 
-logger = logging.getLogger("probe")
-
-
 # ------------------------------------------------------------------------------------------------------ the report
 
 
