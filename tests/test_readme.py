@@ -1,0 +1,70 @@
+"""The first page and the guide: short enough, true to the code, and their blocks run as printed."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hf_densefeat.commands import head, options, probe
+from hf_densefeat.evaluation import geometry
+
+ROOT = Path(__file__).parents[1]
+README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "recipes/README.md"))
+
+
+def blocks(text, language="python"):
+    """The fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_first_page_is_short():
+    """A reader has minutes."""
+    assert len(README.split()) <= 1500
+    assert len(README.splitlines()) <= 150
+
+
+def test_links_and_pictures_are_there():
+    """Every relative link of both pages names a file."""
+    for page, text in ((ROOT, README), (ROOT / "recipes", GUIDE)):
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert (page / target).exists(), target
+
+
+def test_the_log_table_has_the_thresholds_of_the_code():
+    """The states of collapse have one definition."""
+    assert f"below {geometry.COLLAPSED_RANK:.0%}".replace("%", " %") in README
+    assert f"above {geometry.OVERSPREAD_RANK:.0%}".replace("%", " %") in README
+
+
+def test_commands_are_given_options_that_exist():
+    """Every option that the first page prints is one of its command."""
+    text = README.replace("\\\n", " ")
+    known = {"probe": probe.parser(), "head": head.parser()}
+    for command, words in re.findall(r"^    densefeat (\w+) (.*)$", text, re.MULTILINE):
+        names = {word for word in words.split() if word.startswith("--")}
+        if command in known:
+            assert names <= set(known[command]._option_string_actions)
+        else:
+            argv = words.replace("emilyalsentzer/Bio_ClinicalBERT", "model").split()
+            assert options.parse([*argv, "--use_cpu"])
+
+
+@pytest.mark.slow
+def test_python_blocks_run_as_printed(tmp_path, monkeypatch):
+    """In order, in one process, in a folder that has the repository's recipes; updates cut to two."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "recipes" / "data", tmp_path / "recipes" / "data")
+    names = {}
+    for block in blocks(README):
+        exec(block.replace("max_steps=100", "max_steps=2"), names)
+    assert names["z"].shape == (8, 192)
+    assert len(names["hits"][0]) == 2
+
+
+def test_the_block_of_a_database_runs_as_printed(tmp_path, monkeypatch):
+    """SQLite, by `Dataset.from_sql`."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(next(block for block in blocks(GUIDE) if "sqlite3" in block), names)
+    assert len(names["notes"]) == 2
