@@ -18,6 +18,8 @@ from hf_densefeat.data.splits import SplitRecord
 
 DOCUMENTS = Path(__file__).parents[2] / "recipes" / "configs" / "documents.yaml"
 
+pytestmark = pytest.mark.recipe
+
 
 @pytest.fixture(scope="module")
 def recipe():

@@ -18,6 +18,8 @@ from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
 
 SENTINEL = "zebrasentinel"
 
+pytestmark = pytest.mark.recipe
+
 
 def sick_notes(patients=60):
     """Notes whose outcome shows in a word, with a sentinel in text and patient id."""

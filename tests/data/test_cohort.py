@@ -141,6 +141,7 @@ def test_tokenizer_files_name_no_place_on_a_disk():
         assert "/tmp" not in words
 
 
+@pytest.mark.slow
 def test_a_bag_of_words_is_above_chance_and_below_the_ceiling(notes, tokenizer):
     ends = tokenizer(list(notes["text"]), truncation=True, return_offsets_mapping=True)["offset_mapping"]
     first = [text[: spans[-2][1]] for text, spans in zip(notes["text"], ends, strict=True)]

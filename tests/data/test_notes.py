@@ -450,6 +450,7 @@ def malformed(seed):
     return f"n.{kind}", content
 
 
+@pytest.mark.slow
 def test_generated_malformed_tables(tmp_path):
     """400 tables with random faults give notes in order, or a ValueError of ours without patient text."""
     loaded = 0

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from hf_densefeat import DenseTrainer, DenseTrainingArguments
 from hf_densefeat.data.streaming import PairStream
 
+pytestmark = pytest.mark.slow
+
 START = datetime.datetime(2020, 1, 1)
 
 

@@ -152,6 +152,8 @@ def in_processes(tokenizer, notes, evaluator, tmp_path, **chosen):
     return answers
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_measure_the_same_similarity(tokenizer, notes, similarity, tmp_path):
     """On two ranks every number is the same on both, and that of one process up to training's rounding."""
     answers = in_processes(tokenizer, notes, similarity, tmp_path, metric_for_best_model="own_adjacent_mrr")
@@ -165,6 +167,8 @@ def test_two_processes_measure_the_same_similarity(tokenizer, notes, similarity,
         assert (value == second["weights"][name]).all()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_choose_the_same_model(tokenizer, notes, evaluator, tmp_path):
     """On two ranks the probe metrics and the weights that come back are the same, and those of one process."""
     answers = in_processes(tokenizer, notes, evaluator, tmp_path)

@@ -209,6 +209,7 @@ def test_empty_share_of_a_rank(processor):
     assert torch.isfinite(make_model(processor)(**batch).logits).all()
 
 
+@pytest.mark.slow
 def test_the_bundled_cohort_as_a_domain():
     """The study's small version: no test patient in training, sides that are missing, parts that go missing."""
     domain = importlib.import_module("domains.multimodal").load()
@@ -227,6 +228,7 @@ def test_the_bundled_cohort_as_a_domain():
     assert all(json.loads(text)["events"] and not json.loads(text)["text"] for text in values)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_probes_and_saves(windows, processor, tmp_path):
     """Windows with and without each side train together; the saved folder embeds as the trained model does."""
     evaluator = ProbeEvaluator([ProbeTask("sick", windows, "sick")], cache=False)

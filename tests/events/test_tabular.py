@@ -289,6 +289,7 @@ def test_first_or_last_event_is_no_pooling(processor):
         EventModelForMaskedValues(EventConfig.of(processor, densefeat={"pooling": "cls"}))
 
 
+@pytest.mark.slow
 def test_the_bundled_cohort_as_a_domain():
     """The study's small version: no test patient in training, no event after a label, values that go missing go."""
     domain = importlib.import_module("domains.tabular").load()
@@ -313,6 +314,7 @@ def test_the_bundled_cohort_as_a_domain():
 # ---- Training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_probes_and_saves(windows, processor, tmp_path):
     """Windows go in as notes do; the loss falls, the evaluator's probes come out, the folder holds model and processor."""
     evaluator = ProbeEvaluator([ProbeTask("sick", windows, "sick")], cache=False)

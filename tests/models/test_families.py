@@ -30,6 +30,8 @@ from hf_densefeat.data.collator import tokenize_notes
 from hf_densefeat.data.pairs import TokenPairs
 from hf_densefeat.models.dense import as_dense
 
+pytestmark = pytest.mark.slow
+
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "electra", "deberta-v2")
 DECODERS = ("llama", "qwen2", "qwen3", "gpt2")
 CASES = [

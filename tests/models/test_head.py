@@ -95,6 +95,7 @@ def test_the_criterion_is_the_rank_of_the_next_note():
     assert choose_epsilon(torch.cat([earlier, later]), earlier, later) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [math.inf, 0.3])
 def test_a_folder_with_a_head_opens_everywhere(tmp_path, epsilon):
     """`encode`, a second load and sentence-transformers in another process apply it; AutoModel's states stay."""

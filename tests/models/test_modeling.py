@@ -83,6 +83,7 @@ def opened(tmp_path_factory, tokenizer):
     return load_file(root / "out.safetensors"), expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "pooling"), CASES)
 def test_sentence_transformer_opens_the_folder_elsewhere(opened, family, pooling):
     """`SentenceTransformer(folder)` where hf_densefeat cannot be imported gives the embeddings of `encode` to 1e-5."""
@@ -91,6 +92,7 @@ def test_sentence_transformer_opens_the_folder_elsewhere(opened, family, pooling
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_opens_the_folder_elsewhere(opened, family):
     """AutoModel, AutoModelForMaskedLM and pipeline("fill-mask") open it there, no key missing, with equal outputs."""

@@ -105,6 +105,7 @@ def test_gradients_of_the_functions_by_finite_differences(n, d, center):
     torch.autograd.gradcheck(lambda a, b: subspace_consistency_loss(a, b, 2, center=center), (z, other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize(("n", "d"), [(9, 4), (5, 7)])

@@ -25,6 +25,8 @@ from study import measures, methods, plots, runs, tables, training
 from study.methods import METHODS, Method, sweep_methods
 from study.results import Results
 
+pytestmark = [pytest.mark.slow, pytest.mark.recipe]
+
 NAMES = "features,mlm,mlm+dense,mlm+whitening"
 
 

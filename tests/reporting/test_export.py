@@ -20,6 +20,8 @@ from safetensors.torch import load
 
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments
 
+pytestmark = pytest.mark.slow
+
 SENTENCE_TRANSFORMERS = {
     "modules.json",
     "sentence_bert_config.json",

@@ -148,6 +148,7 @@ def browse(tmp_path, *options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 500, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_all_of_it(report, tmp_path, width, scheme):
@@ -177,6 +178,7 @@ def test_a_browser_shows_all_of_it(report, tmp_path, width, scheme):
     assert (paper - ink if scheme == "light" else ink - paper) > 400
 
 
+@pytest.mark.slow
 def test_it_prints(report, tmp_path):
     """A PDF of some pages, also where the screen is dark."""
     target = tmp_path / "report.pdf"

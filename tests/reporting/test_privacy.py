@@ -14,6 +14,8 @@ from conftest import make_model, make_notes
 
 from hf_densefeat import DenseTrainingArguments
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain.py"
 NOTE, PATIENT = "Qzxsentinelofanote", "Qzxsentinelofapatient"
 

@@ -17,6 +17,8 @@ from transformers import AutoModelForMaskedLM
 from hf_densefeat import DenseFeatureMixin
 from hf_densefeat.training.checkpoints import OBJECTIVE_STATE
 
+pytestmark = pytest.mark.slow
+
 # ---- Kill and resume ----
 
 RESUME = {

@@ -14,6 +14,8 @@ from hf_densefeat import AutoDenseModel, DenseObjective, DensePairCollator, adja
 from hf_densefeat.data.collator import tokenize_notes
 from hf_densefeat.data.pairs import PairBatchSampler, TokenPairs
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 BATCH = 24  # pairs of an update
 OBJECTIVE = {"mlm_weight": 3.0, "dense_weight": 1.0, "lambda_sub": 0.5, "lambda_orth": 0.005, "subspace_dim": 4}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -54,6 +54,8 @@ def ranks():
     pool.stop()
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("window", [None, "auto"])
 def test_the_gradient_of_a_foreign_term_is_that_of_any_cut(ranks, tokenizer, data, tmp_path, name, window):
@@ -83,6 +85,7 @@ def test_the_gradient_of_a_foreign_term_is_that_of_any_cut(ranks, tokenizer, dat
             assert entry[name] == pytest.approx(expected[name], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 def test_a_foreign_term_is_trained_logged_evaluated_saved_and_resumed(tmp_path, tokenizer, pairs, name):
     """The term moves the weights, is in the log, in `loss` and in evaluation, and a resumed run goes on bit for bit."""

@@ -12,6 +12,8 @@ from transformers import AutoModel, set_seed
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments
 from hf_densefeat.models.adapters import merged
 
+pytestmark = pytest.mark.slow
+
 TEXTS = make_notes(patients=3)["text"][:7]
 R, ALPHA = 4, 8
 

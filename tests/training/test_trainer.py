@@ -54,6 +54,7 @@ EVEN = [(32, 1), (16, 2), (8, 4), (4, 8)]
 UNEVEN = [(24, 1), (12, 2), (8, 3), (3, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 @pytest.mark.parametrize("cuts", [EVEN, UNEVEN], ids=["32", "24"])
 @pytest.mark.parametrize(
@@ -130,6 +131,7 @@ def reference_gradients(trainer, update):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize(("size", "accumulation"), [*EVEN, (8, 3), (7, 5)])
@@ -166,6 +168,7 @@ def test_gradients_with_dropout_equal_one_graph_of_all_micro_batches(
         assert distance(last["gradients"], reference_gradients(trainer, last)[0]) < tolerance
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, pairs):
     """With dropout and accumulation the gradients are the same with gradient checkpointing."""
     settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
@@ -192,6 +195,7 @@ def test_moments_are_all_that_an_update_keeps(tmp_path, tokenizer, pairs, monkey
 # ---- Beside the stock Trainer ----
 
 
+@pytest.mark.slow
 def test_without_dense_weight_it_is_the_stock_trainer(tmp_path, tokenizer, pairs):
     """dense_weight 0: weights after two epochs equal those of transformers' Trainer on the same batches, accumulated."""
     common = {"learning_rate": 1e-3, "num_train_epochs": 2, "gradient_accumulation_steps": 3}
@@ -231,6 +235,7 @@ def weighted_sum(entry, mlm_weight, dense_weight, prefix=""):
     return mlm_weight * entry[prefix + "mlm_loss"] + dense_weight * dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "accumulation", "steps"), [(16, 1, 1), (4, 2, 4), (3, 3, 2)])
 def test_logged_terms_add_up_to_the_loss(tmp_path, tokenizer, pairs, size, accumulation, steps):
     """The weighted terms of each log entry add up to its `loss`, over several updates, and again in a second run."""
@@ -392,6 +397,7 @@ def test_dense_alone_freezes_the_head_and_trains_the_body(tmp_path, tokenizer, p
         assert entry["loss"] == pytest.approx(weighted_sum(entry | {"mlm_loss": 0}, 0, 1), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dense_alone_needs_no_head_and_raises_the_rank(tmp_path, tokenizer, pairs):
     """A bare BertModel trains with mlm_weight 0, and its effective rank on the evaluation set rises."""
     model = as_dense(BertModel(make_model("bert", tokenizer, 0.0).config, add_pooling_layer=False))

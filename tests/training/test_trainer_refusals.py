@@ -62,6 +62,7 @@ def test_functions_that_would_never_be_called_are_refused(tmp_path, tokenizer, p
         assert word in message, message
 
 
+@pytest.mark.slow
 def test_largest_k_that_the_batch_supports_is_taken(tmp_path, tokenizer, pairs):
     """One less than what is refused trains: k = 15 of 16 centred pairs, counting the accumulated batch."""
     make_trainer(tmp_path, tokenizer, pairs, subspace_dim=15, window="none").train()
