@@ -22,7 +22,6 @@ from hf_densefeat.objective.terms import orthogonality_loss, spectral_spreading_
 from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.trainer import DenseTrainer
 
-
 __version__ = version("hf_densefeat")
 
 __all__ = [

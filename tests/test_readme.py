@@ -68,3 +68,5 @@ def test_the_block_of_a_database_runs_as_printed(tmp_path, monkeypatch):
     names = {}
     exec(next(block for block in blocks(GUIDE) if "sqlite3" in block), names)
     assert len(names["notes"]) == 2
+    exec(next(block for block in blocks(GUIDE) if "evaluate.load" in block), names)
+    assert 1 <= names["rank"]["effective_rank"] <= 8
