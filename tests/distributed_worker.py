@@ -244,8 +244,8 @@ class _Trainer(DenseTrainer):
                 batch = batch[sum(counts) :]
         return DataLoader(data, batch_sampler=mine, collate_fn=self.data_collator)
 
-    def _forward(self, model, inputs):
-        outputs, z_a, z_b = super()._forward(model, inputs)
+    def embed_pairs(self, model, inputs):
+        outputs, z_a, z_b = super().embed_pairs(model, inputs)
         if self.poison == (self.args.process_index, self.state.global_step + 1) and len(z_a):
             z_a = z_a * torch.tensor([[torch.nan]] + [[1.0]] * (len(z_a) - 1))
         return outputs, z_a, z_b

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from hf_densefeat.data.collator import tokenize_notes, tokenize_texts
-from hf_densefeat.data.pairs import PairBatchSampler, TokenPairs, adjacent_pairs
+from hf_densefeat.data.collator import tokenize_texts
+from hf_densefeat.data.pairs import PairBatchSampler, TokenPairs
 from hf_densefeat.data.streaming import PairStream
-
-logger = logging.getLogger(__name__)
+from hf_densefeat.training.preparation import token_pairs
 
 
 class PairDataLoader(DataLoader):
@@ -25,26 +23,7 @@ class PairDataLoader(DataLoader):
 
 
 class Loading:
-    """The part of `DenseTrainer` that makes pairs, tokens and loaders; it stands before `Trainer` among the bases."""
-
-    def _token_pairs(self, notes, name, model, args, tokenizer) -> TokenPairs:
-        if isinstance(notes, TokenPairs):
-            return notes
-        if hasattr(tokenizer, "window_pairs"):
-            made, self.token_stats[name] = tokenizer.window_pairs(notes, args.max_gap, model.max_length)
-            logger.info("%s: %s; %s", name, made.pairs, self.token_stats[name])
-            return made
-        pairs = adjacent_pairs(notes, max_gap=args.max_gap)
-        tokens, self.token_stats[name] = tokenize_notes(
-            notes,
-            tokenizer,
-            max_length=model.max_length,
-            num_proc=args.preprocessing_num_workers,
-            word_ids=args.whole_word_mask,
-            chunk=model.long_notes == "chunk",
-        )
-        logger.info("%s: %s; %s", name, pairs, self.token_stats[name])
-        return TokenPairs(tokens, pairs)
+    """The part of `DenseTrainer` that makes loaders; it stands before `Trainer` among the bases."""
 
     def _pair_loader(self, dataset: TokenPairs, batch_size: int, **sampling) -> PairDataLoader:
         sampler = PairBatchSampler(
@@ -118,5 +97,12 @@ class Loading:
         if eval_dataset is None:
             raise ValueError("Evaluation needs an eval_dataset: notes with patient_id, time and text.")
         if isinstance(eval_dataset, Dataset):
-            eval_dataset = self._token_pairs(eval_dataset, "eval", self.dense_model, self.args, self.processing_class)
+            eval_dataset = token_pairs(
+                eval_dataset,
+                "eval",
+                processing_class=self.processing_class,
+                model=self.dense_model,
+                args=self.args,
+                stats=self.token_stats,
+            )
         return self._pair_loader(eval_dataset, self.args.eval_batch_size, shuffle=False)

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import alternate, spread
 from hf_densefeat import DenseObjective, effective_rank
-from hf_densefeat.baselines.trainer import vicreg
+from hf_densefeat.baselines.losses import vicreg
 
 
 def objective(args) -> dict:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hf_densefeat.baselines import trainer as b
+from hf_densefeat.baselines import affine
+from hf_densefeat.baselines import losses as b
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class Method:
 
 def whitened(train: Tensor, z: Tensor) -> Tensor:
     """Whitening fitted on the training inputs."""
-    return b.apply_affine(z, *b.fit_whitening(train))
+    return affine.apply_affine(z, *affine.fit_whitening(train))
 
 
 def top_removed(train: Tensor, z: Tensor) -> Tensor:
     """All-but-the-top fitted on the training inputs."""
-    return b.apply_affine(z, *b.fit_all_but_the_top(train))
+    return affine.apply_affine(z, *affine.fit_all_but_the_top(train))
 
 
 ALONE = {"mlm_weight": 0.0, "dense_weight": 1.0}

@@ -8,8 +8,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from hf_densefeat import DenseObjective, DenseTrainer, DenseTrainingArguments
-from hf_densefeat.baselines import trainer as b
+from hf_densefeat import BatchLoss, DenseObjective, DenseTrainer, DenseTrainingArguments
+from hf_densefeat.baselines.trainer import SupervisedTrainer
 from hf_densefeat.objective.extra_terms import BoundedRank
 from hf_densefeat.objective.objective import spectral_spreading_term
 from study.methods import Method
@@ -31,12 +31,13 @@ def study_objective(args: DenseTrainingArguments, method: Method) -> DenseObject
 class StudyTrainer(DenseTrainer):
     """With a second, unmasked forward for the dense terms."""
 
-    def _forward(self, model, inputs):
+    def embed_pairs(self, model, inputs):
+        """Outputs of the masked batch, embeddings of the unmasked one."""
         if "clean" not in inputs:
-            return super()._forward(model, inputs)
+            return super().embed_pairs(model, inputs)
         clean = inputs.pop("clean")
-        outputs, *_ = super()._forward(model, inputs)
-        return outputs, *super()._forward(model, clean)[1:]
+        outputs, *_ = super().embed_pairs(model, inputs)
+        return outputs, *super().embed_pairs(model, clean)[1:]
 
 
 class BothCollator:
@@ -104,10 +105,11 @@ def make_trainer(domain: Domain, method: Method, model, seed: int, steps: int, f
         "data_collator": collator,
     }
     if method.supervised:
-        trainer = b.SupervisedTrainer(labels=domain.supervised, classes=domain.classes, **common)
+        trainer = SupervisedTrainer(labels=domain.supervised, classes=domain.classes, **common)
     elif method.pair_loss is not None:
         torch.manual_seed(seed)
-        trainer = b.PairLossTrainer(pair_loss=method.pair_loss(model.config.hidden_size), **common)
+        objective = BatchLoss(method.pair_loss(model.config.hidden_size), name="pair_loss")
+        trainer = DenseTrainer(objective=objective, **common)
     else:
         trainer = StudyTrainer(objective=study_objective(args, method), **common)
     trainer.remove_callback(PrinterCallback)

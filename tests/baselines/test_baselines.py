@@ -7,14 +7,10 @@ from conftest import QUIET, make_model, make_notes
 from scipy.stats import entropy
 
 from hf_densefeat import DenseTrainer, DenseTrainingArguments, geometry_report
-from hf_densefeat.baselines.trainer import (
+from hf_densefeat.baselines.affine import apply_affine, fit_all_but_the_top, fit_whitening
+from hf_densefeat.baselines.losses import (
     Expanded,
-    PairLossTrainer,
-    SupervisedTrainer,
-    apply_affine,
     barlow_twins,
-    fit_all_but_the_top,
-    fit_whitening,
     i_vne,
     info_nce,
     lejepa,
@@ -23,6 +19,8 @@ from hf_densefeat.baselines.trainer import (
     vicreg,
     von_neumann_entropy,
 )
+from hf_densefeat.baselines.trainer import SupervisedTrainer
+from hf_densefeat.objective.batch_loss import BatchLoss
 
 
 def unit(z):
@@ -214,12 +212,12 @@ def cohort():
 
 def test_total_is_mlm_and_the_pair_loss(tmp_path, tokenizer, cohort):
     model = make_model("bert", tokenizer)
-    trainer = PairLossTrainer(
+    trainer = DenseTrainer(
         model,
         arguments(tmp_path, mlm_weight=0.5, dense_weight=2.0),
         train_dataset=cohort,
         processing_class=tokenizer,
-        pair_loss=info_nce,
+        objective=BatchLoss(info_nce, name="pair_loss"),
     )
     trainer.train()
     for log in trainer.state.log_history[:-1]:
@@ -229,10 +227,10 @@ def test_total_is_mlm_and_the_pair_loss(tmp_path, tokenizer, cohort):
 
 def test_without_a_pair_loss_it_is_the_plain_trainer(tmp_path, tokenizer, cohort):
     found = []
-    for cls, extra in ((DenseTrainer, {}), (PairLossTrainer, {"pair_loss": lambda a, b: 0 * a.sum()})):
+    for objective in (None, BatchLoss(lambda a, b: 0 * a.sum())):
         model = make_model("bert", tokenizer)
-        args = arguments(tmp_path, dense_weight=0.0 if cls is DenseTrainer else 1.0)
-        cls(model, args, train_dataset=cohort, processing_class=tokenizer, **extra).train()
+        args = arguments(tmp_path, dense_weight=0.0 if objective is None else 1.0)
+        DenseTrainer(model, args, train_dataset=cohort, processing_class=tokenizer, objective=objective).train()
         found.append(weights(model))
     assert torch.equal(*found)
 
@@ -241,24 +239,26 @@ def test_parameters_of_the_loss_are_trained(tmp_path, tokenizer, cohort):
     model = make_model("bert", tokenizer)
     loss = Expanded(vicreg, model.config.hidden_size, 16)
     before, start = weights(loss), weights(model.base_model)
-    trainer = PairLossTrainer(
-        model, arguments(tmp_path, mlm_weight=0), train_dataset=cohort, processing_class=tokenizer, pair_loss=loss
+    trainer = DenseTrainer(
+        model,
+        arguments(tmp_path, mlm_weight=0),
+        train_dataset=cohort,
+        processing_class=tokenizer,
+        objective=BatchLoss(loss),
     )
     trainer.train()
     assert not torch.equal(before, weights(loss))
     assert not torch.equal(start, weights(model.base_model))
     assert not any("expander" in name for name in model.state_dict())
-    with pytest.raises(ValueError, match="cannot be resumed"):
-        trainer._load_optimizer_and_scheduler(str(tmp_path))
 
 
 def test_accumulation_and_ranks_are_refused(tmp_path, tokenizer, cohort, monkeypatch):
-    common = {"train_dataset": cohort, "processing_class": tokenizer, "pair_loss": info_nce}
+    common = {"train_dataset": cohort, "processing_class": tokenizer, "objective": BatchLoss(info_nce)}
     with pytest.raises(ValueError, match="gradient_accumulation_steps is 2"):
-        PairLossTrainer(make_model("bert", tokenizer), arguments(tmp_path, gradient_accumulation_steps=2), **common)
+        DenseTrainer(make_model("bert", tokenizer), arguments(tmp_path, gradient_accumulation_steps=2), **common)
     monkeypatch.setattr(DenseTrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match="2 ranks"):
-        PairLossTrainer(make_model("bert", tokenizer), arguments(tmp_path), **common)
+        DenseTrainer(make_model("bert", tokenizer), arguments(tmp_path), **common)
 
 
 def test_supervised_learns_its_labels(tmp_path, tokenizer, cohort):

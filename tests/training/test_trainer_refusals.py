@@ -97,3 +97,17 @@ def test_training_without_data_is_refused(tmp_path, tokenizer):
         trainer.train()
     with pytest.raises(ValueError, match="needs an eval_dataset"):
         trainer.evaluate()
+
+
+def test_a_frozen_model_is_refused_before_the_first_step(tmp_path, tokenizer, pairs):
+    """Without a trainable parameter: the class, and what to do."""
+    model = make_model("bert", tokenizer).requires_grad_(False)
+    trainer = make_trainer(tmp_path, tokenizer, pairs, model=model)
+    with pytest.raises(ValueError, match=r"No parameter of BertForMaskedLM is trainable.*peft_config"):
+        trainer.train()
+
+
+def test_predict_says_what_to_call_instead(tmp_path, tokenizer, pairs):
+    """One sentence with `evaluate` and `encode`."""
+    with pytest.raises(ValueError, match=r"trainer.evaluate.*dense_model.encode"):
+        make_trainer(tmp_path, tokenizer, pairs).predict(pairs)

@@ -1,0 +1,93 @@
+"""What the trainer refuses before the first step, in a sentence that says what to do."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_densefeat.objective.batch_loss import BatchLoss
+from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.training.arguments import DenseTrainingArguments
+
+
+def check_functions(kwargs: dict) -> None:
+    """What of the stock Trainer would be ignored without a word."""
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} would never be called: evaluation keeps moments, not predictions. Pass evaluator=, called as "
+                "evaluator(model, tokenizer), whose dict of numbers joins the metrics; ProbeEvaluator is one."
+            )
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func would never be called: the loss is mlm_weight MLM + dense_weight (L_spec + ...). Set its "
+            "weights, or override compute_loss."
+        )
+
+
+def check_head(model, args: DenseTrainingArguments) -> None:
+    """Language modelling needs a head, and the dense terms hidden states of a known width."""
+    if args.mlm_weight and model.language_modeling is None:
+        raise ValueError(
+            f"mlm_weight is {args.mlm_weight} but {type(model).__name__} has no language-modelling head. Load the model "
+            "by name, AutoDenseModel.from_pretrained(...), which adds one where its family has it, or set mlm_weight=0 "
+            "to train with the dense objective alone."
+        )
+    if not hasattr(model.config, "hidden_size"):
+        raise ValueError(f"{type(model).__name__} is not a text encoder: its config has no hidden_size.")
+
+
+def check_sharding(model) -> None:
+    """Accelerate knows of tied embeddings; a parameter with two names elsewhere would be in two groups of FSDP2."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    names.pop(model.get_input_embeddings().weight)
+    for shared in names.values():
+        if len(shared) > 1:
+            raise ValueError(
+                f"FSDP2 cannot shard {type(model).__name__}: {' and '.join(shared)} are one parameter. Train it without "
+                "FSDP (one whole model a GPU), or take a family without shared biases, such as ModernBERT."
+            )
+
+
+def check_objective(objective: DenseObjective | BatchLoss, args: DenseTrainingArguments) -> None:
+    """A `BatchLoss` does not add up over micro-batches or ranks."""
+    if isinstance(objective, BatchLoss) and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
+        raise ValueError(
+            "A BatchLoss is that of one whole batch, but gradient_accumulation_steps is "
+            f"{args.gradient_accumulation_steps} and there are {args.world_size} ranks: its parts would not add up to "
+            "it. Use one of each, and a larger per_device_train_batch_size."
+        )
+
+
+def check_subspace(pairs: int, batch: int, d: int, objective: DenseObjective) -> None:
+    """K must be below the rank that the samples behind a covariance can have."""
+    window = {None: 0, "auto": d}.get(objective.window, objective.window)
+    samples = min(max(batch, window), pairs)
+    rank = min(d, int(samples) - objective.center)
+    if objective.subspace_dim > rank:
+        raise ValueError(
+            f"subspace_dim is {objective.subspace_dim}, but the covariance of {int(samples)} pairs (batch of {batch}, "
+            f"window {objective.window}, {pairs} in all) in {d} dimensions has rank {max(rank, 0)} at most. Lower "
+            "subspace_dim, or raise the batch size or the window."
+        )
+
+
+def check_trainable(model) -> None:
+    """A model whose parameters are all frozen would fail in autograd, in the middle of the first step."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"No parameter of {type(model).__name__} is trainable: requires_grad is False for all of them. Set it for "
+            "those to train, or pass peft_config to train an adapter."
+        )
+
+
+def check_stream(args: DenseTrainingArguments, processing_class) -> None:
+    """Windows, and more than one reader, do not go with a stream."""
+    if hasattr(processing_class, "window_pairs"):
+        raise ValueError("Windows are not streamed: pass them as a datasets.Dataset, which is memory-mapped.")
+    if args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"A stream is read by one process a rank, got dataloader_num_workers={args.dataloader_num_workers}. "
+            "Set it to 1 to read and tokenise beside the training."
+        )
