@@ -10,7 +10,7 @@ import hf_densefeat
 from hf_densefeat import AutoDenseModel
 from hf_densefeat.commands import main, options
 
-pytestmark = pytest.mark.recipe
+pytestmark = [pytest.mark.recipe, pytest.mark.slow]
 
 
 def test_version_usage_and_an_unknown_command(capsys):

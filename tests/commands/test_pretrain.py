@@ -18,7 +18,7 @@ from hf_densefeat.data.splits import SplitRecord
 
 DOCUMENTS = Path(__file__).parents[2] / "recipes" / "configs" / "documents.yaml"
 
-pytestmark = pytest.mark.recipe
+pytestmark = [pytest.mark.recipe, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

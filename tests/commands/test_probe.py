@@ -18,7 +18,7 @@ from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
 
 SENTINEL = "zebrasentinel"
 
-pytestmark = pytest.mark.recipe
+pytestmark = [pytest.mark.recipe, pytest.mark.slow]
 
 
 def sick_notes(patients=60):
