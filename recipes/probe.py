@@ -1,6 +1,8 @@
 """What an encoder became: similarity, geometry and linear probes; the same as `densefeat probe`."""
 
-from hf_densefeat.commands.probe import main
+import sys
+
+from hf_densefeat.commands.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["probe", *sys.argv[1:]])

@@ -20,8 +20,7 @@ from transformers import (
 )
 
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, adjacent_pairs
-from hf_densefeat.data.collator import tokenize_notes
-from hf_densefeat.data.pairs import TokenPairs
+from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 
 WORDS = (
     "patient admitted with chest pain fever cough sepsis diabetes insulin metformin lisinopril stable "

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from transformers.models.modernbert import modeling_modernbert
 
 from hf_densefeat import DenseTrainer, DenseTrainingArguments
-from hf_densefeat.data.pairs import PairBatchSampler
+from hf_densefeat.data.sampling import PairBatchSampler
 from hf_densefeat.objective import distributed
 from hf_densefeat.objective.moments import PairGradient
 

@@ -11,9 +11,7 @@ prints what the held-out patients' notes look like before and after.
 import argparse
 import logging
 import math
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from hf_densefeat.evaluation.geometry import geometry_report, spectrum
 from hf_densefeat.evaluation.similarity import similarity_of
 from hf_densefeat.evaluation.similarity_tasks import similarity_rows
 from hf_densefeat.models.dense import AutoDenseModel
-from hf_densefeat.models.head import SAMPLE, DenseHead, choose_epsilon
+from hf_densefeat.models.head import SAMPLE, DenseHead, epsilon_of, fit_head
 from hf_densefeat.reporting.comparison import triples
 from hf_densefeat.reporting.tables import before_after_table, terminal
 
@@ -52,17 +50,13 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def run(arguments: argparse.Namespace) -> dict[str, float]:
-    """Encode, fit, save, measure; returns the seconds that encoding and the rest took.
+def run(arguments: argparse.Namespace) -> None:
+    """Encode, fit, save, measure.
 
     Raises:
         ValueError: for notes, a model or an epsilon that cannot be used.
     """
-    chosen = {"center": math.inf, "auto": None}
-    try:
-        epsilon = chosen[arguments.epsilon] if arguments.epsilon in chosen else float(arguments.epsilon)
-    except ValueError:
-        raise ValueError(f"Expected --epsilon center, auto or a number but got {arguments.epsilon!r}.") from None
+    epsilon_of(arguments.epsilon)  # refused before anything is read
     notes = load_notes(arguments.notes)
     print(f"notes      {describe_notes(notes)}")
     parts = split_by_patient(notes, seed=arguments.seed)
@@ -71,26 +65,38 @@ def run(arguments: argparse.Namespace) -> dict[str, float]:
     ).to("cuda" if torch.cuda.is_available() else "cpu")
     model.dense_head = None
     encode = partial(model.encode, batch_size=arguments.batch_size, show_progress=True, head=False)
-    order = np.random.default_rng(arguments.seed).permutation(len(parts["train"]))[:SAMPLE]
-    train = parts["train"].select(np.sort(order))
-    begun = time.perf_counter()
-    z = {name: encode(list(part["text"])) for name, part in (("train", train), ("test", parts["test"]))}
-    if epsilon is None:
-        following = adjacent_pairs(parts["validation"])
-        seen = encode(list(parts["validation"]["text"]))
-        epsilon = choose_epsilon(z["train"], seen[following.earlier], seen[following.later])
-    encoded = time.perf_counter() - begun
-    head = DenseHead.fit(z["train"], epsilon=epsilon)
+    head = fit_on_parts(encode, parts, arguments.epsilon, arguments.seed)
     model.dense_head = head
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     model.save_pretrained(arguments.output)
     model._default_tokenizer().save_pretrained(arguments.output)
-    how = "centring alone" if math.isinf(head.epsilon) else f"epsilon {head.epsilon:g}"
-    print(f"head       {how}, fitted on {len(train):,} notes of training patients")
-    measured = compared(parts["test"], z["test"], head, arguments)
+    print(described(head, parts))
+    measured = compared(parts["test"], encode(list(parts["test"]["text"])), head, arguments)
     print(f"\n{terminal(before_after_table(measured))}\n")
     print(f"Saved to {arguments.output}: SentenceTransformer and AutoDenseModel apply the head, AutoModel does not.")
-    return {"encode": encoded, "rest": time.perf_counter() - begun - encoded}
+
+
+def fit_on_parts(encode: Callable[..., torch.Tensor], parts: Mapping, epsilon: str, seed: int) -> DenseHead:
+    """The head of unmasked training notes; "auto" chooses epsilon by the next notes of validation patients.
+
+    Args:
+        encode: texts -> embeddings without a head.
+        parts: notes by split, as `split_by_patient` returns them.
+        epsilon: "center", "auto" or a number above 0, as a word.
+        seed: of the sample of training notes.
+    """
+    pairs = None
+    if epsilon == "auto":
+        following = adjacent_pairs(parts["validation"])
+        texts = np.array(parts["validation"]["text"][:], dtype=object)
+        pairs = (texts[following.earlier].tolist(), texts[following.later].tolist())
+    return fit_head(encode, parts["train"]["text"][:], epsilon=epsilon_of(epsilon), pairs=pairs, seed=seed)
+
+
+def described(head: DenseHead, parts: Mapping) -> str:
+    """One line of what was fitted, on how many notes."""
+    how = "centring alone" if math.isinf(head.epsilon) else f"epsilon {head.epsilon:g}"
+    return f"head       {how}, fitted on {min(len(parts['train']), SAMPLE):,} notes of training patients"
 
 
 def compared(notes: datasets.Dataset, z: torch.Tensor, head: DenseHead, arguments: argparse.Namespace) -> list[dict]:
@@ -98,7 +104,7 @@ def compared(notes: datasets.Dataset, z: torch.Tensor, head: DenseHead, argument
     pairs = adjacent_pairs(notes)
     tasks = similarity_tasks(arguments.similarity or ["same_patient"], notes)
     measured, first = [], {}
-    for name, rows in (("as it is", z), (f"with the head, {arguments.epsilon}", head(z))):
+    for name, rows in (("as it is", z), ("with the head", head(z))):
         found = {
             "name": name,
             "geometry": geometry_report(rows[pairs.earlier], rows[pairs.later], k=20),
@@ -123,15 +129,12 @@ def compared(notes: datasets.Dataset, z: torch.Tensor, head: DenseHead, argument
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line and run; what is wrong is one line."""
+    """Read the command line and run."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    try:
-        run(parser().parse_args(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(f"densefeat head: error: {error}")
+    run(parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`densefeat`: continued pretraining, measurement and the dense head from a shell."""
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,14 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         from hf_densefeat.commands.pretrain import main as pretrain
 
         pretrain(rest)
-    elif name == "probe":
-        from hf_densefeat.commands.probe import main as probe
-
-        probe(rest)
-    elif name == "head":
-        from hf_densefeat.commands.head import main as head
-
-        head(rest)
+    elif name in ("probe", "head"):
+        command = importlib.import_module(f"hf_densefeat.commands.{name}")
+        try:
+            command.main(rest)
+        except (ValueError, OSError) as error:  # what is wrong with notes, model or options is one line
+            sys.exit(f"densefeat {name}: error: {error}")
     elif name in ("--help", "-h"):
         print(USAGE)
     else:

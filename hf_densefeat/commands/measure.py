@@ -55,7 +55,6 @@ class Measurement:
     """Similarity and geometry of held-out patients' notes, and linear probes over all patients', of a frozen encoder."""
 
     def __init__(self, recipe: RecipeArguments, parts: dict, args: DenseTrainingArguments):
-        self.parts = parts
         held_out = sample(parts["test"], recipe.max_measured_notes // 2, args.seed)
         self.pairs = adjacent_pairs(held_out)
         self.texts, self.k, self.device = list(held_out["text"]), args.subspace_dim, args.device

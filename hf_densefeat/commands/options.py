@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from hf_densefeat.models.head import epsilon_of
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
 
@@ -97,8 +98,11 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Reci
         parser.error("no notes: pass --notes, a file, folder or Hub name, or name them in the config.")
     if not (recipe.model_name_or_path or recipe.config_name):
         parser.error("no model: pass --model_name_or_path, a Hub name or folder (or --config_name for a new one).")
-    if recipe.head not in ("none", "center", "auto") and not is_positive(recipe.head):
-        parser.error(f"expected --head none, center, auto or a number above 0 but got {recipe.head!r}.")
+    if recipe.head != "none":
+        try:
+            epsilon_of(recipe.head)
+        except ValueError as error:
+            parser.error(f"--head none, or an epsilon: {error}")
     for task in recipe.probe:
         if task.count(":") != 1:
             parser.error(f"expected --probe label_column:kind but got {task!r}, as in --probe died:binary.")
@@ -123,14 +127,6 @@ def options_of(config: Path | str | None, parser: HfArgumentParser) -> list[str]
         if items not in ([""], ["null"]):
             words += [f"--{key}", *items]
     return words
-
-
-def is_positive(word: str) -> bool:
-    """Whether a word is a number above 0."""
-    try:
-        return float(word) > 0
-    except ValueError:
-        return False
 
 
 def nearest(word: str, parser: argparse.ArgumentParser) -> str:

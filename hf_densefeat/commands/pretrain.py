@@ -6,7 +6,6 @@ pictures.
 """
 
 import json
-import math
 import os
 import sys
 import textwrap
@@ -15,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import disable_progress_bars
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_densefeat.commands.head import described, fit_on_parts
 from hf_densefeat.commands.measure import Measurement
 from hf_densefeat.commands.options import RecipeArguments, parse
 from hf_densefeat.data.notes import describe_notes, load_notes
@@ -28,7 +27,6 @@ from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.sections import split_into_sections
 from hf_densefeat.data.splits import split_by_patient, split_record
 from hf_densefeat.models.dense import AutoDenseModel
-from hf_densefeat.models.head import SAMPLE, fit_head
 from hf_densefeat.reporting.comparison import plain_numbers, verdict
 from hf_densefeat.reporting.formats import markdown
 from hf_densefeat.reporting.tables import before_after_table, terminal
@@ -45,7 +43,7 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
         disable_progress_bars()
         args.disable_tqdm = True
     try:
-        trainer, measure, head_is_new = prepare(recipe, args)
+        trainer, measure, parts, head_is_new = prepare(recipe, args)
     except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
         sys.exit(f"pretrain: error: {error}")
 
@@ -62,10 +60,15 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if recipe.head != "none":
-        fit_dense_head(trainer, measure.parts, recipe, args)
+        encode = partial(trainer.dense_model.encode, tokenizer=tokenizer, head=False)
+        head = fit_on_parts(encode, parts, recipe.head, args.seed)
+        trainer.dense_model.dense_head = head
+        say(args, described(head, parts))
     trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
     if args.should_save:
-        after = measure("MLM + dense" if args.dense_weight else "MLM alone", final_model(trainer, args), tokenizer)
+        # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
+        trained = AutoDenseModel.from_pretrained(args.output_dir)
+        after = measure("MLM + dense" if args.dense_weight else "MLM alone", trained, tokenizer)
         report([before, *kept_measurements(recipe), after], trainer, args)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
@@ -74,15 +77,15 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
 
 
 def use_every_core(args: DenseTrainingArguments) -> None:
-    """Undo accelerate's OMP_NUM_THREADS=1 where one process has a CPU for itself."""
+    """Undo the OMP_NUM_THREADS=1 that accelerate sets where one process has a CPU for itself; another number stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate launch sets both
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() < cores and launched:
         torch.set_num_threads(cores)
         say(args, f"threads    {cores}, all cores: accelerate launch leaves one")
 
 
-def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, bool]:
+def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, bool]:
     """Notes split by patient, model, trainer and measurement, each checked; what was read is printed."""
     columns = {"patient_id": recipe.patient_column, "time": recipe.time_column, "text": recipe.text_column}
     named = {role: name for role, name in columns.items() if name}
@@ -108,7 +111,7 @@ def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Dens
     )
     say(args, f"pairs      {trainer.train_dataset.pairs}\ntokens     {trainer.token_stats['train']}")
     say(args, f"objective  {objective_in_words(args)}")
-    return trainer, measure, head_is_new
+    return trainer, measure, parts, head_is_new
 
 
 def objective_in_words(args: DenseTrainingArguments) -> str:
@@ -170,27 +173,6 @@ def how_to_resume(args: DenseTrainingArguments) -> str:
     if found is None:
         return "There is no checkpoint to resume from: --save_steps says how often one is written."
     return f"The same command with --resume_from_checkpoint last goes on from {Path(found).name}."
-
-
-def fit_dense_head(trainer: DenseTrainer, parts: dict, recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
-    """Fit the head on unmasked training notes; "auto" chooses epsilon by validation patients' next notes."""
-    model, tokenizer = final_model(trainer, args), trainer.processing_class
-    encode = partial(model.encode, tokenizer=tokenizer, head=False)
-    epsilon: float | str = {"center": math.inf, "auto": "auto"}.get(recipe.head) or float(recipe.head)
-    pairs = None
-    if epsilon == "auto":
-        following = adjacent_pairs(parts["validation"])
-        texts = np.array(parts["validation"]["text"][:], dtype=object)
-        pairs = (texts[following.earlier].tolist(), texts[following.later].tolist())
-    head = fit_head(encode, parts["train"]["text"][:], epsilon=epsilon, pairs=pairs, seed=args.seed)
-    model.dense_head = head
-    how = "centring alone" if math.isinf(head.epsilon) else f"epsilon {head.epsilon:g}"
-    say(args, f"head       {how}, fitted on {min(len(parts['train']), SAMPLE):,} training notes")
-
-
-def final_model(trainer: DenseTrainer, args: DenseTrainingArguments) -> Any:
-    """The trained model, without what wraps it for training."""
-    return trainer.dense_model
 
 
 def kept_measurements(recipe: RecipeArguments) -> list[dict]:

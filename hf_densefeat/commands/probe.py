@@ -185,7 +185,9 @@ def _result(found: ProbeResult) -> dict:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = argparse.ArgumentParser(
+        prog="densefeat probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     found.add_argument("--model", action="append", required=True, help="PATH or NAME=PATH; the first is the base")
     found.add_argument("--notes", required=True, help="table of notes, see load_notes")
     found.add_argument("--task", action="append", default=[], help="label:kind or label:kind:table")

@@ -13,7 +13,9 @@ import datasets
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from hf_densefeat.data.pairs import NotePairs, PairBatchSampler, pair_tokens
+from hf_densefeat.data.pairs import NotePairs
+from hf_densefeat.data.sampling import PairBatchSampler
+from hf_densefeat.data.tokens import pair_tokens
 
 logger = logging.getLogger(__name__)
 

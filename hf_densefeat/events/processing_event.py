@@ -12,7 +12,8 @@ import torch
 from transformers import FeatureExtractionMixin
 
 from hf_densefeat.data.columns import column
-from hf_densefeat.data.pairs import NotePairs, TokenPairs, adjacent_pairs
+from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.data.tokens import TokenPairs
 from hf_densefeat.events.records import events_of, latest_of_each
 
 logger = logging.getLogger(__name__)

@@ -124,6 +124,19 @@ class DenseHead:
         return cls(mean, matrix, epsilon)
 
 
+def epsilon_of(word: str) -> float | str:
+    """What `center`, `auto` or a number above 0 says of epsilon: inf, "auto" or the number; ValueError for another word."""
+    if word in ("center", "auto"):
+        return math.inf if word == "center" else word
+    try:
+        epsilon = float(word)
+    except ValueError:
+        epsilon = math.nan
+    if not epsilon > 0:
+        raise ValueError(f"Expected center, auto or a number above 0 but got {word!r}.")
+    return epsilon
+
+
 def mean_reciprocal_rank(earlier: Tensor, later: Tensor) -> float:
     """Mean of 1 / rank at which row i of `earlier` finds row i of `later` among all rows by cosine; both (N, d)."""
     a, b = (torch.nn.functional.normalize(z.float(), dim=1) for z in (earlier, later))

@@ -11,7 +11,34 @@ from torch import Tensor
 from hf_densefeat.objective.moments import Moments
 
 
-class Observed:
+class Variation:
+    """Whether and how much one side of one update varies; subclasses say from what the trace is taken."""
+
+    moments: Moments
+    center: bool
+
+    @cached_property
+    def trace(self) -> Tensor:
+        """Trace of Sigma of this update, ()."""
+        raise NotImplementedError
+
+    @cached_property
+    def resolution(self) -> Tensor:
+        """Variance of each column that is rounding, (d,), without gradient."""
+        return self.moments.resolution(self.center)
+
+    @cached_property
+    def varies(self) -> Tensor:
+        """Whether the trace is more than rounding, (): a side that does not vary has no spectrum."""
+        return self.trace > self.resolution.sum()
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The trace, or 1 where nothing varies, ()."""
+        return torch.where(self.varies, self.trace, 1)
+
+
+class Observed(Variation):
     """One side of one update as numbers, without gradient; each is computed when it is first asked for."""
 
     def __init__(self, moments: Moments, center: bool):
@@ -31,21 +58,6 @@ class Observed:
     def trace(self) -> Tensor:
         """Trace of Sigma, ()."""
         return self.scatter.trace() / self.count
-
-    @cached_property
-    def resolution(self) -> Tensor:
-        """Variance of each column that is rounding, (d,)."""
-        return self.moments.resolution(self.center)
-
-    @cached_property
-    def varies(self) -> Tensor:
-        """Whether the trace is more than rounding, ()."""
-        return self.trace > self.resolution.sum()
-
-    @cached_property
-    def scale(self) -> Tensor:
-        """The trace, or 1 where nothing varies, ()."""
-        return torch.where(self.varies, self.trace, 1)
 
     @cached_property
     def normalised(self) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_densefeat.objective.moments import Moments, PairMoments
-from hf_densefeat.objective.running import Average
+from hf_densefeat.objective.running import Average, Variation
 from hf_densefeat.objective.subspace import Eigenspace
 
 
 @dataclass(eq=False)
-class Side:
+class Side(Variation):
     """Second-order statistics of one side, each computed when it is first asked for and differentiable in the moments.
 
     Where the objective has an averaging window, `covariance` is the running average of trace-normalised covariances,
@@ -50,24 +50,9 @@ class Side:
         return self.batch_covariance.trace()
 
     @cached_property
-    def resolution(self) -> Tensor:
-        """Variance (d,) of each column that is rounding, without gradient."""
-        return self.moments.resolution(self.center)
-
-    @cached_property
-    def varies(self) -> Tensor:
-        """Whether the trace is more than rounding, (): a side that does not vary has no spectrum."""
-        return self.trace > self.resolution.sum()
-
-    @cached_property
     def batch_normalised(self) -> Tensor:
         """`batch_covariance` over its trace, (d, d); zeros where nothing varies."""
         return self.batch_covariance / self.scale
-
-    @cached_property
-    def scale(self) -> Tensor:
-        """The trace, or 1 where nothing varies, ()."""
-        return torch.where(self.varies, self.trace, 1)
 
     @cached_property
     def batch_noise(self) -> Tensor:

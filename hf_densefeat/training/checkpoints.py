@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from hf_densefeat.data.pairs import TokenPairs
+from hf_densefeat.data.tokens import TokenPairs
 from hf_densefeat.models.adapters import ADAPTER, load_adapter, merged, save_adapter
 from hf_densefeat.models.sentence_transformers import FILES
 from hf_densefeat.objective.batch_loss import BatchLoss

@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from hf_densefeat.data.collator import tokenize_texts
-from hf_densefeat.data.pairs import PairBatchSampler, TokenPairs
+from hf_densefeat.data.sampling import PairBatchSampler
 from hf_densefeat.data.streaming import PairStream
+from hf_densefeat.data.tokens import TokenPairs, tokenize_texts
 from hf_densefeat.training.preparation import token_pairs
 
 

@@ -9,8 +9,9 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from hf_densefeat.data.collator import DensePairCollator, TokenStats, tokenize_notes
-from hf_densefeat.data.pairs import TokenPairs, adjacent_pairs
+from hf_densefeat.data.collator import DensePairCollator
+from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.tokens import TokenPairs, TokenStats, tokenize_notes
 from hf_densefeat.models.adapters import with_adapter, without_adapter
 from hf_densefeat.models.dense import AutoDenseModel, as_dense
 from hf_densefeat.training.arguments import DenseTrainingArguments

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_densefeat.data.collator import TokenStats
-from hf_densefeat.data.pairs import TokenPairs
 from hf_densefeat.data.streaming import PairStream
+from hf_densefeat.data.tokens import TokenPairs, TokenStats
 from hf_densefeat.evaluation.geometry import effective_rank_of_spectrum
 from hf_densefeat.models.adapters import without_adapter
 from hf_densefeat.objective.batch_loss import BatchLoss
@@ -45,7 +44,7 @@ MOST_SKIPPED = 50  # in a row; the loss scale of float16 may need some
 
 
 class DenseTrainer(Loading, Saving, Trainer):
-    """Continued pretraining with loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth).
+    """Continued pretraining with the loss of `DenseTrainingArguments`: MLM and the dense terms.
 
     The same global batch gives the same loss and the same gradient however it is cut into ranks and micro-batches. The
     dense terms are functions of the moments of all embeddings of an update: these are summed over micro-batches and
@@ -62,7 +61,7 @@ class DenseTrainer(Loading, Saving, Trainer):
         objective: the `DenseObjective` to train instead of that of `args` (whose lambda_sub and other options of the
             objective are then without effect), with terms of your own, or a `BatchLoss`, which is refused with gradient
             accumulation and with several ranks. Log, evaluation and checkpoints have each of its terms.
-        processing_class: the tokenizer, or the processor of windows (`encoders`); by default that of the model.
+        processing_class: the tokenizer, or the processor of windows (`events`); by default that of the model.
         peft_config: train this adapter (LoRA and its kin) and freeze the rest. What is saved is the encoder with the adapter
             merged in, and in `adapter/` the adapter, from which a run resumes. A `PeftModel` as `model` does the same.
         evaluator: called as `evaluator(model, tokenizer)` at each evaluation, on every rank; its dict of numbers joins

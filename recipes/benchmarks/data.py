@@ -24,9 +24,9 @@ from hf_densefeat import (
     load_notes,
     split_by_patient,
 )
-from hf_densefeat.data.collator import tokenize_notes
 from hf_densefeat.data.columns import column, order_of_notes
-from hf_densefeat.data.pairs import PairBatchSampler, TokenPairs
+from hf_densefeat.data.sampling import PairBatchSampler
+from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data"
 KEYS = ["subject_id", "charttime", "note_seq"]

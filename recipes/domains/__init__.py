@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_densefeat import ProbeTask, SimilarityTask
-from hf_densefeat.data.pairs import TokenPairs
+from hf_densefeat.data.tokens import TokenPairs
 
 
 @dataclass

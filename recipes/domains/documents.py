@@ -11,15 +11,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
 from domains import Domain, features
-from domains.rows import training
+from domains.rows import rows_with, training
 from domains.text import seen
 from hf_densefeat import AutoDenseModel, DensePairCollator, SimilarityTask, adjacent_pairs, load_notes
-from hf_densefeat.data.collator import tokenize_notes
-from hf_densefeat.data.pairs import NotePairs, TokenPairs
+from hf_densefeat.commands.measure import sample
+from hf_densefeat.data.pairs import NotePairs
+from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 from hf_densefeat.evaluation.embeddings import encoder_key
 
 LENGTH = 96
@@ -39,12 +41,12 @@ def load(data: Path, model_name_or_path: str) -> Domain:
     """The domain, from a folder of data sets and an encoder to start from."""
     folder = Path(data)
     answers = read_answers(folder / "medquad" / "answers.parquet")
-    parts = {name: rows_of(answers, name) for name in ("train", "validation", "test")}
+    parts = {name: rows_with(answers, "split", name) for name in ("train", "validation", "test")}
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     tokens = tokenize_notes(parts["train"], tokenizer, max_length=LENGTH)[0]
     pairs = adjacent_pairs(parts["train"])
     again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.notes, pairs.patients)
-    searched = {name: documents_up_to(parts[name], count) for name, count in SEARCHED.items()}
+    searched = {name: sample(parts[name], count, seed=0) for name, count in SEARCHED.items()}
     held_out, texts = adjacent_pairs(searched["test"]), np.array(searched["test"]["text"][:], dtype=object)
     chosen = np.random.default_rng(0).permutation(len(parts["train"]))[:FITTED]
     similarity = answer_tasks(searched["test"]) + answer_tasks(searched["validation"], "validation ")
@@ -65,7 +67,7 @@ def load(data: Path, model_name_or_path: str) -> Domain:
         collator=lambda objective: DensePairCollator(tokenizer, objective=objective, mlm_probability=0.3),
         encode=lambda model, inputs: model.encode(inputs, tokenizer, batch_size=256),
         features=partial(features.of_all_words, cut=partial(seen, tokenizer=tokenizer, length=LENGTH)),
-        train_inputs=[parts["train"]["text"][int(i)] for i in chosen],
+        train_inputs=parts["train"].select(chosen)["text"][:],
         earlier=texts[held_out.earlier].tolist(),
         later=texts[held_out.later].tolist(),
         patient=held_out.patient,
@@ -80,6 +82,9 @@ def load(data: Path, model_name_or_path: str) -> Domain:
 def read_answers(path: Path) -> datasets.Dataset:
     """MedQuAD's answers as notes: `patient_id` is the document, `time` the order, and the labels by short names."""
     table = pq.read_table(path)
+    parts = table.group_by("document_id").aggregate([("split", "count_distinct")])
+    whole = parts.filter(pc.equal(parts["split_count_distinct"], 1))["document_id"]
+    table = table.filter(pc.is_in(table["document_id"], whole))  # one document is about diseases of two parts
     table = table.rename_columns(
         [{"focus": "disease", "question_type": "kind", "semantic_type": "type"}.get(n, n) for n in table.column_names]
     )
@@ -87,19 +92,6 @@ def read_answers(path: Path) -> datasets.Dataset:
     disease = [name or document for name, document in zip(notes["disease"][:], notes["document_id"][:], strict=True)]
     notes = notes.remove_columns("disease").add_column("disease", disease)
     return load_notes(notes, columns={"patient_id": "document_id", "time": "order", "text": "text"})
-
-
-def rows_of(notes: datasets.Dataset, split: str) -> datasets.Dataset:
-    """The notes of one split."""
-    return notes.select(np.flatnonzero(np.array(notes["split"][:]) == split))
-
-
-def documents_up_to(notes: datasets.Dataset, count: int) -> datasets.Dataset:
-    """Whole documents, drawn at random, until there are so many notes."""
-    patient = np.unique(np.array(notes["patient_id"][:]), return_inverse=True)[1]
-    order = np.random.default_rng(0).permutation(patient.max() + 1)
-    kept = order[np.cumsum(np.bincount(patient)[order]) <= count]
-    return notes.select(np.flatnonzero(np.isin(patient, kept)))
 
 
 def answer_tasks(notes: datasets.Dataset, prefix: str = "") -> list[SimilarityTask]:

@@ -20,8 +20,8 @@ from domains import Domain, features
 from domains.notes import CLUSTER, labels_key, labels_of, own_notes
 from domains.rows import balanced, sample, standardised, training
 from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, SimilarityTask, adjacent_pairs, load_notes
-from hf_densefeat.data.collator import tokenize_notes
-from hf_densefeat.data.pairs import NotePairs, TokenPairs
+from hf_densefeat.data.pairs import NotePairs
+from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 from hf_densefeat.evaluation.embeddings import encoder_key
 
 DATA = Path(__file__).resolve().parent.parent / "data"

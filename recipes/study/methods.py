@@ -22,7 +22,6 @@ class Method:
         spec_weight: of L_spec, 1 but for the ablation.
         most_rank: L_spec is without effect where the participation ratio, 1 / ||Sigma / tr Sigma||^2, is above this.
         broadening: of the projectors' gradient.
-        pair_weight: of `unshared_variance`, beside the dense terms.
         clean: the dense terms see the unmasked input, in a second forward.
         layer: the embedding is of this layer's output instead of the last's, in training and afterwards.
         after: (name of a method, function of (z of its training notes, z) → z): nothing is trained.
@@ -38,7 +37,6 @@ class Method:
     spec_weight: float = 1.0
     most_rank: float | None = None
     broadening: float = 1.0
-    pair_weight: float = 0.0
     clean: bool = False
     layer: int | None = None
     after: tuple[str, Callable] | None = None
@@ -131,10 +129,10 @@ SWEEP_METHODS = {
     "rank at most 64": {"most_rank": 64.0},
     "MLM alone, first layer": {"layer": 0, "arguments": {"dense_weight": 0.0}},
     "first layer": {"layer": 0},
-    "pairing-aware, no L_sub": {"pair_weight": 0.1, "arguments": {"lambda_sub": 0.0}},
-    "pairing-aware and L_sub": {"pair_weight": 0.1},
-    "pairing-aware at 0.5": {"pair_weight": 0.5},
-    "pairing-aware at 2": {"pair_weight": 2.0},
+    "pairing-aware, no L_sub": {"arguments": {"lambda_pair": 0.1, "lambda_sub": 0.0}},
+    "pairing-aware and L_sub": {"arguments": {"lambda_pair": 0.1}},
+    "pairing-aware at 0.5": {"arguments": {"lambda_pair": 0.5}},
+    "pairing-aware at 2": {"arguments": {"lambda_pair": 2.0}},
 }
 
 

@@ -73,7 +73,7 @@ class Study:
         defaults = DenseTrainingArguments(output_dir="-", report_to="none")
         arguments = {key: getattr(defaults, key) for key in DEFAULTS} | method.arguments
         rest = (method.supervised, method.self_pairs, method.spec_weight, method.most_rank, method.broadening)
-        rest += (method.pair_weight, method.clean, self.steps, seed)
+        rest += (method.clean, self.steps, seed)
         rest += () if method.layer is None else (method.layer,)
         digest = hashlib.sha256(repr((sorted(arguments.items()), rest)).encode()).hexdigest()[:8]
         clean = "".join(letter if letter.isalnum() or letter in "+-." else "_" for letter in name)

@@ -1,12 +1,12 @@
-"""Similarity of one encoder's embeddings: as they are, centred, and after the affine map of the best epsilon."""
+"""Similarity of one encoder's embeddings: as they are, centred, and after the dense head of the best epsilon."""
 
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from domains import Domain
 from torch import Tensor
 
+from hf_densefeat import DenseHead
 from hf_densefeat.evaluation.similarity import similarity_of
 from hf_densefeat.evaluation.similarity_tasks import similarity_rows
 
@@ -40,7 +40,7 @@ class SimilarityMeasures:
             train: embeddings of training notes, on which the maps are fitted.
         """
         epsilon = self.best_epsilon(encode, train)
-        maps = {"as it is": None, "centred": affine_map(train, np.inf), "mapped": affine_map(train, epsilon)}
+        maps = {"as it is": None, "centred": DenseHead.fit(train), "mapped": DenseHead.fit(train, epsilon=epsilon)}
         found = {"epsilon": np.array([epsilon])}
         for name, rows in self.rows.items():
             z, queries = encode(rows.texts), encode(rows.queries) if rows.queries else None
@@ -63,18 +63,6 @@ class SimilarityMeasures:
         z, options = encode(self.label_free.texts), {"codes": ("float",), "divisors": (1,), "bootstraps": 0}
         scores = {}
         for epsilon in EPSILONS:
-            result = similarity_of(z, self.label_free, head=affine_map(train, epsilon), **options)
+            result = similarity_of(z, self.label_free, head=DenseHead.fit(train, epsilon=epsilon), **options)
             scores[epsilon] = result.metrics["adjacent_mrr"].value
         return max(scores, key=scores.get)
-
-
-def affine_map(train: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
-    """Z → (z − μ) V (Λ + ε λ̄ I)^(−1/2) of the rows' mean, principal axes and eigenvalues; ε = ∞ subtracts the mean."""
-    rows = train.double()
-    mean = rows.mean(0)
-    if epsilon == np.inf:
-        return lambda z: (z.double() - mean).float()
-    values, vectors = torch.linalg.eigh((rows - mean).mT @ (rows - mean) / len(rows))
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    matrix = vectors * (values + epsilon * values.mean()).rsqrt()
-    return lambda z: ((z.double() - mean) @ matrix).float()

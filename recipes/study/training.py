@@ -23,9 +23,7 @@ def study_objective(args: DenseTrainingArguments, method: Method) -> DenseObject
             "spectral_spreading": (0.0, spectral_spreading_term),
             "bounded_rank": (method.spec_weight, BoundedRank(rank=method.most_rank)),
         }
-    if method.pair_weight:
-        terms["unshared_variance"] = method.pair_weight
-    return args.dense_objective(broadening=method.broadening, terms=terms | (args.terms or {}))
+    return args.dense_objective(broadening=method.broadening, terms=terms)
 
 
 class StudyTrainer(DenseTrainer):

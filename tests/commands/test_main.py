@@ -39,7 +39,7 @@ def test_a_misspelt_option_names_the_nearest(capsys):
     assert "Did you mean learning_rate" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         options.parse(["--notes", "x", "--model_name_or_path", "y", "--head", "centre", "--use_cpu"])
-    assert "none, center, auto or a number" in capsys.readouterr().err
+    assert "center, auto or a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("epsilon", ["center", "auto", "0.5"])

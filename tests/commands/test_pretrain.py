@@ -198,3 +198,19 @@ def test_an_empty_file_an_unknown_key_and_a_model_without_a_head_are_named(run, 
     message = run("--notes", table, "--config_name", vision, *SMALL)
     assert "no language-modelling head" in message
     assert "mlm_weight=0" in message
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("1", 2), ("3", 1), (None, 1)])
+def test_only_accelerates_single_thread_is_undone(recipe, monkeypatch, tmp_path, chosen, expected):
+    """A number of threads that the user chose stays."""
+    args = recipe.parse(["--use_cpu", "--output_dir", str(tmp_path)], DOCUMENTS)[1]
+    set_to = [1]
+    monkeypatch.setattr(recipe.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(recipe.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(recipe.torch, "set_num_threads", set_to.append)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    recipe.use_every_core(args)
+    assert set_to[-1] == expected

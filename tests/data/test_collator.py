@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_densefeat.data.collator import DensePairCollator, tokenize_notes
+from hf_densefeat.data.collator import DensePairCollator
+from hf_densefeat.data.tokens import tokenize_notes
 
 
 def make_pair(rng, tokenizer, draw):

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_densefeat.data.notes import load_notes
-from hf_densefeat.data.pairs import NotePairs, PairBatchSampler, TokenPairs, _spread, adjacent_pairs
+from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.data.sampling import PairBatchSampler, _spread
+from hf_densefeat.data.tokens import TokenPairs
 
 note = st.tuples(st.integers(0, 6), st.integers(-3, 3), st.integers(0, 2), st.sampled_from(["DS", "RR", None]))
 

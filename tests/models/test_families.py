@@ -26,8 +26,7 @@ from transformers import (
 )
 
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, adjacent_pairs
-from hf_densefeat.data.collator import tokenize_notes
-from hf_densefeat.data.pairs import TokenPairs
+from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 from hf_densefeat.models.dense import as_dense
 
 pytestmark = pytest.mark.slow

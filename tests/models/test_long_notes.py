@@ -8,8 +8,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig, T5Config, T5EncoderModel
 
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, adjacent_pairs
-from hf_densefeat.data.collator import DensePairCollator, tokenize_notes
-from hf_densefeat.data.pairs import TokenPairs
+from hf_densefeat.data.collator import DensePairCollator
+from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 from hf_densefeat.models.dense import as_dense
 
 WINDOW = 12

@@ -158,7 +158,7 @@ def test_ablation_and_rank_limit_change_the_loss_alone(tmp_path, tokenizer):
         assert found[name]["loss"] == pytest.approx(plain["loss"] - plain["spectral_spreading"])
 
 
-@pytest.mark.parametrize("change", [{"clean": True}, {"pair_weight": 0.5}, {"broadening": 0.1}])
+@pytest.mark.parametrize("change", [{"clean": True}, {"arguments": {"lambda_pair": 0.5}}, {"broadening": 0.1}])
 def test_variants_train(change, tmp_path, tokenizer):
     trainer = trainer_of(Method("variant", **change), tmp_path, tokenizer)
     before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])

@@ -96,3 +96,14 @@ def test_command_line_types(tmp_path):
     for field in dataclasses.fields(DenseTrainingArguments):
         if field.name not in stock:
             assert field.metadata["help"].endswith("."), field.name
+
+
+def test_terms_given_to_the_objective_join_those_of_the_arguments(tmp_path):
+    """Neither replaces the other, and a pairing weight that is given by name wins."""
+    args = arguments(tmp_path, terms={"sphericity": 0.2})
+    assert {"sphericity", "bounded_rank", "unshared_variance"} <= set(
+        args.dense_objective(terms={"bounded_rank": 1.0}).terms
+    )
+    assert args.dense_objective(terms={"unshared_variance": 2.0}).terms["unshared_variance"][0] == 2.0
+    with pytest.raises(ValueError, match="lambda_pair >= 0"):
+        arguments(tmp_path, lambda_pair=-1.0)

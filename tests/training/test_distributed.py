@@ -11,8 +11,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hf_densefeat import AutoDenseModel, DenseObjective, DensePairCollator, adjacent_pairs
-from hf_densefeat.data.collator import tokenize_notes
-from hf_densefeat.data.pairs import PairBatchSampler, TokenPairs
+from hf_densefeat.data.sampling import PairBatchSampler
+from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

@@ -7,8 +7,7 @@ from distributed_worker import Ranks, train
 from torch import nn
 
 from hf_densefeat import BatchLoss, DenseObjective, adjacent_pairs
-from hf_densefeat.data.collator import tokenize_notes
-from hf_densefeat.data.pairs import TokenPairs
+from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 
 # ---- What a stranger writes ----
 

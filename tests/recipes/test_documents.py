@@ -1,0 +1,77 @@
+"""The study of documents, on a table of MedQuAD's layout: similarity of every method, and the default's own terms."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import WORDS, make_model
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+
+import compare
+from study.methods import METHODS
+from study.training import study_objective
+
+from hf_densefeat import DenseTrainingArguments
+
+pytestmark = [pytest.mark.recipe, pytest.mark.slow]
+PARTS = {"train": 40, "validation": 8, "test": 20}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Documents of three answers, each of its own disease, two documents a disease."""
+    rng, rows = np.random.default_rng(0), []
+    for split, documents in PARTS.items():
+        for document in range(documents):
+            topic = rng.choice(WORDS, 6)
+            for order, kind in enumerate(("information", "symptoms", "treatment"), start=1):
+                rows.append(
+                    {
+                        "document_id": f"{split} {document}",
+                        "order": str(order),
+                        "text": " ".join(np.r_[rng.choice(topic, 8), rng.choice(WORDS, 4), [kind]]),
+                        "question": f"{kind} of {topic[0]} ?",
+                        "question_type": kind,
+                        "focus": f"{split} {document // 2}",
+                        "semantic_type": ("T047", "T191")[document % 2],
+                        "split": split,
+                    }
+                )
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "medquad").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "medquad" / "answers.parquet")
+    return folder
+
+
+def test_tables_of_similarity_are_written_with_every_map(data, tokenizer, tmp_path):
+    """As it is, centred and mapped, with the verdict first; no text of the documents."""
+    make_model("bert", tokenizer).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    words = ["--domain", "documents", "--data", data, "--model_name_or_path", tmp_path / "encoder", "--steps", 2]
+    words += ["--methods", "features,start,mlm,mlm+dense", "--output", tmp_path, "--work", tmp_path / "work"]
+    numbers = compare.main(list(map(str, words)))
+    report = (tmp_path / "documents.md").read_text()
+    for title in ("Table 5. Similarity, cosine as it is", "centred", "after the best affine map", "Fewer bits"):
+        assert title in report
+    assert report.index("Content, as it is: MLM + dense (default) − MLM") < report.index("Table 5")
+    assert 0 < numbers["methods"]["mlm"]["question → answer: mrr, as it is"]["value"] <= 1
+    assert "information of" not in report
+
+
+def test_a_missing_encoder_is_said_at_once(data):
+    """The domain has no encoder of its own."""
+    with pytest.raises(SystemExit):
+        compare.main(["--domain", "documents", "--data", str(data)])
+
+
+@pytest.mark.parametrize(("method", "weight"), [("mlm+dense", 0.3), ("mlm+dense-spec", 0.3), ("mlm+dense-pair", None)])
+def test_the_studys_objective_is_that_of_the_arguments(tmp_path, method, weight):
+    """What a method changes does not lose the pairing of the default."""
+    args = DenseTrainingArguments(output_dir=str(tmp_path), report_to="none", **METHODS[method].arguments)
+    terms = study_objective(args, METHODS[method]).terms
+    assert terms.get("unshared_variance", (None,))[0] == weight
+    assert terms["spectral_spreading"][0] == METHODS[method].spec_weight
