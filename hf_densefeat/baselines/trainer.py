@@ -54,7 +54,7 @@ class SupervisedTrainer(DenseTrainer):
     def __init__(self, model, args, *, labels: Sequence[int] | np.ndarray, classes: int, **kwargs):
         self.classifier = Classifier(model.config.hidden_size, classes, args.seed)
         super().__init__(model, args, objective=BatchLoss(self.classifier, name="pair_loss"), **kwargs)
-        labels, rows = np.asarray(labels), self.train_dataset.pairs.notes
+        labels, rows = np.asarray(labels), self.train_dataset.pairs.num_notes
         if len(labels) != rows or labels.min() < -1 or labels.max() >= classes:
             raise ValueError(
                 f"Expected {rows:,} labels between -1 and {classes - 1}, one a note, but got {len(labels):,} between "

@@ -94,7 +94,7 @@ def write_report(found: dict[str, Found], reading: Reading, arguments: argparse.
         projection=draw_projection(found, reading, arguments),
         rows=rows_table(base.similarity) + rows_table(base.probes)[1:],
     )
-    counts = {"notes": len(reading.notes), "patients": reading.pairs.patients, "pairs": len(reading.pairs)}
+    counts = {"notes": len(reading.notes), "patients": reading.pairs.num_patients, "pairs": len(reading.pairs)}
     settings = {name: getattr(arguments, name) for name in ("k", "bootstraps", "shots", "seed")}
     how = {
         "facts": facts_of(found, counts, arguments),

@@ -22,7 +22,7 @@ class DensePairCollator:
     the tokenizer has them, and `num_pairs`, an int. Rows are padded to the longest of the batch.
 
     Masks are those of `transformers.DataCollatorForLanguageModeling` (80 % mask token, 10 % random token, 10 % left;
-    with whole words: all mask token), drawn for each row from (draw, side): they do not depend on the other rows, the
+    with whole words: all mask token), drawn for each row from (mask_seed, side): they do not depend on the other rows, the
     padding, the worker or the rank. A short row may get no mask at all.
 
     With `objective="causal"` labels are shifted: `labels[t]` is the token to be predicted at position t, that is
@@ -38,7 +38,7 @@ class DensePairCollator:
         whole_word_mask: Mask all tokens of a word or none; needs `word_ids` from `tokenize_notes`.
         pad_to_multiple_of: Round the padded length up to a multiple of this.
         chunk_length: Cut longer notes, as `tokenize_notes(chunk=True)` gives them, into rows of so many tokens. The batch
-            then has at least 2B rows, and `owner`, which of the 2B notes each row belongs to.
+            then has at least 2B rows, and `chunk_to_note`, which of the 2B notes each row belongs to.
 
     Raises:
         ValueError: If the tokenizer has no padding token, or no mask token where masks are asked for.
@@ -86,9 +86,9 @@ class DensePairCollator:
         else:
             ids = self.tokenizer("")["input_ids"] or [self.tokenizer.pad_token_id]
             rows = [(np.array(ids), np.full(len(ids), -100))] * 2
-        owner = range(len(rows))
+        chunk_to_note = range(len(rows))
         if self.chunk_length:
-            rows, owner = self._chunks(rows)
+            rows, chunk_to_note = self._chunks(rows)
         longest = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
             longest = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -104,21 +104,21 @@ class DensePairCollator:
         if "token_type_ids" in self.tokenizer.model_input_names:
             batch["token_type_ids"] = torch.zeros_like(input_ids)
         if self.chunk_length:
-            batch["owner"] = torch.tensor(owner)
+            batch["chunk_to_note"] = torch.tensor(chunk_to_note)
         batch["num_pairs"] = len(pairs)
         return batch
 
     def _chunks(self, notes: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list, list[int]]:
         """Return the rows of all chunks, and the note that each belongs to."""
-        rows, owner = [], []
+        rows, chunk_to_note = [], []
         for note, (ids, targets) in enumerate(notes):
             for start in range(0, len(ids), self.chunk_length):
                 part = slice(start, start + self.chunk_length)
                 rows.append((ids[part], targets[part]))
-                owner.append(note)
+                chunk_to_note.append(note)
                 if self.objective == "causal":
                     rows[-1][1][-1] = -100  # the next chunk's first token is not to be predicted from here
-        return rows, owner
+        return rows, chunk_to_note
 
     def _row(self, pair: dict, side: str) -> tuple[np.ndarray, np.ndarray]:
         """Return one note's input ids and labels."""
@@ -128,7 +128,7 @@ class DensePairCollator:
         if self.objective is None:
             return ids, np.full(len(ids), -100)
         words = pair[f"{side}_word_ids"] if self.whole_word_mask else None
-        return self.masking.row(ids, words, seed=(pair["draw"], int(side == "later")))
+        return self.masking.row(ids, words, seed=(pair["mask_seed"], int(side == "later")))
 
 
 class _Masking(DataCollatorForLanguageModeling):

@@ -18,17 +18,17 @@ class NotePairs:
     Attributes:
         earlier: (P,) int64, rows of the earlier notes. Pairs are ordered by patient, then time.
         later: (P,) int64, rows of the notes that follow them.
-        patient: (P,) int64, a dense code per patient, 0 … patients − 1; equal codes mean the same patient.
-        notes: Number of notes the pairs were made from.
-        patients: Number of patients among these notes.
+        patient: (P,) int64, a dense code per patient, 0 … num_patients − 1; equal codes mean the same patient.
+        num_notes: Number of notes the pairs were made from.
+        num_patients: Number of patients among these notes.
         removed: Number of adjacent pairs each filter took away, by the filter's name.
     """
 
     earlier: np.ndarray
     later: np.ndarray
     patient: np.ndarray
-    notes: int
-    patients: int
+    num_notes: int
+    num_patients: int
     removed: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -38,7 +38,7 @@ class NotePairs:
     def __str__(self) -> str:
         """Return one line of counts."""
         paired = len(np.unique(self.patient))
-        text = f"{len(self):,} pairs of {paired:,} patients, from {self.notes:,} notes of {self.patients:,} patients"
+        text = f"{len(self):,} pairs of {paired:,} patients, from {self.num_notes:,} notes of {self.num_patients:,} patients"
         gone = ", ".join(f"{count:,} by {name}" for name, count in self.removed.items())
         return f"{text}; removed: {gone}" if gone else text
 

@@ -22,7 +22,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
     Every pair comes once per epoch and every rank yields the same number of lists. The last step batch may be short;
     a rank whose slice of it is empty yields an empty list, so that no rank waits for another.
 
-    Items are `(pair, draw)`; `draw`, in [0, 2³¹), depends on (seed, epoch, pair) and seeds the masks of that pair.
+    Items are `(pair, mask_seed)`; `mask_seed`, in [0, 2³¹), depends on (seed, epoch, pair) and seeds the masks of that pair.
 
     Args:
         pairs: What `adjacent_pairs` returns.
@@ -56,9 +56,9 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         spread_patients: bool = False,
     ):
         lengths = np.asarray(lengths, dtype=np.int64)
-        if len(lengths) != pairs.notes:
+        if len(lengths) != pairs.num_notes:
             raise ValueError(
-                f"Expected one length per note, {pairs.notes:,}, got {len(lengths):,}. Pass the `length` column of "
+                f"Expected one length per note, {pairs.num_notes:,}, got {len(lengths):,}. Pass the `length` column of "
                 "the tokenised notes the pairs were made from."
             )
         for name, value in {"batch_size": batch_size, "ranks": ranks, "accumulation": accumulation}.items():
@@ -108,11 +108,11 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
             order = rng.permutation(len(start))
             # A bucket holds a quarter of the pairs at most: a small data set too has other batches every epoch.
             bucket = size * int(np.clip(n // (4 * size), 1, 50))
-            rooms = [bucket] * (full // bucket) + [full % bucket] * (full % bucket > 0)
-            start, count = _pack(start[order], count[order], rooms + [rest] * (rest > 0))
+            capacities = [bucket] * (full // bucket) + [full % bucket] * (full % bucket > 0)
+            start, count = _pack(start[order], count[order], capacities + [rest] * (rest > 0))
             ends = np.cumsum(count)
             longest = np.maximum.reduceat(self.length[_expand(start, count)], ends - count)
-            batches, pieces = [], np.searchsorted(ends, np.cumsum(rooms, dtype=np.int64)) + 1
+            batches, pieces = [], np.searchsorted(ends, np.cumsum(capacities, dtype=np.int64)) + 1
             for piece in np.split(np.arange(len(start)), pieces):
                 piece = piece[np.argsort(-longest[piece], kind="stable")]
                 inside = int(count[piece].sum())
@@ -130,21 +130,21 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         return [batch[np.lexsort((batch, -self.length[batch]))] for batch in batches]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield this rank's micro-batches of `(pair, draw)`."""
-        draws = np.random.default_rng((self.seed, self.epoch if self.shuffle else 0, 1))
-        draws = draws.integers(2**31, size=len(self.length))
+        """Yield this rank's micro-batches of `(pair, mask_seed)`."""
+        mask_seeds = np.random.default_rng((self.seed, self.epoch if self.shuffle else 0, 1))
+        mask_seeds = mask_seeds.integers(2**31, size=len(self.length))
         for batch in self.step_batches():
             for start in range(0, len(batch), self.batch_size * self.ranks):
                 micro_step = batch[start : start + self.batch_size * self.ranks]
                 mine = np.array_split(micro_step, self.ranks)[self.rank]
-                yield list(zip(mine.tolist(), draws[mine].tolist(), strict=True))
+                yield list(zip(mine.tolist(), mask_seeds[mine].tolist(), strict=True))
 
 
-def _runs(patient: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut each patient's consecutive pairs into runs of up to `most`: first pair and size of every run."""
+def _runs(patient: np.ndarray, maximum: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut each patient's consecutive pairs into runs of up to `maximum`: first pair and size of every run."""
     begins = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
     place = np.arange(len(patient)) - np.repeat(begins, np.diff(np.r_[begins, len(patient)]))
-    start = np.flatnonzero(place % most == 0)
+    start = np.flatnonzero(place % maximum == 0)
     return start, np.diff(np.r_[start, len(patient)])
 
 
@@ -153,28 +153,28 @@ def _expand(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
 
 
-def _pack(start: np.ndarray, count: np.ndarray, rooms: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder runs so that they fill the rooms exactly, one after the other; what is left comes last.
+def _pack(start: np.ndarray, count: np.ndarray, capacities: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Reorder runs so that they fill the capacities exactly, one after the other; what is left comes last.
 
     Greedy: the first run in the given order that still fits goes in; only where none fits is one cut in two.
     """
-    if np.isin(np.cumsum(rooms), np.cumsum(count)).all():
+    if np.isin(np.cumsum(capacities), np.cumsum(count)).all():
         return start, count
     waiting = {size: deque() for size in range(1, int(count.max()) + 1)}
     for rank, (first, size) in enumerate(zip(start.tolist(), count.tolist(), strict=True)):
         waiting[size].append((rank, first))
     packed = []
-    for room in [*rooms, int(count.sum()) - sum(rooms)]:
-        while room > 0:
-            size = min((s for s in waiting if s <= room and waiting[s]), key=lambda s: waiting[s][0], default=0)
+    for capacity in [*capacities, int(count.sum()) - sum(capacities)]:
+        while capacity > 0:
+            size = min((s for s in waiting if s <= capacity and waiting[s]), key=lambda s: waiting[s][0], default=0)
             if size == 0:
                 size = min((s for s in waiting if waiting[s]), key=lambda s: waiting[s][0])
                 rank, first = waiting[size].popleft()
-                waiting[size - room].appendleft((rank, first + room))
-                packed.append((first, room))
+                waiting[size - capacity].appendleft((rank, first + capacity))
+                packed.append((first, capacity))
                 break
             packed.append((waiting[size].popleft()[1], size))
-            room -= size
+            capacity -= size
     start, count = np.array(packed, dtype=np.int64).T
     return start, count
 

@@ -124,7 +124,7 @@ class PairStream(IterableDataset):
         if any(columns["cut"]) and not self.said_cut:
             self.said_cut = True
             logger.warning("The stream has notes longer than the limit on tokens: they are cut, and not counted.")
-        return self.collate(pair_tokens(columns, [draw for _, draw in items]))
+        return self.collate(pair_tokens(columns, [mask_seed for _, mask_seed in items]))
 
     def _pairs(self, position: dict) -> Iterator[tuple[_Note, _Note]]:
         """Yield the pairs of adjacent notes from a position on, one pass after another."""

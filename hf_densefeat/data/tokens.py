@@ -152,7 +152,9 @@ def tokenize_texts(
 
 
 class TokenPairs(Dataset):
-    """Map-style dataset of `{"earlier": ids, "later": ids, "draw": draw}`, looked up by `(pair, draw)` or by pair.
+    """Map-style dataset of pairs, looked up by `(pair, mask_seed)` or by pair.
+
+    An item is `{"earlier": ids, "later": ids, "mask_seed": mask_seed}`.
 
     Args:
         tokens: What `tokenize_notes` returns for the notes the pairs were made from; read memory-mapped.
@@ -160,9 +162,9 @@ class TokenPairs(Dataset):
     """
 
     def __init__(self, tokens: datasets.Dataset, pairs: NotePairs):
-        if len(tokens) != pairs.notes:
+        if len(tokens) != pairs.num_notes:
             raise ValueError(
-                f"Expected the tokens of the {pairs.notes:,} notes the pairs were made from, got {len(tokens):,} rows."
+                f"Expected the tokens of the {pairs.num_notes:,} notes the pairs were made from, got {len(tokens):,} rows."
             )
         columns = [name for name in ("input_ids", "word_ids") if name in tokens.column_names]
         self.tokens, self.pairs = tokens.select_columns(columns), pairs
@@ -180,16 +182,16 @@ class TokenPairs(Dataset):
         """Return the pairs of one micro-batch, read in one go; an empty list for an empty list."""
         if not items:
             return []
-        index, draws = zip(*(item if isinstance(item, tuple) else (item, 0) for item in items), strict=True)
+        index, mask_seeds = zip(*(item if isinstance(item, tuple) else (item, 0) for item in items), strict=True)
         index = np.array(index)
-        return pair_tokens(self.tokens[np.r_[self.pairs.earlier[index], self.pairs.later[index]]], draws)
+        return pair_tokens(self.tokens[np.r_[self.pairs.earlier[index], self.pairs.later[index]]], mask_seeds)
 
 
-def pair_tokens(columns: dict[str, list], draws: Sequence[int]) -> list[dict]:
+def pair_tokens(columns: dict[str, list], mask_seeds: Sequence[int]) -> list[dict]:
     """Return one dict a pair, of columns with the earlier notes of all pairs, then the later ones."""
-    n, batch = len(draws), []
-    for i, draw in enumerate(draws):
-        pair = {"earlier": columns["input_ids"][i], "later": columns["input_ids"][n + i], "draw": int(draw)}
+    n, batch = len(mask_seeds), []
+    for i, mask_seed in enumerate(mask_seeds):
+        pair = {"earlier": columns["input_ids"][i], "later": columns["input_ids"][n + i], "mask_seed": int(mask_seed)}
         if "word_ids" in columns:
             pair |= {"earlier_word_ids": columns["word_ids"][i], "later_word_ids": columns["word_ids"][n + i]}
         batch.append(pair)

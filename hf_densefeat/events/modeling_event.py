@@ -48,7 +48,7 @@ class EventConfig(PreTrainedConfig):
         num_attention_heads: heads.
         intermediate_size: width between the two linear maps of a layer.
         dropout: of embeddings and of what each half of a layer adds. Not of attention weights and inside the feed-forward
-            half: on a CPU these draws cost as much as all the rest.
+            half: on a CPU these mask_seeds cost as much as all the rest.
         initializer_range: standard deviation of the initial weights.
         densefeat: pooling, "mean" or "max": an event has no place by which a first or last one would stand out.
     """

@@ -128,11 +128,11 @@ class MultimodalPairCollator(WindowPairCollator):
 
     def row(self, row: dict, seed: tuple[int, int]) -> dict:
         """The row with masked tokens and values, and the labels of both."""
-        draw, side = seed
+        mask_seed, side = seed
         ids, labels = row["input_ids"], np.zeros(0, np.int64)
         if len(ids):
             name = ("earlier", "later")[side]
-            ids, labels = self.text._row({name: ids, "draw": draw}, name)
+            ids, labels = self.text._row({name: ids, "mask_seed": mask_seed}, name)
         values = {"input_ids": row["event_ids"], "quantiles": row["quantiles"], "hours": row["hours"]}
         return _joined(ids, labels, self.events.row(values, seed))
 

@@ -223,11 +223,16 @@ def pad_rows(rows: dict[str, list[np.ndarray]]) -> dict[str, torch.Tensor]:
 
 
 class WindowPairs(TokenPairs):
-    """Pairs of windows that have been read: `{"earlier": row, "later": row, "draw": draw}`, by `(pair, draw)` or pair."""
+    """Pairs of windows that have been read, looked up by `(pair, mask_seed)` or by pair.
+
+    An item is `{"earlier": row, "later": row, "mask_seed": mask_seed}`.
+    """
 
     def __init__(self, rows: list[dict], pairs: NotePairs):
-        if len(rows) != pairs.notes:
-            raise ValueError(f"Expected the {pairs.notes:,} windows the pairs were made from, got {len(rows):,} rows.")
+        if len(rows) != pairs.num_notes:
+            raise ValueError(
+                f"Expected the {pairs.num_notes:,} windows the pairs were made from, got {len(rows):,} rows."
+            )
         self.rows, self.pairs = rows, pairs
         self.lengths = np.array([sum(len(row[name]) for name in row if name.endswith("ids")) for row in rows])
 
@@ -235,9 +240,9 @@ class WindowPairs(TokenPairs):
         """Return the pairs of one micro-batch; an empty list for an empty list."""
         found = []
         for item in items:
-            index, draw = item if isinstance(item, tuple) else (item, 0)
+            index, mask_seed = item if isinstance(item, tuple) else (item, 0)
             earlier, later = self.pairs.earlier[index], self.pairs.later[index]
-            found.append({"earlier": self.rows[earlier], "later": self.rows[later], "draw": int(draw)})
+            found.append({"earlier": self.rows[earlier], "later": self.rows[later], "mask_seed": int(mask_seed)})
         return found
 
 
@@ -246,7 +251,7 @@ class WindowPairCollator:
 
     The batch holds what the processor's `pad` gives, `labels` (the bin of each masked value's quantile, −100 elsewhere)
     and `num_pairs`. A masked quantile is replaced by `MASKED`: its value is not in the batch but as a label. Masks are
-    drawn for each row from (draw, side), whatever else is in the batch. An empty list gives two rows without labels.
+    drawn for each row from (mask_seed, side), whatever else is in the batch. An empty list gives two rows without labels.
 
     Args:
         processor: what the windows were read with.
@@ -263,8 +268,8 @@ class WindowPairCollator:
 
     def __call__(self, pairs: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Return the batch of the pairs that `WindowPairs` yields."""
-        rows = [self.row(pair["earlier"], (pair["draw"], 0)) for pair in pairs]
-        rows += [self.row(pair["later"], (pair["draw"], 1)) for pair in pairs]
+        rows = [self.row(pair["earlier"], (pair["mask_seed"], 0)) for pair in pairs]
+        rows += [self.row(pair["later"], (pair["mask_seed"], 1)) for pair in pairs]
         rows = rows or [self.nothing()] * 2
         return self.processor.pad(rows) | {"num_pairs": len(pairs)}
 

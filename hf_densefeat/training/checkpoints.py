@@ -139,7 +139,7 @@ class Saving:
         counts = {}
         if isinstance(self.train_dataset, TokenPairs):
             pairs = self.train_dataset.pairs
-            counts = {"patients": pairs.patients, "notes": pairs.notes, "pairs of adjacent notes": len(pairs)}
+            counts = {"patients": pairs.num_patients, "notes": pairs.num_notes, "pairs of adjacent notes": len(pairs)}
         if "train" in self.token_stats:
             stats = self.token_stats["train"]
             counts |= {"tokens": stats.tokens, f"notes cut to {stats.max_length} tokens": stats.truncated}

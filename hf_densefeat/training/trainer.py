@@ -220,11 +220,13 @@ class DenseTrainer(Loading, Saving, Trainer):
     def embed_pairs(self, model, inputs):
         """One forward of both notes of each pair: outputs, Z_a and Z_b, both (pairs, d)."""
         pairs = int(inputs["num_pairs"])
-        tokens = {name: value for name, value in inputs.items() if name not in ("labels", "num_pairs", "owner")}
+        tokens = {
+            name: value for name, value in inputs.items() if name not in ("labels", "num_pairs", "chunk_to_note")
+        }
         dense = self.dense_model
         with dense.capture_hidden():
             outputs = model(**tokens)
-            z = dense.pooled(tokens["attention_mask"], inputs.get("owner"), num_notes=2 * max(pairs, 1))
+            z = dense.pooled(tokens["attention_mask"], inputs.get("chunk_to_note"), num_notes=2 * max(pairs, 1))
         half = len(z) // 2
         return outputs, z[:pairs], z[half : half + pairs]
 

@@ -71,7 +71,7 @@ def data(args) -> dict:
             )
             against_pandas[name] = spread(seconds["pandas"] / seconds["ours"])
         mapped = stage("pairs, sorted, by naive datasets.map, with the text", lambda: mapped_pairs(notes))
-        lengths = np.random.default_rng(0).integers(16, 513, pairs.notes)
+        lengths = np.random.default_rng(0).integers(16, 513, pairs.num_notes)
         stage("sampler to its first batch", lambda: next(iter(PairBatchSampler(pairs, lengths, 32))))
         some = notes.select(range(min(len(notes), 100_000)))
         tokens, counts = stage("tokenise", lambda: tokenize_notes(some, tokenizer, 512))

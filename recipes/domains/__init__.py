@@ -26,7 +26,7 @@ class Domain:
         make_model: seed → the model that every method starts from; equal seeds, equal weights. It has the mixin.
         processor: tokenizer or event processor, the trainer's `processing_class`.
         train: pairs of training patients' windows: `.pairs` (a `NotePairs`), `.lengths` and `__getitems__`.
-        self_pairs: the same with every training row as both sides of a pair (SimCSE); `.pairs.notes` as in `train`.
+        self_pairs: the same with every training row as both sides of a pair (SimCSE); `.pairs.num_notes` as in `train`.
         collator: "mlm" (masked input, labels) or None (clean input, labels all −100) → the collator.
         encode: (model, inputs) → embeddings (N, d) on the CPU, without gradient and dropout.
         features: (some training inputs, inputs) -> (N, any width), what can be had without an encoder.

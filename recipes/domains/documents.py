@@ -45,7 +45,7 @@ def load(data: Path, model_name_or_path: str) -> Domain:
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     tokens = tokenize_notes(parts["train"], tokenizer, max_length=LENGTH)[0]
     pairs = adjacent_pairs(parts["train"])
-    again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.notes, pairs.patients)
+    again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.num_notes, pairs.num_patients)
     searched = {name: sample(parts[name], count, seed=0) for name, count in SEARCHED.items()}
     held_out, texts = adjacent_pairs(searched["test"]), np.array(searched["test"]["text"][:], dtype=object)
     chosen = np.random.default_rng(0).permutation(len(parts["train"]))[:FITTED]

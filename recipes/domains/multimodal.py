@@ -69,7 +69,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
     facts = (
         f"{source} {paired}; {stats}. Of the training windows {lacking['input_ids']:.0%} have no note and "
         f"{lacking['event_ids']:.0%} no values ({MISSING:.0%} of those with both lost each at random). "
-        f"Held out: {len(held_out):,} windows of {following.patients:,} patients. "
+        f"Held out: {len(held_out):,} windows of {following.num_patients:,} patients. "
         f"Encoder: {make_model(0).num_parameters():,} parameters, {TOKENS} tokens and {MAX_EVENTS} events of a window."
     )
     return Domain(

@@ -52,7 +52,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
 
     paired = str(pairs.pairs).replace("notes", "windows")
     facts = (
-        f"{source} {paired}; {stats}. Held out: {len(held_out):,} windows of {following.patients:,} patients. "
+        f"{source} {paired}; {stats}. Held out: {len(held_out):,} windows of {following.num_patients:,} patients. "
         f"Encoder: {make_model(0).num_parameters():,} parameters, {len(processor.codes)} codes, {processor.max_events} events "
         "of a window."
     )

@@ -61,7 +61,7 @@ def load(
         key += encoder_key(make_model(0), tokenizer)
     tokens, stats = tokenize_notes(train, tokenizer, max_length=length)
     pairs = adjacent_pairs(train)
-    again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.notes, pairs.patients)
+    again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.num_notes, pairs.num_patients)
 
     notes = sample(notes)
     held_out = notes.filter(lambda split: split == "test", input_columns="split")
@@ -70,7 +70,7 @@ def load(
     labels = labels_of(train, primary)
     codes = {label: code for code, label in enumerate(sorted({label for label in labels if label is not None}))}
     facts = (
-        f"{source} {pairs}; {stats}. Held out: {len(held_out):,} notes of {following.patients:,} patients. Encoder: "
+        f"{source} {pairs}; {stats}. Held out: {len(held_out):,} notes of {following.num_patients:,} patients. Encoder: "
         f"{name}{make_model(0).num_parameters():,} parameters, {length} tokens of a note."
     )
     return Domain(

@@ -18,7 +18,7 @@ def make_pair(rng, tokenizer, draw):
     def ids():
         return [tokenizer.cls_token_id, *rng.integers(5, len(tokenizer), rng.integers(3, 39)), tokenizer.sep_token_id]
 
-    return {"earlier": ids(), "later": ids(), "draw": draw}
+    return {"earlier": ids(), "later": ids(), "mask_seed": draw}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_masks_belong_to_the_row(tokenizer, pairs, whole):
         for name in ("input_ids", "labels"):
             assert torch.equal(both[name][rows, :width], part[name])
     twin = pairs[0] | {"later": pairs[0]["earlier"], "later_word_ids": pairs[0]["earlier_word_ids"]}
-    labels = collator([twin, twin | {"draw": 10**9}])["labels"]
+    labels = collator([twin, twin | {"mask_seed": 10**9}])["labels"]
     assert len({tuple(row.tolist()) for row in labels}) == 4
 
 
@@ -88,7 +88,7 @@ def test_whole_words_are_masked_whole(tokenizer):
     """All tokens of a word are masked or none, 30 % of the words, always by the mask token; specials never."""
     words = [-1, *np.repeat(np.arange(300), 3), -1]
     ids = [tokenizer.cls_token_id, *([7, 8, 9] * 300), tokenizer.sep_token_id]
-    pair = {"earlier": ids, "later": ids, "earlier_word_ids": words, "later_word_ids": words, "draw": 4}
+    pair = {"earlier": ids, "later": ids, "earlier_word_ids": words, "later_word_ids": words, "mask_seed": 4}
     batch = DensePairCollator(tokenizer, whole_word_mask=True)([pair])
     predicted = (batch["labels"] != -100)[:, 1:-1].reshape(2, 300, 3)
     assert (predicted.all(-1) == predicted.any(-1)).all()

@@ -138,7 +138,7 @@ def test_every_pair_once_and_the_same_on_every_rank(counts, cut, grouped, seed, 
     """Over all ranks every pair comes once an epoch, in equally many lists; slices differ by at most one pair."""
     batch_size, ranks, accumulation = cut
     pairs, step = make_pairs(counts), batch_size * ranks * accumulation
-    lengths = np.random.default_rng(seed).integers(3, 99, pairs.notes)
+    lengths = np.random.default_rng(seed).integers(3, 99, pairs.num_notes)
     options = {"accumulation": accumulation, "pairs_per_patient": min(grouped, step), "seed": seed, "shuffle": shuffle}
     drop = drop and len(pairs) >= step
     samplers = [
@@ -165,7 +165,7 @@ def test_every_pair_once_and_the_same_on_every_rank(counts, cut, grouped, seed, 
 def test_step_batches_do_not_depend_on_the_cut(counts, grouped, seed, epoch, shuffle):
     """12 pairs at once, 2 ranks × 2 × 3, 3 ranks × 4 and 12 × 1 see the same pairs and draws in the same steps."""
     pairs = make_pairs(counts)
-    lengths = np.random.default_rng(seed).integers(3, 99, pairs.notes)
+    lengths = np.random.default_rng(seed).integers(3, 99, pairs.num_notes)
 
     def steps(batch_size, ranks, accumulation):
         found = []
@@ -188,7 +188,7 @@ def test_runs_of_a_patient_stay_together(counts, seed):
     """Consecutive pairs of a patient share a step batch; at most one run is cut for every border."""
     grouped, size = 4, 8
     pairs = make_pairs(counts)
-    sampler = PairBatchSampler(pairs, np.ones(pairs.notes), size, pairs_per_patient=grouped, seed=seed)
+    sampler = PairBatchSampler(pairs, np.ones(pairs.num_notes), size, pairs_per_patient=grouped, seed=seed)
     batches = sampler.step_batches()
     step_of = {pair: number for number, batch in enumerate(batches) for pair in batch.tolist()}
     cut = start = 0
@@ -207,7 +207,7 @@ def test_runs_of_a_patient_stay_together(counts, seed):
 def test_patients_are_spread_over_steps(counts, size, seed):
     """Every pair comes once; in a bucket of b steps a patient with c pairs is at most ⌈c/b⌉ times in each."""
     pairs = make_pairs(counts)
-    lengths = np.random.default_rng(seed).integers(3, 99, pairs.notes)
+    lengths = np.random.default_rng(seed).integers(3, 99, pairs.num_notes)
     steps = len(pairs) // size
     bucket = np.random.default_rng(seed).permutation(len(pairs))[: steps * size]
     spread = _spread(bucket, pairs.patient[bucket], size)
@@ -224,7 +224,7 @@ def test_no_patient_comes_twice_where_that_can_be():
     """300 patients with up to 12 pairs, 32 a step: without spreading patients meet themselves, with it never."""
     rng = np.random.default_rng(0)
     pairs = make_pairs(rng.integers(1, 13, 300))
-    lengths = rng.integers(3, 99, pairs.notes)
+    lengths = rng.integers(3, 99, pairs.num_notes)
 
     def twice(spread):
         sampler = PairBatchSampler(pairs, lengths, 32, spread_patients=spread, drop_last=True)
@@ -261,7 +261,7 @@ def test_lengths_are_bucketed():
     """Padding waste of shuffled batches is a fraction of that of random ones, also when patients are grouped."""
     rng = np.random.default_rng(0)
     pairs = make_pairs(rng.integers(1, 12, 2000))
-    lengths = rng.integers(10, 512, pairs.notes)
+    lengths = rng.integers(10, 512, pairs.num_notes)
     real = (lengths[pairs.earlier] + lengths[pairs.later]).sum()
 
     def waste(batches):
@@ -301,12 +301,12 @@ def test_loading_skips_and_reads_empty_slices():
     """Through a DataLoader: skipped batches are the same ones, and an empty slice is an empty batch."""
     pairs = make_pairs([3, 2])
     tokens = datasets.Dataset.from_dict(
-        {"input_ids": [[i] * (i + 1) for i in range(pairs.notes)], "length": range(1, pairs.notes + 1)}
+        {"input_ids": [[i] * (i + 1) for i in range(pairs.num_notes)], "length": range(1, pairs.num_notes + 1)}
     )
     data = TokenPairs(tokens, pairs)
     assert len(data) == 5
-    assert data[4] == {"earlier": [5] * 6, "later": [6] * 7, "draw": 0}
-    assert data[(4, 9)]["draw"] == 9
+    assert data[4] == {"earlier": [5] * 6, "later": [6] * 7, "mask_seed": 0}
+    assert data[(4, 9)]["mask_seed"] == 9
     sampler = PairBatchSampler(pairs, tokens["length"][:], 1, ranks=3, rank=2)
     loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=list)
     batches = list(loader)

@@ -28,7 +28,7 @@ def tokenize(texts):
 
 
 def collate(pairs):
-    return {"pairs": [(pair["earlier"][0], pair["later"][0], pair["draw"]) for pair in pairs]}
+    return {"pairs": [(pair["earlier"][0], pair["later"][0], pair["mask_seed"]) for pair in pairs]}
 
 
 def table(counts, day=1):

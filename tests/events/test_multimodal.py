@@ -190,7 +190,7 @@ def test_masked_values_do_not_reach_the_logits(processor):
     """Whatever a masked value was, the logits are the same."""
     collator, model = MultimodalPairCollator(processor, mask_probability=0.5), make_model(processor).eval()
     [row], _ = processor.read([window(NOTE, *VALUES, ("pH", 0.3, 3.0), ("HR", 0.1, 4.0))])
-    pair = {"earlier": row, "later": row, "draw": 3}
+    pair = {"earlier": row, "later": row, "mask_seed": 3}
     batch = collator([pair])
     masked = batch["quantiles"][0] < 0
     assert masked.any()
@@ -213,7 +213,7 @@ def test_empty_share_of_a_rank(processor):
 def test_the_bundled_cohort_as_a_domain():
     """The study's small version: no test patient in training, sides that are missing, parts that go missing."""
     domain = importlib.import_module("domains.multimodal").load()
-    assert len(domain.supervised) == domain.train.pairs.notes
+    assert len(domain.supervised) == domain.train.pairs.num_notes
     assert not {*domain.earlier, *domain.later} & {*domain.train_inputs}
     rows = domain.train.rows
     assert 0.05 < np.mean([len(row["input_ids"]) == 0 for row in rows]) < 0.15

@@ -294,7 +294,7 @@ def test_the_bundled_cohort_as_a_domain():
     """The study's small version: no test patient in training, no event after a label, values that go missing go."""
     domain = importlib.import_module("domains.tabular").load()
     pairs, task = domain.train.pairs, domain.tasks[0]
-    assert len(domain.supervised) == pairs.notes
+    assert len(domain.supervised) == pairs.num_notes
     held_out = {p for p, part in zip(task.dataset["patient_id"], task.dataset["split"], strict=True) if part == "test"}
     assert len(held_out) == len(set(domain.patient.tolist())) == 64
     assert not {*domain.earlier, *domain.later} & {*domain.train_inputs}

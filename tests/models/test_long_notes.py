@@ -72,8 +72,10 @@ def test_batch_of_chunks(tokenizer, objective):
     batch = collator(drawn)
     notes_of = [pair[side] for side in ("earlier", "later") for pair in drawn]
     assert batch["input_ids"].shape[1] <= WINDOW
-    assert batch["owner"].tolist() == sorted(batch["owner"].tolist())
-    assert np.bincount(batch["owner"], batch["attention_mask"].sum(1)).tolist() == [len(ids) for ids in notes_of]
+    assert batch["chunk_to_note"].tolist() == sorted(batch["chunk_to_note"].tolist())
+    assert np.bincount(batch["chunk_to_note"], batch["attention_mask"].sum(1)).tolist() == [
+        len(ids) for ids in notes_of
+    ]
     assert (batch["input_ids"][:, 0] == 2).all()
     last = batch["attention_mask"].sum(1) - 1
     assert (batch["labels"][torch.arange(len(last)), last] == -100).all()
@@ -81,7 +83,7 @@ def test_batch_of_chunks(tokenizer, objective):
         inside = batch["attention_mask"][:, 1:].bool()
         assert torch.equal(batch["labels"][:, :-1][inside], batch["input_ids"][:, 1:][inside])
     empty = collator([])
-    assert (empty["num_pairs"], empty["owner"].tolist()) == (0, [0, 1])
+    assert (empty["num_pairs"], empty["chunk_to_note"].tolist()) == (0, [0, 1])
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "lora"])
