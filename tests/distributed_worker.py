@@ -180,7 +180,7 @@ def train(
         "state": trainer.objective.state_dict(),
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "steps": trainer.state.global_step,
-        "skipped": trainer.skipped_updates,
+        "skipped": trainer.update_log.skipped,
         "wrapper": type(trainer.model_wrapped).__name__,
         "graphs": recorder.graphs,
         "graph_breaks": dict(counters["graph_break"]),
@@ -244,11 +244,12 @@ class _Trainer(DenseTrainer):
                 batch = batch[sum(counts) :]
         return DataLoader(data, batch_sampler=mine, collate_fn=self.data_collator)
 
-    def embed_pairs(self, model, inputs):
-        outputs, z_a, z_b = super().embed_pairs(model, inputs)
-        if self.poison == (self.args.process_index, self.state.global_step + 1) and len(z_a):
-            z_a = z_a * torch.tensor([[torch.nan]] + [[1.0]] * (len(z_a) - 1))
-        return outputs, z_a, z_b
+    def embed_pairs(self, model, inputs, **options):
+        made = super().embed_pairs(model, inputs, **options)
+        if self.poison == (self.args.process_index, self.state.global_step + 1) and len(made.z_a):
+            nan = torch.tensor([[torch.nan]] + [[1.0]] * (len(made.z_a) - 1))
+            return made._replace(z_a=made.z_a * nan)
+        return made
 
 
 class Recorder(TrainerCallback):

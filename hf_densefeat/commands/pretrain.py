@@ -109,7 +109,7 @@ def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Dens
     trainer = DenseTrainer(
         model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
     )
-    say(args, f"pairs      {trainer.train_dataset.pairs}\ntokens     {trainer.token_stats['train']}")
+    say(args, f"pairs      {trainer.train_dataset.pairs}\ntokens     {trainer.reading_stats['train']}")
     say(args, f"objective  {objective_in_words(args)}")
     return trainer, measure, parts, head_is_new
 

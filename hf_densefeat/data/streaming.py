@@ -89,11 +89,12 @@ class PairStream(IterableDataset):
         self.buffer = max(1, buffer // step_size) * step_size
         self.start = {"row": 0, "notes": self.notes.state_dict()}
         self.state = {"position": self.start, "number": 0, "steps": 0}
+        self.position = ""  # `stream` of the last batch that was trained on, which checkpoints keep
         self.said_cut = False
 
     def load_state(self, state: str) -> None:
         """Go on after the batch that brought this `stream`."""
-        self.state = json.loads(state)
+        self.state, self.position = json.loads(state), state
 
     def __iter__(self) -> Iterator[dict]:
         """Yield batches."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_densefeat.data.columns import column
+from hf_densefeat.data.inputs import PairDataset
 from hf_densefeat.data.pairs import NotePairs
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,10 @@ class TokenStats:
     longest: int
     max_length: int | None
     chunked: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """Return what the model card says."""
+        return {"tokens": self.tokens, f"notes cut to {self.max_length} tokens": self.truncated}
 
     def __str__(self) -> str:
         """Return one line of counts."""
@@ -151,7 +155,7 @@ def tokenize_texts(
     return columns
 
 
-class TokenPairs(Dataset):
+class TokenPairs(PairDataset):
     """Map-style dataset of pairs, looked up by `(pair, mask_seed)` or by pair.
 
     An item is `{"earlier": ids, "later": ids, "mask_seed": mask_seed}`.
@@ -169,14 +173,6 @@ class TokenPairs(Dataset):
         columns = [name for name in ("input_ids", "word_ids") if name in tokens.column_names]
         self.tokens, self.pairs = tokens.select_columns(columns), pairs
         self.lengths = column(tokens, "length").to_numpy()
-
-    def __len__(self) -> int:
-        """Return the number of pairs."""
-        return len(self.pairs)
-
-    def __getitem__(self, item: int | tuple[int, int]) -> dict:
-        """Return one pair."""
-        return self.__getitems__([item])[0]
 
     def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> list[dict]:
         """Return the pairs of one micro-batch, read in one go; an empty list for an empty list."""

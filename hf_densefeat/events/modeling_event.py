@@ -137,6 +137,12 @@ class WindowModel(DenseFeatureMixin, PreTrainedModel):
         """What the head predicts: "mlm", what is masked; None for a model without a head."""
         return None if self.base_model is self else "mlm"
 
+    def _rows(self, texts: list[str], tokenizer, max_length: int | None) -> tuple[dict[str, list], None]:
+        return tokenizer.rows(texts, max_length), None
+
+    def _padded(self, rows: dict[str, list], tokenizer) -> dict[str, Tensor]:
+        return tokenizer.pad(rows)
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As in transformers, and the head: sentence-transformers reads texts, so there are no files for it."""
         PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -17,7 +17,13 @@ from hf_densefeat.data.collator import DensePairCollator
 from hf_densefeat.data.columns import column
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.events.modeling_event import EventConfig, EventModel, WindowModel, prediction_head, transformer
-from hf_densefeat.events.processing_event import EventProcessor, EventStats, WindowPairCollator, WindowPairs, pad_rows
+from hf_densefeat.events.processing_event import (
+    EventProcessor,
+    EventStats,
+    WindowPairCollator,
+    WindowPairs,
+    pad_rows,
+)
 from hf_densefeat.events.records import note_of
 
 
@@ -68,7 +74,7 @@ class MultimodalProcessor:
         """What embeddings depend on: equal processors, equal text."""
         return f"{type(self).__name__}({self.tokenizer!r}, {self.events!r})"
 
-    def __call__(self, windows: Sequence[str], max_length: int | None = None, **_) -> dict[str, list]:
+    def rows(self, windows: Sequence[str], max_length: int | None = None) -> dict[str, list]:
         """`input_ids` of the note, `event_ids`, `quantiles` and `hours` of the events, not padded; an empty list for nothing.
 
         Raises:
@@ -78,7 +84,7 @@ class MultimodalProcessor:
         return {name: [row[name] for row in rows] for name in self.model_input_names[:-1]}
 
     def read(self, windows: Sequence[str], max_length: int | None = None) -> tuple[list[dict], EventStats]:
-        """One dict a window, as `__call__` describes, and the counts of events."""
+        """One dict a window, as `rows` describes, and the counts of events."""
         rows, stats = self.events.read(windows)
         notes = [note_of(window) for window in windows]
         written = [note for note in notes if note]
@@ -92,13 +98,11 @@ class MultimodalProcessor:
             read.append({"input_ids": ids, "event_ids": row.pop("input_ids"), **row})
         return read, stats
 
-    def pad(self, rows: dict[str, list] | list[dict], **_) -> dict[str, Tensor]:
+    def pad(self, rows: Mapping[str, Sequence[np.ndarray]]) -> dict[str, Tensor]:
         """One batch: `input_ids` (B, T), what the events have (B, E), and `attention_mask` (B, T + E), notes first.
 
         Where the rows have `labels` and `event_labels`, the batch has `labels` (B, T + E).
         """
-        if isinstance(rows, list):
-            rows = {name: [row[name] for row in rows] for name in rows[0]}
         sides = [{"input_ids": rows["input_ids"]}, {name: rows[name] for name in ("event_ids", "quantiles", "hours")}]
         if "labels" in rows:
             sides[0]["labels"], sides[1]["labels"] = rows["labels"], rows["event_labels"]
@@ -106,12 +110,14 @@ class MultimodalProcessor:
         both = [name for name in ("attention_mask", "labels") if name in note]
         return note | events | {name: torch.cat([note[name], events[name]], 1) for name in both}
 
-    def pair_collator(self, objective: str | None, mask_probability: float) -> MultimodalPairCollator:
-        """What the trainer puts pairs of windows into batches with."""
-        return MultimodalPairCollator(self, objective, mask_probability)
+    def collator(
+        self, objective: str | None, *, mlm_probability: float, max_length: int | None = None
+    ) -> MultimodalPairCollator:
+        """See `PairProcessor`; `mlm_probability` is the share of tokens, and of values, to predict."""
+        return MultimodalPairCollator(self, objective, mlm_probability)
 
-    def window_pairs(
-        self, windows: datasets.Dataset, max_gap: float | None = None, max_length: int | None = None
+    def pairs(
+        self, windows: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
     ) -> tuple[WindowPairs, EventStats]:
         """Adjacent windows of each patient, read; and the counts."""
         rows, stats = self.read(column(windows, "text").to_pylist(), max_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -12,8 +12,8 @@ import torch
 from transformers import FeatureExtractionMixin
 
 from hf_densefeat.data.columns import column
+from hf_densefeat.data.inputs import PairDataset
 from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
-from hf_densefeat.data.tokens import TokenPairs
 from hf_densefeat.events.records import events_of, latest_of_each
 
 logger = logging.getLogger(__name__)
@@ -32,15 +32,9 @@ class EventStats:
     cut: int
     max_length: int
 
-    @property
-    def tokens(self) -> int:
-        """Events kept, under the name that counts of tokens have."""
-        return self.events
-
-    @property
-    def truncated(self) -> int:
-        """Events cut, under the name that the model card reads."""
-        return self.cut
+    def counts(self) -> dict[str, int]:
+        """What the model card says."""
+        return {"events": self.events, f"events over {self.max_length} a window, cut": self.cut}
 
     def __str__(self) -> str:
         """Return one line of counts."""
@@ -53,7 +47,7 @@ class EventStats:
 class EventProcessor(FeatureExtractionMixin):
     """Windows to tensors: codes as numbers, values as quantiles of the training values of their code.
 
-    It stands where a tokenizer stands: `processor(windows)` gives lists, `processor.pad` a batch, and an event is a token.
+    A `PairProcessor`: it stands where a tokenizer stands, and an event is a token.
     Codes unknown to it are dropped, with a warning that counts them. Of a window with more than `max_events` the latest
     of each code are kept first, then the latest but one, and so on: a morning's only lactate outlives the tenth heart rate.
 
@@ -111,11 +105,6 @@ class EventProcessor(FeatureExtractionMixin):
         return cls(known, values, levels, max_events, bins, float(max(hours.max(), 1.0)))
 
     @property
-    def model_max_length(self) -> int:
-        """`max_events`, under the name that tokenizers give it."""
-        return self.max_events
-
-    @property
     def vocab_size(self) -> int:
         """Codes and padding."""
         return len(self.codes) + 1
@@ -124,7 +113,7 @@ class EventProcessor(FeatureExtractionMixin):
         """Code to number."""
         return {code: number for number, code in enumerate(self.codes, 1)}
 
-    def __call__(self, windows: Sequence[str], max_length: int | None = None, **_) -> dict[str, list[np.ndarray]]:
+    def rows(self, windows: Sequence[str], max_length: int | None = None) -> dict[str, list[np.ndarray]]:
         """`input_ids`, `quantiles` and `hours` of each window, not padded; `pad` makes tensors of them.
 
         Raises:
@@ -171,18 +160,18 @@ class EventProcessor(FeatureExtractionMixin):
             quantiles[rows] = np.interp(value[rows], self.values[i], self.levels[i])
         return quantiles
 
-    def pad(self, rows: dict[str, list] | list[dict], **_) -> dict[str, torch.Tensor]:
+    def pad(self, rows: Mapping[str, Sequence[np.ndarray]]) -> dict[str, torch.Tensor]:
         """One batch, padded on the right to the longest row: (B, L) each, and `attention_mask`."""
-        if isinstance(rows, list):
-            rows = {name: [row[name] for row in rows] for name in rows[0]}
         return pad_rows(rows)
 
-    def pair_collator(self, objective: str | None, mask_probability: float) -> WindowPairCollator:
-        """What the trainer puts pairs of windows into batches with."""
-        return WindowPairCollator(self, objective, mask_probability)
+    def collator(
+        self, objective: str | None, *, mlm_probability: float, max_length: int | None = None
+    ) -> WindowPairCollator:
+        """See `PairProcessor`; `mlm_probability` is the share of values to predict."""
+        return WindowPairCollator(self, objective, mlm_probability)
 
-    def window_pairs(
-        self, windows: datasets.Dataset, max_gap: float | None = None, max_length: int | None = None
+    def pairs(
+        self, windows: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
     ) -> tuple[WindowPairs, EventStats]:
         """Adjacent windows of each patient, read; and the counts.
 
@@ -203,7 +192,7 @@ def _refuse_empty(rows: list[dict]) -> None:
         )
 
 
-def pad_rows(rows: dict[str, list[np.ndarray]]) -> dict[str, torch.Tensor]:
+def pad_rows(rows: Mapping[str, Sequence[np.ndarray]]) -> dict[str, torch.Tensor]:
     """Arrays of different lengths to (B, L) tensors, L at least 1, padded on the right: labels with −100, others with 0.
 
     `attention_mask`, 1 where a row has something, comes with them.
@@ -222,7 +211,7 @@ def pad_rows(rows: dict[str, list[np.ndarray]]) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------ pairs to a batch
 
 
-class WindowPairs(TokenPairs):
+class WindowPairs(PairDataset):
     """Pairs of windows that have been read, looked up by `(pair, mask_seed)` or by pair.
 
     An item is `{"earlier": row, "later": row, "mask_seed": mask_seed}`.
@@ -271,7 +260,8 @@ class WindowPairCollator:
         rows = [self.row(pair["earlier"], (pair["mask_seed"], 0)) for pair in pairs]
         rows += [self.row(pair["later"], (pair["mask_seed"], 1)) for pair in pairs]
         rows = rows or [self.nothing()] * 2
-        return self.processor.pad(rows) | {"num_pairs": len(pairs)}
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        return self.processor.pad(columns) | {"num_pairs": len(pairs)}
 
     def row(self, row: dict, seed: tuple[int, int]) -> dict:
         """The row with masked values, and its labels."""

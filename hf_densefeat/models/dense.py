@@ -44,6 +44,12 @@ class DenseFeatureMixin:
     `SentenceTransformer` open it without this package, and the latter's embeddings equal those of `encode`.
     """
 
+    card_kind = "A text encoder for clinical notes"  # the first words of the model card
+
+    def card_use(self) -> str | None:
+        """The snippets of the model card for another input kind; None for texts, whose snippets the card has."""
+        return None
+
     @property
     def pooling(self) -> str:
         """How tokens become an embedding: "mean", "cls", "last" or "max"."""
@@ -151,10 +157,7 @@ class DenseFeatureMixin:
             if not texts:
                 return torch.empty(0, self.config.hidden_size)
             tokenizer = tokenizer or self._default_tokenizer()
-            limit = max_length or self.max_length or tokenizer.model_max_length
-            chunk = self.long_notes == "chunk"
-            tokens = tokenizer(texts, truncation=True, max_length=limit, return_overflowing_tokens=chunk)
-            chunk_to_note = tokens.pop("overflow_to_sample_mapping", None)
+            tokens, chunk_to_note = self._rows(texts, tokenizer, max_length)
             lengths = [len(ids) for ids in tokens["input_ids"]]
             order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
             out = []
@@ -163,14 +166,26 @@ class DenseFeatureMixin:
             ):
                 rows = order[start : start + batch_size]
                 batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
-                # to the right, as in training: learned positions count from the left
-                out.append(self._embed(tokenizer.pad(batch, padding_side="right", return_tensors="pt")))
+                out.append(self._embed(self._padded(batch, tokenizer)))
             out = torch.cat(out)
             out = torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
-            return over_chunks(out, torch.tensor(lengths), torch.tensor(chunk_to_note), len(texts)) if chunk else out
+            if chunk_to_note is None:
+                return out
+            return over_chunks(out, torch.tensor(lengths), torch.tensor(chunk_to_note), len(texts))
         finally:
             for module in training:
                 module.training = True
+
+    def _rows(self, texts: list[str], tokenizer, max_length: int | None) -> tuple[dict[str, list], list[int] | None]:
+        """Columns of rows, not padded, and which text each row is of where long ones are read in chunks."""
+        limit = max_length or self.max_length or tokenizer.model_max_length
+        chunk = self.long_notes == "chunk"
+        tokens = dict(tokenizer(texts, truncation=True, max_length=limit, return_overflowing_tokens=chunk))
+        return tokens, tokens.pop("overflow_to_sample_mapping", None)
+
+    def _padded(self, rows: dict[str, list], tokenizer) -> dict[str, Tensor]:
+        """One batch, padded to the right as in training: learned positions count from the left."""
+        return tokenizer.pad(rows, padding_side="right", return_tensors="pt")
 
     def _embed(self, tokens) -> Tensor:
         tokens = {name: values.to(self.device) for name, values in tokens.items()}

@@ -189,7 +189,7 @@ def model_card(
         tags: further tags.
         dataset: Hub name of the notes, if they may be named.
     """
-    windows, base = hasattr(model, "card_use"), run.base_model
+    windows, base = model.card_use() is not None, run.base_model
     metadata = ModelCardData(
         language=language,
         license=license or (licence_of(base) if base else None),
@@ -212,7 +212,7 @@ def _text(repository: str, model: Any, run: Run, measured: Sequence[Measured], p
     ]
     return BODY.format(
         name=repository.split("/")[-1],
-        kind=getattr(model, "card_kind", "A text encoder for clinical notes"),
+        kind=model.card_kind,
         use=_use(repository, model),
         local="" if "/" in repository else LOCAL.format(repository=repository),
         architecture=type(model).__name__.removeprefix("FSDP"),
@@ -241,8 +241,9 @@ def _origin(base_model: str | None) -> str:
 def _use(repository: str, model: Any) -> str:
     """The snippets."""
     shared = {"repository": repository, "width": model.config.hidden_size}
-    if hasattr(model, "card_use"):
-        return model.card_use().format(**shared)
+    own = model.card_use()
+    if own is not None:
+        return own.format(**shared)
     has_head = model.dense_head is not None
     return USE.format(
         **shared,

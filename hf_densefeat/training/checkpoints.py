@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from hf_densefeat.data.tokens import TokenPairs
+from hf_densefeat.data.inputs import PairDataset
 from hf_densefeat.models.adapters import ADAPTER, load_adapter, merged, save_adapter
 from hf_densefeat.models.sentence_transformers import FILES
 from hf_densefeat.objective.batch_loss import BatchLoss
@@ -53,7 +53,10 @@ class Saving:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             state = {name: value.contiguous().cpu() for name, value in self.objective.state_dict().items()}
-            metadata = {"skipped_updates": str(self.skipped_updates), "stream": self._stream_state}
+            metadata = {
+                "skipped_updates": str(self.update_log.skipped),
+                "stream": self.stream.position if self.stream else "",
+            }
             save_file(state, Path(output_dir) / OBJECTIVE_STATE, metadata=metadata)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -67,16 +70,16 @@ class Saving:
                 "alone, pass it as the model instead of resuming."
             )
         with safe_open(path, framework="pt") as file:
-            self.skipped_updates = int(file.metadata()["skipped_updates"])
+            self.update_log.skipped = int(file.metadata()["skipped_updates"])
             stream = file.metadata().get("stream")
             state = {name: file.get_tensor(name).to(self.args.device) for name in file.keys()}  # noqa: SIM118
         self.objective.load_state_dict(state)
-        if self._stream is not None:
+        if self.stream is not None:
             if not stream:
                 raise ValueError(
                     "The checkpoint is not of a run on a stream. Resume it with the notes it was trained on."
                 )
-            self._stream.load_state(stream)
+            self.stream.load_state(stream)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Missing or unexpected weights on resume are an error: the stock Trainer would train on with the base model's."""
@@ -137,12 +140,11 @@ class Saving:
             return
         args, model, folder = self.args, self.dense_model, Path(self.args.output_dir)
         counts = {}
-        if isinstance(self.train_dataset, TokenPairs):
+        if isinstance(self.train_dataset, PairDataset):
             pairs = self.train_dataset.pairs
             counts = {"patients": pairs.num_patients, "notes": pairs.num_notes, "pairs of adjacent notes": len(pairs)}
-        if "train" in self.token_stats:
-            stats = self.token_stats["train"]
-            counts |= {"tokens": stats.tokens, f"notes cut to {stats.max_length} tokens": stats.truncated}
+        if "train" in self.reading_stats:
+            counts |= self.reading_stats["train"].counts()
         training = {
             "updates": self.state.global_step,
             "pairs an update": self.get_total_train_batch_size(args),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hf_densefeat.data.inputs import PairProcessor, StreamProcessor
 from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.training.arguments import DenseTrainingArguments
@@ -82,10 +83,12 @@ def check_trainable(model) -> None:
         )
 
 
-def check_stream(args: DenseTrainingArguments, processing_class) -> None:
-    """Windows, and more than one reader, do not go with a stream."""
-    if hasattr(processing_class, "window_pairs"):
-        raise ValueError("Windows are not streamed: pass them as a datasets.Dataset, which is memory-mapped.")
+def check_stream(args: DenseTrainingArguments, processor: PairProcessor) -> None:
+    """Inputs other than texts, and more than one reader, do not go with a stream."""
+    if not isinstance(processor, StreamProcessor):
+        raise ValueError(
+            f"{type(processor).__name__} cannot read a stream: pass the notes as a datasets.Dataset, which is memory-mapped."
+        )
     if args.dataloader_num_workers > 1:
         raise ValueError(
             f"A stream is read by one process a rank, got dataloader_num_workers={args.dataloader_num_workers}. "

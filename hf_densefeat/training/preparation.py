@@ -1,17 +1,17 @@
-"""What `DenseTrainer` makes of its arguments, step by step: the model, the tokenizer, the collator, the pairs of tokens."""
+"""What `DenseTrainer` makes of its arguments, step by step: the model, the processor, the collator, the pairs."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_densefeat.data.collator import DensePairCollator
-from hf_densefeat.data.pairs import adjacent_pairs
-from hf_densefeat.data.tokens import TokenPairs, TokenStats, tokenize_notes
+from hf_densefeat.data.inputs import PairDataset, PairProcessor, ReadingStats
+from hf_densefeat.data.text import TextProcessor
 from hf_densefeat.models.adapters import with_adapter, without_adapter
 from hf_densefeat.models.dense import AutoDenseModel, as_dense
 from hf_densefeat.training.arguments import DenseTrainingArguments
@@ -38,65 +38,61 @@ def prepare_model(
 
 
 def prepare_tokenizer(processing_class: Any, model: PreTrainedModel) -> Any:
-    """The tokenizer given, or that of the model, which `encode` uses from now on."""
+    """The tokenizer or processor given, or that of the model, which `encode` uses from now on."""
     processing_class = processing_class or model._default_tokenizer()
-    processing_class.padding_side = "right"  # as in training, wherever the saved one is used
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        processing_class.padding_side = "right"  # as in training, wherever the saved one is used
     model._densefeat_tokenizer = processing_class
     return processing_class
 
 
-def pair_collator(processing_class: Any, model: PreTrainedModel, args: DenseTrainingArguments) -> Any:
-    """Pairs of tokenised notes, or of windows of events, to the batches that the arguments ask for.
+def pair_processor(processing_class: Any, model: PreTrainedModel, args: DenseTrainingArguments) -> PairProcessor:
+    """A tokenizer wrapped for texts, or the processor itself of another kind of input.
 
     Raises:
-        ValueError: for chunks of no known length.
+        ValueError: for what is neither.
     """
-    chunk = model.long_notes == "chunk"
-    if chunk and model.max_length is None:
-        raise ValueError("long_notes is chunk, but nothing says how long a chunk is: set max_length.")
-    language_modeling = model.language_modeling if args.mlm_weight else None
-    if hasattr(processing_class, "pair_collator"):  # of windows, not a tokenizer
-        return processing_class.pair_collator(language_modeling, args.mlm_probability)
-    return DensePairCollator(
-        processing_class,
-        objective=language_modeling,
-        mlm_probability=args.mlm_probability,
-        whole_word_mask=args.whole_word_mask and model.language_modeling == "mlm",
-        chunk_length=model.max_length if chunk else None,
-    )
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return TextProcessor(
+            processing_class,
+            chunk=model.long_notes == "chunk",
+            whole_words=args.whole_word_mask,
+            num_proc=args.preprocessing_num_workers,
+        )
+    if not isinstance(processing_class, PairProcessor):
+        raise ValueError(
+            f"Expected processing_class to be a tokenizer or a PairProcessor (pairs, collator, pad, save_pretrained), got "
+            f"{type(processing_class).__name__}. Take the tokenizer of the model: AutoTokenizer.from_pretrained(...)."
+        )
+    return processing_class
 
 
-def token_pairs(
+def pair_collator(processor: PairProcessor, model: PreTrainedModel, args: DenseTrainingArguments) -> Callable:
+    """Pairs to the batches that the arguments ask for, with labels for what the model's head predicts."""
+    objective = model.language_modeling if args.mlm_weight else None
+    return processor.collator(objective, mlm_probability=args.mlm_probability, max_length=model.max_length)
+
+
+def pair_datasets(
     notes: Any,
     name: str,
     *,
-    processing_class: Any,
-    model: PreTrainedModel,
-    args: DenseTrainingArguments,
-    stats: dict[str, TokenStats],
+    processor: PairProcessor,
+    max_length: int | None,
+    max_gap: float | None,
+    stats: dict[str, ReadingStats],
 ) -> Any:
-    """Adjacent pairs of tokenised notes, and in `stats[name]` what tokenising did to the notes.
+    """Adjacent pairs of the notes, read by the processor, and in `stats[name]` what reading did to them.
 
-    Notes (`datasets.Dataset`) become `TokenPairs`, each set in a dict of notes does so under its own name, and
+    Notes (`datasets.Dataset`) become a `PairDataset`, each set in a dict of notes does so under its own name, and
     anything else (pairs, a stream, None) stays as it is.
     """
-    common = {"processing_class": processing_class, "model": model, "args": args, "stats": stats}
+    common = {"processor": processor, "max_length": max_length, "max_gap": max_gap, "stats": stats}
     if isinstance(notes, dict):
-        return {key: token_pairs(value, key, **common) for key, value in notes.items()}
+        return {key: pair_datasets(value, key, **common) for key, value in notes.items()}
     if not isinstance(notes, Dataset):
         return notes
-    if hasattr(processing_class, "window_pairs"):
-        made, stats[name] = processing_class.window_pairs(notes, args.max_gap, model.max_length)
-        logger.info("%s: %s; %s", name, made.pairs, stats[name])
-        return made
-    pairs = adjacent_pairs(notes, max_gap=args.max_gap)
-    tokens, stats[name] = tokenize_notes(
-        notes,
-        processing_class,
-        max_length=model.max_length,
-        num_proc=args.preprocessing_num_workers,
-        word_ids=args.whole_word_mask,
-        chunk=model.long_notes == "chunk",
-    )
-    logger.info("%s: %s; %s", name, pairs, stats[name])
-    return TokenPairs(tokens, pairs)
+    made: PairDataset
+    made, stats[name] = processor.pairs(notes, max_gap=max_gap, max_length=max_length)
+    logger.info("%s: %s; %s", name, made.pairs, stats[name])
+    return made

@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from hf_densefeat.objective.moments import PairGradient
+from hf_densefeat.objective.batch_loss import BatchLoss
+from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
+from hf_densefeat.objective.moments import PairGradient, PairMoments
+from hf_densefeat.objective.objective import DenseObjective
 
 logger = logging.getLogger(__name__)
 
+MAXIMUM_SKIPPED = 50  # in a row; the loss scale of float16 may need some
+
+
+class Forward(NamedTuple):
+    """What one forward of a micro-batch gave: the language-modelling loss, summed over its predicted tokens, and Z."""
+
+    mlm: Tensor
+    z_a: Tensor
+    z_b: Tensor
+
+    def rows(self) -> Tensor:
+        """Embeddings (2B, d) of both sides, earlier notes first, without their graph."""
+        return torch.cat([self.z_a, self.z_b]).detach()
+
 
 class Update:
-    """What is known of an optimizer update: the plan before its first backward, and sums for the log."""
+    """One optimizer update: its plan, which is made before the first backward, and sums for the log.
+
+    Attributes:
+        micro_batches: how many there are on this rank.
+        tokens: predicted tokens of the whole update, on all ranks; None until the update is planned.
+        terms: the values of the objective at the global moments.
+        gradient: its gradient there, which `pullback` takes to the rows of a micro-batch.
+        random_states: from which the forward of each micro-batch is replayed; empty where there is one forward.
+        expected: embeddings of the first forwards, where the replay is to be checked.
+        sums: name to sum over micro-batches.
+    """
 
     def __init__(self, micro_batches: int):
         self.micro_batches = micro_batches
@@ -26,9 +55,123 @@ class Update:
         self.expected: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
 
+    @torch.no_grad()
+    def plan(self, objective: DenseObjective | BatchLoss, pair: PairMoments, tokens: Tensor) -> None:
+        """One all-reduce, then the terms and their gradient, the same on every rank.
+
+        Args:
+            objective: a `BatchLoss` is not planned: it has its own graph.
+            pair: moments of this rank's micro-batches.
+            tokens: (1,) predicted tokens of this rank's micro-batches.
+        """
+        if isinstance(objective, BatchLoss):
+            self.tokens = tokens[0]
+            return
+        pair, counts = sum_over_ranks(pair, tokens)
+        self.tokens = counts[0]
+        self.terms, self.gradient = objective.gradient(pair)
+        for name, value in (self.terms | objective.diagnostics).items():
+            self.add(name, value)
+
+    @torch.no_grad()
+    def moments_pass(
+        self,
+        micro_batches: list[dict],
+        forward: Callable[[dict], Forward],
+        objective: DenseObjective,
+        *,
+        keep: bool = False,
+    ) -> None:
+        """Plan from forwards without gradient, and keep the random state from which each is to be replayed.
+
+        Args:
+            micro_batches: prepared, on the device.
+            forward: of one micro-batch.
+            objective: as for `plan`.
+            keep: keep the embeddings too, for `check_replay`.
+        """
+        totals, tokens = None, 0
+        for inputs in micro_batches:
+            self.random_states.append(RandomState(inputs))
+            first = forward(inputs)
+            # all micro-batches share one shift, so that their moments add up
+            pair = moments_of(first, objective, None if totals is None else totals.a.shift)
+            totals = pair if totals is None else totals + pair
+            tokens = tokens + inputs["labels"].ne(-100).sum()[None]
+            if keep:
+                self.expected.append(first.rows())
+        self.plan(objective, totals, tokens)
+
+    def dense_share(self, objective: DenseObjective | BatchLoss, z_a: Tensor, z_b: Tensor, ranks: int) -> Tensor:
+        """This micro-batch's share: the value of the terms, and their gradient by the rows at the global moments."""
+        if isinstance(objective, BatchLoss):
+            values = objective(z_a, z_b)
+            for name, value in values.items():
+                self.add(name, value)
+            return values["loss"]
+        gradients = self.gradient.pullback(z_a, z_b)
+        # linear in the rows: its gradient is exact, and its own value is replaced by that of the terms
+        surrogate = sum((g * z).sum() for g, z in zip(gradients, (z_a, z_b), strict=True)) * ranks
+        value = self.terms["loss"] / self.micro_batches
+        return surrogate + (value - surrogate).detach()
+
     def add(self, name: str, value: Tensor) -> None:
         """Sum over micro-batches, for the log, on the device and without waiting for it."""
         self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+
+
+@torch.no_grad()
+def moments_of(first: Forward, objective: DenseObjective | BatchLoss, shift: Tensor | None = None) -> PairMoments:
+    """Moments of a micro-batch, about `shift`, or about the objective's shift, or about the mean over all ranks."""
+    if shift is None:
+        shift = objective.shift if objective.shift is not None else mean_over_ranks(first.rows())
+    return PairMoments.of(first.z_a.detach(), first.z_b.detach(), shift, cross=objective.needs_cross_moment)
+
+
+class UpdateLog:
+    """Means of what updates are logged with, and the count of updates that were skipped.
+
+    Attributes:
+        skipped: updates whose gradient was not finite, since the run began; checkpoints keep it.
+    """
+
+    def __init__(self):
+        self.skipped = self._in_a_row = self._updates = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, update: Update) -> None:
+        """Count an update that was made."""
+        for name, value in update.sums.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+        self._updates += 1
+        self._in_a_row = 0
+
+    def skip(self, step: int) -> None:
+        """Count one that was not; RuntimeError for the 50th in a row."""
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row == MAXIMUM_SKIPPED:
+            raise RuntimeError(
+                f"{MAXIMUM_SKIPPED} updates in a row had a gradient that is not finite, up to step {step}: nothing is being "
+                "trained. Lower the learning rate, try float32 or bf16, and look for NaN in the model's weights. "
+                "Checkpoints are in output_dir as they were saved."
+            )
+        logger.warning("Step %d: non-finite gradient, update skipped.", step)
+
+    def means(self, reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, float]:
+        """Means over the updates since the last call, without those that were skipped; {} where there was none.
+
+        Args:
+            reduce: the mean over ranks of each number.
+        """
+        sums, updates = self._sums, self._updates
+        self._sums, self._updates = {}, 0
+        if not updates:
+            return {}
+        sums = reduce(sums)
+        tokens, slots = sums.pop("tokens"), sums.pop("slots")
+        means = {name: value.item() / updates for name, value in sums.items() if name != "loss"}
+        return means | {"padding_waste": 1 - (tokens / slots).item()}
 
 
 class RandomState:

@@ -38,7 +38,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
     windows, tasks, shift, primary, source = cohort() if data is None else physionet(Path(data) / "physionet2012")
     train = rows_with(windows, "split", "train")
     processor = EventProcessor.fit(values_of(train, "text"), max_events=MAX_EVENTS, min_count=20)
-    pairs, stats = processor.window_pairs(train)
+    pairs, stats = processor.pairs(train)
     again = replace(pairs.pairs, later=pairs.pairs.earlier)
     held_out = rows_with(windows, "split", "test")
     following = adjacent_pairs(held_out)

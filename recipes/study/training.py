@@ -29,13 +29,13 @@ def study_objective(args: DenseTrainingArguments, method: Method) -> DenseObject
 class StudyTrainer(DenseTrainer):
     """With a second, unmasked forward for the dense terms."""
 
-    def embed_pairs(self, model, inputs):
-        """Outputs of the masked batch, embeddings of the unmasked one."""
+    def embed_pairs(self, model, inputs, *, predict=True):
+        """The loss of the masked batch, embeddings of the unmasked one."""
         if "clean" not in inputs:
-            return super().embed_pairs(model, inputs)
+            return super().embed_pairs(model, inputs, predict=predict)
         clean = inputs.pop("clean")
-        outputs, *_ = super().embed_pairs(model, inputs)
-        return outputs, *super().embed_pairs(model, clean)[1:]
+        masked = super().embed_pairs(model, inputs, predict=predict)
+        return super().embed_pairs(model, clean, predict=False)._replace(mlm=masked.mlm)
 
 
 class BothCollator:

@@ -98,7 +98,7 @@ def test_either_side_may_be_missing(processor):
 def test_a_missing_side_is_not_seen(processor):
     """What stands at the positions of a missing side has no influence: neither other embeddings nor other weights."""
     model = make_model(processor).eval()
-    batch = processor.pad(processor([window(NOTE), window(None, *VALUES)]))
+    batch = processor.pad(processor.rows([window(NOTE), window(None, *VALUES)]))
     z = model.encode(batch)
     other = {name: values.clone() for name, values in batch.items()}
     other["event_ids"][0], other["quantiles"][0], other["hours"][0], other["input_ids"][1] = 1, 0.9, 7.0, 9
@@ -109,7 +109,7 @@ def test_a_width_of_its_own_for_the_text(processor):
     """A text encoder of another width goes through a linear map."""
     model = make_model(processor, text_width=32)
     assert model.encode([window(NOTE, *VALUES)], processor).shape == (1, 24)
-    batch = processor.pad(processor([window(NOTE, *VALUES)]))
+    batch = processor.pad(processor.rows([window(NOTE, *VALUES)]))
     assert model(**batch).logits.shape[-1] == max(len(processor.tokenizer), processor.events.bins)
 
 
@@ -125,7 +125,7 @@ def test_a_width_of_its_own_for_the_text(processor):
 def test_windows_with_nothing_are_refused(processor, bad, message):
     """Both sides missing is an error that names the window."""
     with pytest.raises(ValueError, match=message):
-        processor([window(NOTE), bad])
+        processor.rows([window(NOTE), bad])
 
 
 def test_save_and_load(windows, processor, tmp_path):
@@ -158,7 +158,7 @@ def test_text_encoder_of_a_checkpoint(tokenizer, processor, tmp_path):
 
 def test_every_weight_is_trained(windows, processor):
     """No parameter is without gradient: data-parallel training would stop at one."""
-    pairs, _ = processor.window_pairs(windows)
+    pairs, _ = processor.pairs(windows)
     batch, model = MultimodalPairCollator(processor)(pairs.__getitems__([0, 1, 2, 3])), make_model(processor)
     logits = model(**{name: batch[name] for name in INPUTS}).logits
     torch.nn.functional.cross_entropy(
@@ -169,7 +169,7 @@ def test_every_weight_is_trained(windows, processor):
 
 def test_masks_of_both_sides(windows, processor):
     """Labels are tokens in the note's part, bins in the values' part; what is masked is not in the batch."""
-    pairs, _ = processor.window_pairs(windows)
+    pairs, _ = processor.pairs(windows)
     collator = MultimodalPairCollator(processor, mask_probability=0.5)
     batch = collator(pairs.__getitems__([(i, i) for i in range(8)]))
     assert batch.pop("num_pairs") == 8

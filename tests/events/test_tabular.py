@@ -145,7 +145,7 @@ def test_unknown_codes_and_events_over_the_limit_are_counted(processor, caplog):
     rows, stats = processor.read([text], max_length=2)
     assert (stats.events, stats.unknown, stats.cut) == (2, 1, 1)
     assert rows[0]["hours"].tolist() == [1.0, 2.0]
-    processor([text])
+    processor.rows([text])
     assert "1 of unknown codes dropped" in caplog.text
 
 
@@ -171,13 +171,13 @@ def test_processor_round_trip(processor, tmp_path):
 def test_windows_that_cannot_be_read(processor, bad, message):
     """Each error names the window and says what was expected."""
     with pytest.raises(ValueError, match=message):
-        processor([window(("K", 1.0, 1.0)), bad])
+        processor.rows([window(("K", 1.0, 1.0)), bad])
 
 
 def test_one_window_instead_of_a_list(processor):
     """A lone string is refused."""
     with pytest.raises(ValueError, match="wrap it in a list"):
-        processor(window(("K", 1.0, 1.0)))
+        processor.rows(window(("K", 1.0, 1.0)))
 
 
 def test_fit_without_events():
@@ -197,7 +197,7 @@ def test_encode_does_not_depend_on_padding_batch_or_order(windows, processor):
     torch.testing.assert_close(model.encode(texts, processor, batch_size=1), z, atol=1e-5, rtol=0)
     turned = [json.dumps({"events": json.loads(text)["events"][::-1]}) for text in texts]
     torch.testing.assert_close(model.encode(turned, processor), z, atol=1e-5, rtol=0)
-    batch = processor.pad(processor(texts[:4]))
+    batch = processor.pad(processor.rows(texts[:4]))
     order = torch.randperm(batch["input_ids"].shape[1])
     shuffled = {name: values[:, order] for name, values in batch.items()}
     torch.testing.assert_close(model.encode(shuffled), z[:4], atol=1e-5, rtol=0)
@@ -213,7 +213,7 @@ def test_value_time_and_code_matter(processor):
 
 def test_masked_values_do_not_reach_the_logits(windows, processor):
     """Whatever a masked value was, batch and logits are the same, but for its label."""
-    pairs, _ = processor.window_pairs(windows)
+    pairs, _ = processor.pairs(windows)
     collator, model = WindowPairCollator(processor, mask_probability=0.5), make_model(processor).eval()
     [pair] = pairs.__getitems__([(0, 7)])
     batch = collator([pair])
@@ -232,7 +232,7 @@ def test_masked_values_do_not_reach_the_logits(windows, processor):
 
 def test_labels_are_bins_and_padding_has_none(windows, processor):
     """Labels are the quantile's bin where the value is masked, −100 elsewhere and at padding; rows keep their masks."""
-    pairs, _ = processor.window_pairs(windows)
+    pairs, _ = processor.pairs(windows)
     collator = WindowPairCollator(processor)
     batch = collator(pairs.__getitems__([(0, 1), (1, 2), (2, 3)]))
     assert batch["num_pairs"] == 3
@@ -324,7 +324,7 @@ def test_training_lowers_the_loss_probes_and_saves(windows, processor, tmp_path)
     losses = [log["mlm_loss"] for log in trainer.state.log_history if "mlm_loss" in log]
     assert abs(losses[0] - math.log(processor.bins)) < 0.2
     assert losses[-1] < losses[0] - 0.3
-    assert trainer.token_stats["train"].windows == 60
+    assert trainer.reading_stats["train"].windows == 60
     metrics = trainer.evaluate()
     assert metrics["eval_sick_auroc"] > 0.8
     assert math.isfinite(metrics["eval_loss"])
@@ -346,7 +346,7 @@ def test_card_runs_as_printed(windows, processor, tmp_path, capsys):
     code = card.split("```python\n")[1].split("```")[0]
     exec(code.replace(f'"{tmp_path.name}"', f'"{tmp_path}"'), {})
     assert "torch.Size([2, 24])" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Windows are not streamed"):
+    with pytest.raises(ValueError, match="EventProcessor cannot read a stream"):
         make_window_trainer(tmp_path, model, windows.to_iterable_dataset(), processor)
 
 

@@ -240,10 +240,10 @@ def test_modernbert_reads_8192_tokens(tokenizer, tmp_path):
     trainer = DenseTrainer(
         model, DenseTrainingArguments(str(tmp_path), **settings), train_dataset=notes, processing_class=tokenizer
     )
-    assert (trainer.token_stats["train"].tokens, trainer.token_stats["train"].truncated) == (2 * 8192, 0)
+    assert (trainer.reading_stats["train"].tokens, trainer.reading_stats["train"].truncated) == (2 * 8192, 0)
     before = {name: value.clone() for name, value in model.base_model.named_parameters()}
     trainer.train()
-    assert trainer.skipped_updates == 0
+    assert trainer.update_log.skipped == 0
     assert all(not torch.equal(value, before[name]) for name, value in model.base_model.named_parameters())
 
 

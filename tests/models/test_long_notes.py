@@ -138,7 +138,7 @@ def test_the_choice_is_saved_and_nonsense_refused(tmp_path, tokenizer):
     """The config remembers; a stranger's value, and chunks without a length, are errors that say what to do."""
     model = make_model("bert", tokenizer)
     trainer = make_trainer(tmp_path / "out", tokenizer, model)
-    assert trainer.token_stats["train"].chunked > 0
+    assert trainer.reading_stats["train"].chunked > 0
     trainer.save_model()
     trainer.create_model_card()
     assert "averages the embeddings" in (tmp_path / "out" / "README.md").read_text()

@@ -114,11 +114,11 @@ def test_resumed_in_the_second_epoch_equals_uninterrupted(tmp_path, tokenizer, p
 def test_skipped_updates_survive_a_resume(tmp_path, tokenizer, pairs):
     """The count of skipped updates is saved with the checkpoint and restored."""
     first = make_trainer(tmp_path, tokenizer, pairs, **RESUME | {"max_steps": 4})
-    first.skipped_updates = 5
+    first.update_log.skipped = 5
     first.train()
     second = make_trainer(tmp_path, tokenizer, pairs, **RESUME | {"max_steps": 5})
     second.train(resume_from_checkpoint=True)
-    assert second.skipped_updates == 5
+    assert second.update_log.skipped == 5
 
 
 def test_checkpoint_of_someone_else_is_refused(tmp_path, tokenizer, pairs, uninterrupted):

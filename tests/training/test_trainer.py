@@ -303,8 +303,8 @@ def test_notes_are_counted_and_paired_by_the_trainer(tmp_path, tokenizer):
         tmp_path, tokenizer, make_notes(), extra={"eval_dataset": {"held": make_notes(4, seed=9)}}, max_length=16
     )
     assert len(trainer.train_dataset) == 45
-    assert trainer.token_stats["train"].truncated > 0
-    assert trainer.token_stats["held"].max_length == 16
+    assert trainer.reading_stats["train"].truncated > 0
+    assert trainer.reading_stats["held"].max_length == 16
     assert "eval_held_loss" in trainer.evaluate()
 
 
@@ -355,7 +355,7 @@ def test_non_finite_update_is_skipped(tmp_path, tokenizer, pairs, max_grad_norm,
     for i in range(6):
         assert torch.equal(steps[i], steps[i + 1]) == (i == bad), i
     assert steps[-1].isfinite().all()
-    assert trainer.skipped_updates == 1
+    assert trainer.update_log.skipped == 1
     assert [entry["skipped_updates"] for entry in logs(trainer)] == [int(i >= bad) for i in range(6)]
     assert all(value.isfinite().all() for value in trainer.objective.state_dict().values())
     for i, entry in enumerate(logs(trainer)):
@@ -365,7 +365,7 @@ def test_non_finite_update_is_skipped(tmp_path, tokenizer, pairs, max_grad_norm,
 
 def test_updates_that_are_never_finite_are_an_error(tmp_path, tokenizer, pairs, monkeypatch):
     """A run that trains nothing does not go on for days."""
-    monkeypatch.setattr("hf_densefeat.training.trainer.MOST_SKIPPED", 3)
+    monkeypatch.setattr("hf_densefeat.training.update.MAXIMUM_SKIPPED", 3)
     trainer = make_trainer(tmp_path, tokenizer, pairs, max_steps=6)
     trainer.model.bert.embeddings.register_forward_hook(
         lambda module, args, output: output * math.nan if trainer.state.global_step != 1 else None

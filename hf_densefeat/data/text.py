@@ -1,0 +1,79 @@
+"""Texts as an input kind: a tokenizer, and what is done with notes that are too long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_densefeat.data.collator import DensePairCollator
+from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.tokens import TokenPairs, TokenStats, tokenize_notes, tokenize_texts
+
+
+class TextProcessor:
+    """The `PairProcessor` of texts, also of a stream.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        chunk: read a note longer than `max_length` in chunks; False: cut it.
+        whole_words: mask all tokens of a word or none; needs a fast tokenizer.
+        num_proc: processes that tokenise.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chunk: bool = False,
+        whole_words: bool = False,
+        num_proc: int | None = None,
+    ):
+        self.tokenizer, self.chunk, self.whole_words, self.num_proc = tokenizer, chunk, whole_words, num_proc
+
+    def pairs(
+        self, notes: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
+    ) -> tuple[TokenPairs, TokenStats]:
+        """See `PairProcessor`; notes are tokenised once, and `datasets` caches the tokens."""
+        pairs = adjacent_pairs(notes, max_gap=max_gap)
+        tokens, stats = tokenize_notes(
+            notes,
+            self.tokenizer,
+            max_length=max_length,
+            num_proc=self.num_proc,
+            word_ids=self.whole_words,
+            chunk=self.chunk,
+        )
+        return TokenPairs(tokens, pairs), stats
+
+    def collator(
+        self, objective: str | None, *, mlm_probability: float, max_length: int | None = None
+    ) -> DensePairCollator:
+        """See `PairProcessor`; ValueError for chunks of no known length."""
+        if self.chunk and max_length is None:
+            raise ValueError("long_notes is chunk, but nothing says how long a chunk is: set max_length.")
+        return DensePairCollator(
+            self.tokenizer,
+            objective=objective,
+            mlm_probability=mlm_probability,
+            whole_word_mask=self.whole_words and objective == "mlm",
+            chunk_length=max_length if self.chunk else None,
+        )
+
+    def pad(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
+        """See `PairProcessor`."""
+        return self.tokenizer.pad(dict(rows), padding_side="right", return_tensors="pt")
+
+    def columns(self, texts: list[str], *, max_length: int | None = None) -> dict[str, list[Any]]:
+        """See `StreamProcessor`: `input_ids`, `length`, `cut`, and `word_ids` where whole words are masked."""
+        return tokenize_texts(
+            texts, self.tokenizer, max_length=max_length, word_ids=self.whole_words, chunk=self.chunk
+        )
+
+    def save_pretrained(self, save_directory: str | Path) -> Any:
+        """Save the tokenizer."""
+        return self.tokenizer.save_pretrained(save_directory)
