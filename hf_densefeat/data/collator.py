@@ -19,7 +19,7 @@ class DensePairCollator:
     """Turn B pairs into one batch of 2B rows: earlier notes in rows 0 … B−1, later notes in rows B … 2B−1.
 
     The batch holds `input_ids`, `attention_mask`, `labels` (−100 where nothing is predicted), `token_type_ids` where
-    the tokenizer has them, and `num_pairs`, an int. Rows are padded to the longest of the batch.
+    the tokenizer has them, `lengths`, the tokens of each row, and `num_pairs`, an int. Rows are padded to the longest.
 
     Masks are those of `transformers.DataCollatorForLanguageModeling` (80 % mask token, 10 % random token, 10 % left;
     with whole words: all mask token), drawn for each row from (mask_seed, side): they do not depend on the other rows, the
@@ -105,6 +105,7 @@ class DensePairCollator:
             batch["token_type_ids"] = torch.zeros_like(input_ids)
         if self.chunk_length:
             batch["chunk_to_note"] = torch.tensor(chunk_to_note)
+        batch["lengths"] = [len(ids) for ids, _ in rows]
         batch["num_pairs"] = len(pairs)
         return batch
 

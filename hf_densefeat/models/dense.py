@@ -99,24 +99,26 @@ class DenseFeatureMixin:
         self.config.densefeat = block if head is None else block | {"head": {"epsilon": str(head.epsilon)}}
 
     @contextmanager
-    def capture_hidden(self):
+    def capture_hidden(self, chosen: Tensor | None = None):
         """Inside, `pooled(mask)` after a forward of the (wrapped) model gives embeddings with their graph.
 
         The forward goes through whatever wraps the model (DDP, FSDP2, torch.compile), and no layer but the last is kept.
+
+        Args:
+            chosen: (B, L), True at n positions; the head then sees these alone, as (1, n, d), and logits are (1, n, V).
         """
         base = self.base_model
         if not hasattr(base, "_densefeat_hook"):
             base._densefeat_hook = base.register_forward_hook(_keep_hidden)
-        base._densefeat_capture = True
+        base._densefeat_capture, base._densefeat_chosen = True, chosen
         try:
             yield
         finally:
-            base._densefeat_capture, base._densefeat_hidden = False, None
+            base._densefeat_capture, base._densefeat_hidden, base._densefeat_chosen = False, None, None
 
-    def pooled(self, attention_mask: Tensor, chunk_to_note: Tensor | None = None, num_notes: int = 0) -> Tensor:
-        """Embeddings (B, d) of the forward that just ran inside `capture_hidden`; (num_notes, d) where rows are chunks."""
-        z = pool(self.base_model._densefeat_hidden, attention_mask, self.pooling)
-        return z if chunk_to_note is None else over_chunks(z, attention_mask.sum(1), chunk_to_note, num_notes)
+    def pooled(self, attention_mask: Tensor) -> Tensor:
+        """Embeddings (B, d) of the forward that just ran inside `capture_hidden`."""
+        return pool(self.base_model._densefeat_hidden, attention_mask, self.pooling)
 
     @torch.no_grad()
     def encode(
@@ -218,8 +220,16 @@ class DenseFeatureMixin:
 
 
 def _keep_hidden(module, args, output):
-    if module._densefeat_capture:
-        module._densefeat_hidden = output[0]
+    """Keep the last hidden states for the pooling, and hand on the chosen positions alone where some are chosen."""
+    if not module._densefeat_capture:
+        return None
+    module._densefeat_hidden = output[0]
+    if module._densefeat_chosen is None:
+        return None
+    chosen = output[0][module._densefeat_chosen][None]
+    if isinstance(output, tuple):
+        return (chosen, *output[1:])
+    return type(output)(**(dict(output) | {next(iter(output)): chosen}))
 
 
 @functools.cache

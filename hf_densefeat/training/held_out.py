@@ -12,7 +12,7 @@ from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.objective.objective import DenseObjective
-from hf_densefeat.training.update import Forward
+from hf_densefeat.training.forward import Forward
 
 
 @torch.no_grad()

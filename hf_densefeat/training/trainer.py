@@ -29,6 +29,7 @@ from hf_densefeat.training.checks import (
     check_subspace,
     check_trainable,
 )
+from hf_densefeat.training.forward import Forward, forward_pairs, predicts_by_position
 from hf_densefeat.training.held_out import covariance_rank, held_out_terms
 from hf_densefeat.training.loaders import pair_loader, pair_stream, stream_loader
 from hf_densefeat.training.preparation import (
@@ -39,13 +40,11 @@ from hf_densefeat.training.preparation import (
     prepare_tokenizer,
 )
 from hf_densefeat.training.update import (
-    Forward,
     Update,
     UpdateLog,
     add_parameters,
     check_replay,
     moments_of,
-    summed_cross_entropy,
 )
 
 
@@ -143,6 +142,10 @@ class DenseTrainer(Saving, Trainer):
             raise ValueError("An adapter cannot be merged into sharded weights. Train it without FSDP and DeepSpeed.")
         if self.is_fsdp_enabled:
             check_sharding(model)
+        # a compiled model would be compiled anew for each number of predicted tokens
+        self.by_position = (
+            args.mlm_weight > 0 and not args.torch_compile and predicts_by_position(model, self.data_collator([]))
+        )
         streamed = isinstance(self.train_dataset, IterableDataset)
         if streamed:
             check_stream(args, self.processor)
@@ -205,7 +208,7 @@ class DenseTrainer(Saving, Trainer):
         if self.args.dense_weight:
             loss = loss + self.args.dense_weight * update.dense_share(self.objective, made.z_a, made.z_b, ranks)
         update.add("tokens", inputs["attention_mask"].sum())
-        update.add("slots", torch.full_like(update.tokens, inputs["attention_mask"].numel()))
+        update.add("slots", torch.full_like(update.tokens, made.slots))
         return (loss, made) if return_outputs else loss
 
     def _planned(self, model) -> Update:
@@ -229,19 +232,16 @@ class DenseTrainer(Saving, Trainer):
             return self.embed_pairs(model, inputs, predict=False)
 
     def embed_pairs(self, model, inputs, *, predict: bool = True) -> Forward:
-        """One forward of both notes of each pair; without `predict` the language-modelling loss is 0."""
-        pairs = int(inputs["num_pairs"])
-        taken = ("labels", "num_pairs", "chunk_to_note")
-        tokens = {name: value for name, value in inputs.items() if name not in taken}
-        dense = self.dense_model
-        with dense.capture_hidden():
-            outputs = model(**tokens)
-            notes = {"chunk_to_note": inputs.get("chunk_to_note"), "num_notes": 2 * max(pairs, 1)}
-            z = dense.pooled(tokens["attention_mask"], **notes)
-        half = len(z) // 2
-        wanted = predict and self.args.mlm_weight
-        mlm = summed_cross_entropy(outputs.logits, inputs["labels"]) if wanted else z.new_zeros(())
-        return Forward(mlm, z[:pairs], z[half : half + pairs])
+        """Both notes of each pair through the model; without `predict` the language-modelling loss is 0."""
+        return forward_pairs(
+            model,
+            self.dense_model,
+            inputs,
+            predict=predict and self.args.mlm_weight > 0,
+            by_position=self.by_position,
+            # a sharded model gathers weights in each forward, and all ranks must make the same number of them
+            grouped=not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile),
+        )
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Drop the gradients if they are not finite: reduced over ranks, they are so on all ranks or on none."""

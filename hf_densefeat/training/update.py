@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -15,22 +13,11 @@ from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective.moments import PairGradient, PairMoments
 from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.training.forward import Forward
 
 logger = logging.getLogger(__name__)
 
 MAXIMUM_SKIPPED = 50  # in a row; the loss scale of float16 may need some
-
-
-class Forward(NamedTuple):
-    """What one forward of a micro-batch gave: the language-modelling loss, summed over its predicted tokens, and Z."""
-
-    mlm: Tensor
-    z_a: Tensor
-    z_b: Tensor
-
-    def rows(self) -> Tensor:
-        """Embeddings (2B, d) of both sides, earlier notes first, without their graph."""
-        return torch.cat([self.z_a, self.z_b]).detach()
 
 
 class Update:
@@ -200,17 +187,6 @@ def add_parameters(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.P
                 parameter.grad = None
 
         optimizer.register_step_post_hook(zero)
-
-
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed over the predicted tokens, in float32 or wider. Labels stand where their logits are, for decoders too.
-
-    Not the model's own loss: some classes ignore the number of tokens of the update, and a batch without any is NaN.
-    """
-    predicted = labels.ne(-100)
-    logits = logits[predicted]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, labels[predicted], reduction="sum")
 
 
 def check_replay(expected: Tensor, z: Tensor) -> None:

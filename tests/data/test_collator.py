@@ -32,10 +32,11 @@ def test_rows_padding_and_labels(tokenizer, pairs):
     batch = DensePairCollator(tokenizer)(pairs[:7])
     rows = [pair["earlier"] for pair in pairs[:7]] + [pair["later"] for pair in pairs[:7]]
     longest = max(map(len, rows))
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "num_pairs"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "lengths", "num_pairs"}
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape == (14, longest)
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "attention_mask", "labels"))
     assert batch["num_pairs"] == 7
+    assert batch["lengths"] == [len(row) for row in rows]
     for i, row in enumerate(rows):
         assert batch["attention_mask"][i].tolist() == [1] * len(row) + [0] * (longest - len(row))
         predicted = batch["labels"][i] != -100

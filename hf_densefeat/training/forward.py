@@ -1,0 +1,148 @@
+"""The forward of a micro-batch of pairs: embeddings, and logits only where a token is predicted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_densefeat.models.pooling import over_chunks
+
+logger = logging.getLogger(__name__)
+
+NOT_ROWS = ("labels", "num_pairs", "chunk_to_note", "lengths")  # of a batch, what the model's forward does not take
+PADDING = 0.05  # largest share of padding that `length_groups` accepts
+MAXIMUM_GROUPS = 8
+CUTS = 32  # places among the rows at which groups may begin
+
+
+class Forward(NamedTuple):
+    """What the forward of a micro-batch gave.
+
+    Attributes:
+        mlm: language-modelling loss, summed over the predicted tokens; 0 where it was not asked for.
+        z_a: embeddings (B, d) of the earlier notes.
+        z_b: embeddings (B, d) of the later notes.
+        slots: positions that the model computed, padding included.
+    """
+
+    mlm: Tensor
+    z_a: Tensor
+    z_b: Tensor
+    slots: int
+
+    def rows(self) -> Tensor:
+        """Embeddings (2B, d) of both sides, earlier notes first, without their graph."""
+        return torch.cat([self.z_a, self.z_b]).detach()
+
+
+def forward_pairs(
+    model: nn.Module, dense: Any, batch: dict, *, predict: bool, by_position: bool, grouped: bool
+) -> Forward:
+    """Both notes of each pair through the model.
+
+    Args:
+        model: what is called: the dense model, or what wraps it, or its body alone where `predict` is False.
+        dense: the dense model, whose body keeps its last hidden states.
+        batch: what the collator made; `lengths`, the tokens of each row, where rows may be grouped.
+        predict: compute the language-modelling loss.
+        by_position: the head takes chosen positions alone (`predicts_by_position`).
+        grouped: run rows of like length in a forward of their own, so that little is padded (`length_groups`).
+    """
+    rows = {name: value for name, value in batch.items() if name not in NOT_ROWS}
+    labels, lengths, count = batch["labels"], batch.get("lengths"), len(batch["attention_mask"])
+    groups = length_groups(lengths) if grouped and lengths is not None else [np.arange(count)]
+    mlm, parts, slots = 0.0, [], 0
+    for group in groups:
+        part, wanted = rows, labels
+        if len(groups) > 1:
+            index, width = torch.from_numpy(group).to(labels.device), lengths[group[0]]
+            part = {name: value[index, :width] for name, value in rows.items()}
+            wanted = labels[index, :width]
+        predicted = wanted.ne(-100)
+        chosen = (predicted if predict else torch.zeros_like(predicted)) if by_position else None
+        with dense.capture_hidden(chosen):
+            outputs = model(**part)
+            parts.append(dense.pooled(part["attention_mask"]))
+        if predict:
+            logits = outputs.logits[0] if by_position else outputs.logits[predicted]
+            mlm = mlm + summed_cross_entropy(logits, wanted[predicted])
+        slots += part["attention_mask"].numel()
+    z = torch.cat(parts)
+    if len(groups) > 1:
+        z = z[torch.from_numpy(np.argsort(np.concatenate(groups))).to(z.device)]
+    pairs = int(batch["num_pairs"])
+    if "chunk_to_note" in batch:
+        tokens = batch["attention_mask"].sum(1)
+        z = over_chunks(z, tokens, batch["chunk_to_note"], 2 * max(pairs, 1))
+    half = len(z) // 2
+    return Forward(mlm if predict else z.new_zeros(()), z[:pairs], z[half : half + pairs], slots)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (n, V) and labels (n,), summed, in float32 or wider; 0 for n = 0.
+
+    Not the model's own loss: some classes ignore the number of tokens of the update, and a batch without any is NaN.
+    Labels stand where their logits are, for decoders too.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def length_groups(lengths: Sequence[int]) -> list[np.ndarray]:
+    """Row numbers, longest first, in the fewest groups of which at most 5 % is padding; 8 groups at most.
+
+    A group is padded to its longest row. Among all ways to cut the sorted rows into g groups, at 32 places, the one with
+    the fewest positions is taken, for g = 1, 2, ... until few enough are padding.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    sizes = np.asarray(lengths)[order]
+    ends = np.unique(np.linspace(0, len(sizes), CUTS + 1).round().astype(int))
+    # slots[i, j]: of one group from cut i to cut j
+    slots = np.where(
+        ends[None] > ends[:, None], (ends[None] - ends[:, None]) * sizes[np.minimum(ends, len(sizes) - 1)][:, None], 0
+    )
+    best, begun = slots[0].astype(float), [np.zeros(len(ends), dtype=int)]
+    while best[-1] * (1 - PADDING) > sizes.sum() and len(begun) < min(MAXIMUM_GROUPS, len(ends) - 1):
+        total = best[:, None] + np.where(ends[None] > ends[:, None], slots, np.inf)
+        begun.append(total.argmin(0))
+        best = total.min(0)
+    cuts = [len(ends) - 1]
+    for first in reversed(begun[1:]):
+        cuts.append(int(first[cuts[-1]]))
+    return np.split(order, ends[np.setdiff1d(cuts, [0, len(ends) - 1])])
+
+
+@torch.no_grad()
+def predicts_by_position(dense: Any, batch: dict) -> bool:
+    """Whether the head's logits at some positions need those positions alone: then the others are not computed.
+
+    True for the heads of nearly all families; False for a head that mixes or reshapes positions, and for an error inside it.
+
+    Args:
+        dense: the dense model, not wrapped yet.
+        batch: a small one, of two rows at least.
+    """
+    rows = {name: value.to(dense.device) for name, value in batch.items() if name not in NOT_ROWS}
+    chosen = torch.zeros_like(batch["labels"], dtype=torch.bool, device=dense.device)
+    chosen[0, -1] = True  # alone: a head that mixes positions, or counts them from the first, gives something else
+    training = [module for module in dense.modules() if module.training]
+    dense.eval()
+    try:
+        every = dense(**rows).logits
+        with dense.capture_hidden(chosen):
+            some = dense(**rows).logits
+    except Exception as error:  # whatever a head raises, it does not take positions alone
+        logger.info("Logits are computed at every position: %s", type(error).__name__)
+        return False
+    finally:
+        for module in training:
+            module.training = True
+    return some.shape == (1, 1, every.shape[-1]) and torch.allclose(
+        some[0].float(), every[chosen].float(), rtol=1e-2, atol=1e-3
+    )
