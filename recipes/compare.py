@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> dict:
     options = {name: value for name, value in own.items() if value}
     load = importlib.import_module(f"domains.{arguments.domain}").load
     domain = load(arguments.data, arguments.model_name_or_path, **options)
+    if arguments.learning_rate:
+        domain.training |= {"learning_rate": arguments.learning_rate}
     if arguments.bf16:
         domain.training |= {"bf16": True, "use_cpu": not torch.cuda.is_available()}
     study = Study(domain, Path(arguments.work), arguments.warm_up)
@@ -81,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--budget", type=float, default=10.0, help="minutes for the whole study of the domain")
     parser.add_argument("--steps", type=int, help="steps of every run, instead of --budget")
+    parser.add_argument("--learning_rate", type=float, help="of every run, instead of the domain's")
     parser.add_argument("--warm_up", type=int, default=0, help="steps of MLM that make the common start, once a seed")
     parser.add_argument(
         "--bf16", action="store_true", help="mixed precision, on processors and GPUs that are fast at it"
