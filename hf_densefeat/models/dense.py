@@ -18,9 +18,9 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
+from hf_densefeat.models.families import check_family, language_modeling_of
 from hf_densefeat.models.head import FOLDER, DenseHead
 from hf_densefeat.models.pooling import POOLINGS, over_chunks, pool
 from hf_densefeat.models.sentence_transformers import write_files
@@ -58,19 +58,19 @@ class DenseFeatureMixin:
     @property
     def language_modeling(self) -> str | None:
         """What the head predicts: "mlm", "causal", or None for a model without a language-modelling head."""
-        name = type(self).__name__.removeprefix("FSDP")
-        if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
-            return "mlm"
-        return "causal" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+        return language_modeling_of(type(self).__name__.removeprefix("FSDP"))
 
     @property
     def max_length(self) -> int | None:
         """Tokens of a note that the embedding sees: the config's `densefeat.max_length`, or all positions there are."""
         positions = getattr(self.config, "max_position_embeddings", None)
         # the RoBERTa family numbers positions from padding_idx + 1
-        if positions and hasattr(getattr(self.base_model, "embeddings", None), "padding_idx"):
-            positions -= self.base_model.embeddings.padding_idx + 1
-        limits = [limit for limit in (positions, self.config.densefeat.get("max_length")) if limit]
+        embeddings = getattr(self.base_model, "embeddings", None)
+        padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+        if positions and padding is not None:
+            positions -= padding + 1
+        # XLNet says -1 for no limit
+        limits = [limit for limit in (positions, self.config.densefeat.get("max_length")) if limit and limit > 0]
         return min(limits, default=None)
 
     @property
@@ -98,6 +98,11 @@ class DenseFeatureMixin:
         # a string, because JSON has no infinity
         self.config.densefeat = block if head is None else block | {"head": {"epsilon": str(head.epsilon)}}
 
+    @property
+    def _body(self):
+        """The module that gives the hidden states: the head of OPT calls the decoder inside the base model, not that."""
+        return self.base_model.get_decoder()
+
     @contextmanager
     def capture_hidden(self, chosen: Tensor | None = None):
         """Inside, `pooled(mask)` after a forward of the (wrapped) model gives embeddings with their graph.
@@ -107,18 +112,18 @@ class DenseFeatureMixin:
         Args:
             chosen: (B, L), True at n positions; the head then sees these alone, as (1, n, d), and logits are (1, n, V).
         """
-        base = self.base_model
-        if not hasattr(base, "_densefeat_hook"):
-            base._densefeat_hook = base.register_forward_hook(_keep_hidden)
-        base._densefeat_capture, base._densefeat_chosen = True, chosen
+        body = self._body
+        if not hasattr(body, "_densefeat_hook"):
+            body._densefeat_hook = body.register_forward_hook(_keep_hidden)
+        body._densefeat_capture, body._densefeat_chosen = True, chosen
         try:
             yield
         finally:
-            base._densefeat_capture, base._densefeat_hidden, base._densefeat_chosen = False, None, None
+            body._densefeat_capture, body._densefeat_hidden, body._densefeat_chosen = False, None, None
 
     def pooled(self, attention_mask: Tensor) -> Tensor:
         """Embeddings (B, d) of the forward that just ran inside `capture_hidden`."""
-        return pool(self.base_model._densefeat_hidden, attention_mask, self.pooling)
+        return pool(self._body._densefeat_hidden, attention_mask, self.pooling)
 
     @torch.no_grad()
     def encode(
@@ -253,18 +258,12 @@ def as_dense(
         raise ValueError(f"Expected pooling to be one of {', '.join(POOLINGS)} but got {pooling!r}.")
     if long_notes not in (None, "truncate", "chunk"):
         raise ValueError(f"Expected long_notes to be truncate or chunk but got {long_notes!r}.")
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder: it has no one embedding of a text. Use an encoder, or the "
-            "encoder alone, such as T5EncoderModel with mlm_weight=0."
-        )
     if not isinstance(model, DenseFeatureMixin):
+        check_family(model)
         model.__class__ = _dense_class(type(model))
     block = dict(getattr(model.config, "densefeat", None) or {})
     if getattr(model, "dense_head", None) is None:
         block.pop("head", None)  # of the folder that the config is from; `AutoDenseModel` loads it
-    if model.language_modeling and model.base_model is model:
-        raise ValueError(f"{type(model).__name__} has no body apart from its head: no hidden states to pool.")
     default = "last" if model.language_modeling == "causal" else "mean"
     block["pooling"] = pooling or block.get("pooling", default)
     if block["pooling"] == "cls" and model.language_modeling == "causal":
@@ -319,6 +318,7 @@ def load_head(name_or_path: str, epsilon: float, hub: dict) -> DenseHead:
 
 
 def _auto_class(config):
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+    # a BERT with is_decoder is a decoder
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return AutoModelForMaskedLM
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel

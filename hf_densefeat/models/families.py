@@ -1,0 +1,76 @@
+"""What is refused when a model is loaded: families without an embedding of a text, or whose folder nobody else could open."""
+
+import logging
+
+from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+logger = logging.getLogger(__name__)
+
+# Their attention, or what stands in its place, is not masked, or not exactly
+SEES_PADDING = ("convbert", "cpmant", "fnet", "funnel", "nystromformer", "yoso")
+# transformers renames keys of these on loading, and does not find them below a head
+UNREADABLE = ("axk1", "deepseek_v4", "inkling2_loop_text", "inkling2_text", "laguna")
+REASONS = {
+    name: "AutoModel does not find every weight of its saved folder, and draws those anew" for name in UNREADABLE
+} | {"reformer": "its hidden states are twice as wide as hidden_size, and its batches must have one length"}
+
+
+def language_modeling_of(name: str) -> str | None:
+    """What the head of a native class predicts: "mlm", "causal", or None for a class without a language-modelling head."""
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "mlm"
+    return "causal" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """Refuse a native model that would fail later, or whose embeddings others would not get.
+
+    Raises:
+        ValueError: with the reason, and what to take instead.
+    """
+    name, config, body = type(model).__name__, model.config, model.base_model
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is an encoder-decoder: it has no one embedding of a text. Use an encoder, or the "
+            "encoder alone, such as T5EncoderModel with mlm_weight=0."
+        )
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"{name} reads {model.main_input_name}, not tokens of a text. Use a text encoder.")
+    if not hasattr(config, "hidden_size"):
+        raise ValueError(f"{name} is not a text encoder: its config has no hidden_size. Use a model of text alone.")
+    head = language_modeling_of(name)
+    if head and body is model:
+        raise ValueError(f"{name} has no body apart from its head: no hidden states to pool.")
+    if (
+        head == "causal"
+        and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(config, "is_decoder", False)
+    ):
+        raise ValueError(
+            f"{name} would see the tokens that it is to predict: its config says is_decoder=False. Load the masked-LM "
+            "model of this family, or set is_decoder=True in the config."
+        )
+    if head and type(model).__module__.startswith("transformers."):  # code from the Hub has mappings of its own
+        opened = MODEL_MAPPING.get(type(config), ())
+        classes = opened if isinstance(opened, tuple) else (opened,)
+        if type(body) not in classes:
+            others = f"as {classes[0].__name__}" if classes else "not at all"
+            raise ValueError(
+                f"{name} has the body {type(body).__name__}, but AutoModel would open its folder {others}: nobody else "
+                "would get its embeddings. Use an encoder, or a decoder that is not a part of a larger model."
+            )
+    heads, key_heads = (getattr(config, f"num_{which}_heads", None) for which in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads:
+        raise ValueError(
+            f"{name} cannot compute: in its config num_attention_heads is {heads}, which is no multiple of "
+            f"num_key_value_heads, {key_heads}."
+        )
+    if config.model_type in REASONS:
+        raise ValueError(f"{name} is refused: {REASONS[config.model_type]}. Use another family.")
+    if config.model_type in SEES_PADDING:
+        logger.warning(
+            "%s sees padding: an embedding depends on the lengths of the other texts of its batch. encode(texts, "
+            "batch_size=1) avoids that.",
+            name,
+        )
