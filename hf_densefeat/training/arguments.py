@@ -50,6 +50,13 @@ class DenseTrainingArguments(TrainingArguments):
         metadata={"help": "More terms of the objective, JSON of name to weight: mutual_information, sphericity, ..."},
     )
     power_iterations: int = field(default=2, metadata={"help": "Power steps an update; 0 for exact eigenspaces."})
+    keep_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "With gradient accumulation: keep the graphs of all micro-batches, in the memory of one step on the whole "
+            "update, instead of running each forward twice."
+        },
+    )
     pooling: str | None = field(default=None, metadata={"help": "mean, cls, last or max; default: the model's."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a note; default: the model's."})
     long_notes: str | None = field(

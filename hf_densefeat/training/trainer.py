@@ -146,6 +146,10 @@ class DenseTrainer(Saving, Trainer):
         self.by_position = (
             args.mlm_weight > 0 and not args.torch_compile and predicts_by_position(model, self.data_collator([]))
         )
+        if args.keep_graphs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "keep_graphs needs the weights of all micro-batches at once: set it to False under sharding."
+            )
         streamed = isinstance(self.train_dataset, IterableDataset)
         if streamed:
             check_stream(args, self.processor)
@@ -192,14 +196,10 @@ class DenseTrainer(Saving, Trainer):
             # here and not in get_batch_samples, after which a resumed Trainer restores the random state
             self._update = self._planned(model)
         update, ranks = self._update, self.args.world_size
-        if update.random_states:
-            update.random_states.pop(0).restore()
-        made = self.embed_pairs(model, inputs)
+        made = update.kept.pop(0) if update.kept else self._replayed(model, inputs)
         if update.tokens is None:
             tokens = inputs["labels"].ne(-100).sum()[None]
             update.plan(self.objective, moments_of(made, self.objective), tokens)
-        if update.expected:
-            check_replay(update.expected.pop(0), made.rows())
         loss = 0.0
         if self.args.mlm_weight:
             mlm = made.mlm / update.tokens.clamp(min=1)
@@ -218,18 +218,34 @@ class DenseTrainer(Saving, Trainer):
             tokens = sum(batch["labels"].ne(-100).sum() for batch in self._micro_batches)
             update.tokens = self.accelerator.reduce(tokens.to(self.args.device), reduction="sum")
         elif len(self._micro_batches) > 1:
-            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile):
-                model = self.dense_model.base_model  # no logits; the wrappers are for gradients, and for these three
-            prepared = (self._prepare_inputs(batch) for batch in self._micro_batches)
-            first = self.state.global_step == self._initial_global_step
-            forward = partial(self._embed_in_training_precision, model)
-            update.moments_pass(prepared, forward, self.objective, keep=first)
+            # DDP reduces gradients after a forward that it is told to: the last one is made when its turn has come
+            graphs = len(self._micro_batches) - (self.args.world_size > 1) if self.args.keep_graphs else 0
+            update.moments_pass(
+                (self._prepare_inputs(batch) for batch in self._micro_batches),
+                partial(self._first_forward, model),
+                self.objective,
+                keep_graphs=graphs,
+                keep_embeddings=self.state.global_step == self._initial_global_step,
+            )
         return update
 
-    def _embed_in_training_precision(self, model, inputs) -> Forward:
-        """The Trainer's own forwards get autocast from the wrapped model; the bare body does not."""
-        with self.accelerator.autocast():
+    def _first_forward(self, model, inputs) -> Forward:
+        """A forward of the moments pass; without a graph, logits and wrappers are left out where that can be."""
+        if torch.is_grad_enabled():
+            return self.embed_pairs(model, inputs)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile):
+            model = self.dense_model.base_model  # the wrappers are for gradients, and for these three
+        with self.accelerator.autocast():  # which the wrapped model brings, but not its body
             return self.embed_pairs(model, inputs, predict=False)
+
+    def _replayed(self, model, inputs) -> Forward:
+        """The forward of a micro-batch, with the dropout of its first one if there was one."""
+        if self._update.random_states:
+            self._update.random_states.pop(0).restore()
+        made = self.embed_pairs(model, inputs)
+        if self._update.expected:
+            check_replay(self._update.expected.pop(0), made.rows())
+        return made
 
     def embed_pairs(self, model, inputs, *, predict: bool = True) -> Forward:
         """Both notes of each pair through the model; without `predict` the language-modelling loss is 0."""

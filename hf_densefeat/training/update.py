@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Update:
         gradient: its gradient there, which `pullback` takes to the rows of a micro-batch.
         random_states: from which the forward of each micro-batch is replayed; empty where there is one forward.
         expected: embeddings of the first forwards, where the replay is to be checked.
+        kept: forwards with their graphs, first micro-batch first, which need no replay.
         sums: name to sum over micro-batches.
     """
 
@@ -40,6 +41,7 @@ class Update:
         self.gradient: PairGradient | None = None
         self.random_states: list[RandomState] = []
         self.expected: list[Tensor] = []
+        self.kept: list[Forward] = []
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -60,33 +62,42 @@ class Update:
         for name, value in (self.terms | objective.diagnostics).items():
             self.add(name, value)
 
-    @torch.no_grad()
     def moments_pass(
         self,
-        micro_batches: list[dict],
+        micro_batches: Iterable[dict],
         forward: Callable[[dict], Forward],
         objective: DenseObjective,
         *,
-        keep: bool = False,
+        keep_graphs: int = 0,
+        keep_embeddings: bool = False,
     ) -> None:
-        """Plan from forwards without gradient, and keep the random state from which each is to be replayed.
+        """Plan from a forward of every micro-batch, before the first backward.
+
+        The first `keep_graphs` forwards keep their graphs, for their backward. The others run without gradient, and the
+        random state from which each is to be replayed is kept.
 
         Args:
             micro_batches: prepared, on the device.
             forward: of one micro-batch.
             objective: as for `plan`.
-            keep: keep the embeddings too, for `check_replay`.
+            keep_graphs: how many graphs there is memory for.
+            keep_embeddings: keep the embeddings of the others, for `check_replay`.
         """
         totals, tokens = None, 0
-        for inputs in micro_batches:
-            self.random_states.append(RandomState(inputs))
-            first = forward(inputs)
+        for place, inputs in enumerate(micro_batches):
+            graph = place < keep_graphs
+            if not graph:
+                self.random_states.append(RandomState(inputs))
+            with torch.set_grad_enabled(graph):
+                first = forward(inputs)
+            if graph:
+                self.kept.append(first)
+            elif keep_embeddings:
+                self.expected.append(first.rows())
             # all micro-batches share one shift, so that their moments add up
             pair = moments_of(first, objective, None if totals is None else totals.a.shift)
             totals = pair if totals is None else totals + pair
             tokens = tokens + inputs["labels"].ne(-100).sum()[None]
-            if keep:
-                self.expected.append(first.rows())
         self.plan(objective, totals, tokens)
 
     def dense_share(self, objective: DenseObjective | BatchLoss, z_a: Tensor, z_b: Tensor, ranks: int) -> Tensor:

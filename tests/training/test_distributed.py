@@ -122,6 +122,9 @@ CUTS = [
     ("modernbert", torch.float32, 1, 4, {}),
     ("modernbert", torch.float32, 2, 4, {}),
     ("modernbert", torch.float32, 3, 1, AUTO),
+    ("bert", torch.float64, 1, 4, AUTO | {"keep_graphs": True}),
+    ("bert", torch.float64, 2, 4, {"keep_graphs": True}),
+    ("modernbert", torch.float64, 3, 2, AUTO | {"keep_graphs": True}),
 ]
 UNEVEN = [
     ("bert", torch.float64, [[1, 23]], {}),
@@ -140,7 +143,7 @@ def cut(world, accumulation):
 
 
 def _options(options):
-    objective = {name: value for name, value in options.items() if name != "dataloader_drop_last"}
+    objective = {name: value for name, value in options.items() if name not in ("dataloader_drop_last", "keep_graphs")}
     return objective | {"drop_last": options.get("dataloader_drop_last", False)}
 
 
@@ -228,7 +231,10 @@ def test_resume_with_another_number_of_processes(run, tmp_path, worlds):
         assert error(answer["gradients"], whole["gradients"][4:]) <= TOLERANCE[torch.float64]
         assert error([answer["weights"]], [whole["weights"]]) <= TOLERANCE[torch.float64]
         for name, value in whole["state"].items():
-            torch.testing.assert_close(answer["state"][name], value)
+            found = answer["state"][name]
+            if "basis" in name:  # the sign of a basis vector is that of a rounding error
+                found, value = found.abs(), value.abs()
+            torch.testing.assert_close(found, value)
 
 
 def test_a_stream_and_its_resume_with_another_number_of_processes(ranks, tokenizer, tmp_path):

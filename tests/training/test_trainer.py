@@ -164,6 +164,20 @@ def test_gradients_with_dropout_equal_one_graph_of_all_micro_batches(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_kept_graphs_have_the_gradients_of_replayed_forwards(tmp_path, tokenizer, pairs, family):
+    """With dropout: the same draws in the same order, one forward a micro-batch in place of two."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "family": family}
+    replayed = recorded(tmp_path, tokenizer, pairs, **settings)
+    kept = recorded(tmp_path, tokenizer, pairs, keep_graphs=True, **settings)
+    for x, y in zip(replayed.updates[:1], kept.updates[:1], strict=True):
+        assert distance(y["gradients"], x["gradients"]) < 1e-5
+    for x, y in zip(logs(replayed)[:1], logs(kept)[:1], strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-5)
+    assert len(kept.updates) == len(replayed.updates)
+
+
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer, pairs):
     """With dropout and accumulation the gradients are the same with gradient checkpointing."""
     settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
