@@ -1,4 +1,4 @@
-"""Encoders for windows of timed values, alone or beside a note."""
+"""Encoders for episodes of timed values, alone or beside a note."""
 
 from hf_densefeat.events.modeling_event import EventConfig, EventModel, EventModelForMaskedValues
 from hf_densefeat.events.modeling_multimodal import (
@@ -8,10 +8,12 @@ from hf_densefeat.events.modeling_multimodal import (
     MultimodalPairCollator,
     MultimodalProcessor,
 )
-from hf_densefeat.events.processing_event import EventProcessor, WindowPairCollator, WindowPairs
-from hf_densefeat.events.records import event_windows, latest_of_each, pack_windows
+from hf_densefeat.events.processing_event import EpisodePairCollator, EpisodePairs, EventProcessor
+from hf_densefeat.events.records import event_episodes, latest_of_each, pack_episodes
 
 __all__ = [
+    "EpisodePairCollator",
+    "EpisodePairs",
     "EventConfig",
     "EventModel",
     "EventModelForMaskedValues",
@@ -21,9 +23,7 @@ __all__ = [
     "MultimodalModelForMaskedPrediction",
     "MultimodalPairCollator",
     "MultimodalProcessor",
-    "WindowPairCollator",
-    "WindowPairs",
-    "event_windows",
+    "event_episodes",
     "latest_of_each",
-    "pack_windows",
+    "pack_episodes",
 ]

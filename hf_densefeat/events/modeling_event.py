@@ -1,4 +1,4 @@
-"""A transformer over the timed values of a window, and masked-value prediction: what BERT and MLM are to text."""
+"""A transformer over the timed values of an episode, and masked-value prediction: what BERT and MLM are to text."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from hf_densefeat.events.processing_event import EventProcessor
 from hf_densefeat.models.dense import DenseFeatureMixin
 
-CARD_USE = """With hf_densefeat; one value is a code, a number, and hours since the window began:
+CARD_USE = """With hf_densefeat; one value is a code, a number, and hours since the episode began:
 
 ```python
 from hf_densefeat import AutoDenseModel
-from hf_densefeat.events import pack_windows
+from hf_densefeat.events import pack_episodes
 
-windows = pack_windows(window=[0, 0, 1], code=["{0}", "{1}", "{0}"], value=[1.0, 2.0, 3.0], hours=[0.5, 2.0, 0.0], texts=2)
-embeddings = AutoDenseModel.from_pretrained("{repository}").encode(windows)
+episodes = pack_episodes(episode=[0, 0, 1], code=["{0}", "{1}", "{0}"], value=[1.0, 2.0, 3.0], hours=[0.5, 2.0, 0.0], texts=2)
+embeddings = AutoDenseModel.from_pretrained("{repository}").encode(episodes)
 print(embeddings.shape)  # torch.Size([2, {width}])
 ```
 
 Of training values, quantiles of each code are in `preprocessor_config.json`, least and largest among them."""
 
 HARMONICS = 8  # of a quantile
-PERIODS = 16  # of a time, from one hour to twice the window
+PERIODS = 16  # of a time, from one hour to twice the episode
 
 
 class EventConfig(PreTrainedConfig):
@@ -42,7 +42,7 @@ class EventConfig(PreTrainedConfig):
     Attributes:
         vocab_size: codes and padding.
         num_bins: bins of equal width that a masked quantile is predicted in.
-        max_hours: length of a window.
+        max_hours: length of an episode.
         hidden_size: d.
         num_hidden_layers: layers.
         num_attention_heads: heads.
@@ -90,7 +90,7 @@ class EventEmbeddings(nn.Module):
 
     The value enters as u, cos(πu), cos(2πu)/4, …, cos(8πu)/64 of its quantile u, through a linear map and a gain of its
     code: a high potassium is no high sodium (FT-Transformer too has a map for each column; Gorishniy et al., 2021). The time
-    enters as sines and cosines of 16 periods from an hour to twice the window. A masked value (u < 0) is one learned vector.
+    enters as sines and cosines of 16 periods from an hour to twice the episode. A masked value (u < 0) is one learned vector.
 
     Smooth features and a small share of time are there from the start: a linear probe on the mean of an untrained model's
     states finds death in PhysioNet 2012 with AUROC 0.79, against 0.67 where all weights begin with one variance.
@@ -122,11 +122,11 @@ class EventEmbeddings(nn.Module):
         return self.dropout(self.norm(self.codes(input_ids) + self.gain(input_ids) * value + time))
 
 
-class WindowModel(DenseFeatureMixin, PreTrainedModel):
-    """What encoders of windows share: the mixin, without what is for text alone."""
+class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
+    """What encoders of episodes share: the mixin, without what is for text alone."""
 
     main_input_name = "input_ids"
-    card_kind = "An encoder for windows of labs and vital signs"
+    card_kind = "An encoder for episodes of labs and vital signs"
 
     def card_use(self) -> str:
         """How to use the model, for its card: code that runs as printed, with two codes that the processor knows."""
@@ -154,7 +154,7 @@ class WindowModel(DenseFeatureMixin, PreTrainedModel):
         return self.base_model.embeddings.codes
 
 
-class EventPreTrainedModel(WindowModel):
+class EventPreTrainedModel(EpisodeModel):
     """Config, prefix and processor of both event models."""
 
     config_class = EventConfig
@@ -176,7 +176,7 @@ class EventPreTrainedModel(WindowModel):
 
 
 class EventModel(EventPreTrainedModel):
-    """Events of a window to hidden states, by torch's pre-norm `TransformerEncoder`: no order but that of the hours."""
+    """Events of an episode to hidden states, by torch's pre-norm `TransformerEncoder`: no order but that of the hours."""
 
     def __init__(self, config: EventConfig):
         super().__init__(config)

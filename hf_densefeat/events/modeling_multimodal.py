@@ -1,4 +1,4 @@
-"""A note and the values of one time window in one embedding; either may be missing, both may not."""
+"""A note and the values of one time episode in one embedding; either may be missing, both may not."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from hf_densefeat.data.collator import DensePairCollator
 from hf_densefeat.data.columns import column
 from hf_densefeat.data.pairs import adjacent_pairs
-from hf_densefeat.events.modeling_event import EventConfig, EventModel, WindowModel, prediction_head, transformer
+from hf_densefeat.events.modeling_event import EpisodeModel, EventConfig, EventModel, prediction_head, transformer
 from hf_densefeat.events.processing_event import (
+    EpisodePairCollator,
+    EpisodePairs,
     EventProcessor,
     EventStats,
-    WindowPairCollator,
-    WindowPairs,
     pad_rows,
 )
 from hf_densefeat.events.records import note_of
 
 
 class MultimodalProcessor:
-    """A tokenizer for a window's note and an `EventProcessor` for its values, in one folder.
+    """A tokenizer for an episode's note and an `EventProcessor` for its values, in one folder.
 
-    It stands where a tokenizer stands. A window is JSON as `pack_windows` makes it, with `text`, with events, or with both.
+    It stands where a tokenizer stands. An episode is JSON as `pack_episodes` makes it, with `text`, with events, or with both.
 
     Args:
         tokenizer: of the text encoder.
-        events: fitted on training windows.
+        events: fitted on training episodes.
         max_length: tokens kept of a note; by default what the tokenizer says.
     """
 
@@ -74,19 +74,19 @@ class MultimodalProcessor:
         """What embeddings depend on: equal processors, equal text."""
         return f"{type(self).__name__}({self.tokenizer!r}, {self.events!r})"
 
-    def rows(self, windows: Sequence[str], max_length: int | None = None) -> dict[str, list]:
+    def rows(self, episodes: Sequence[str], max_length: int | None = None) -> dict[str, list]:
         """`input_ids` of the note, `event_ids`, `quantiles` and `hours` of the events, not padded; an empty list for nothing.
 
         Raises:
-            ValueError: For a window that cannot be read, or that has neither a note nor a known event.
+            ValueError: For an episode that cannot be read, or that has neither a note nor a known event.
         """
-        rows, _ = self.read(windows, max_length)
+        rows, _ = self.read(episodes, max_length)
         return {name: [row[name] for row in rows] for name in self.model_input_names[:-1]}
 
-    def read(self, windows: Sequence[str], max_length: int | None = None) -> tuple[list[dict], EventStats]:
-        """One dict a window, as `rows` describes, and the counts of events."""
-        rows, stats = self.events.read(windows)
-        notes = [note_of(window) for window in windows]
+    def read(self, episodes: Sequence[str], max_length: int | None = None) -> tuple[list[dict], EventStats]:
+        """One dict an episode, as `rows` describes, and the counts of events."""
+        rows, stats = self.events.read(episodes)
+        notes = [note_of(episode) for episode in episodes]
         written = [note for note in notes if note]
         length = min(max_length or self.model_max_length, self.model_max_length)
         tokens = iter(self.tokenizer(written, truncation=True, max_length=length)["input_ids"] if written else ())
@@ -94,7 +94,7 @@ class MultimodalProcessor:
         for i, (row, note) in enumerate(zip(rows, notes, strict=True)):
             ids = np.array(next(tokens) if note else [], dtype=np.int64)
             if not len(ids) and not len(row["input_ids"]):
-                raise ValueError(f"Window {i} has neither a note nor an event of a known code: leave it out.")
+                raise ValueError(f"Episode {i} has neither a note nor an event of a known code: leave it out.")
             read.append({"input_ids": ids, "event_ids": row.pop("input_ids"), **row})
         return read, stats
 
@@ -117,19 +117,19 @@ class MultimodalProcessor:
         return MultimodalPairCollator(self, objective, mlm_probability)
 
     def pairs(
-        self, windows: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
-    ) -> tuple[WindowPairs, EventStats]:
-        """Adjacent windows of each patient, read; and the counts."""
-        rows, stats = self.read(column(windows, "text").to_pylist(), max_length)
-        return WindowPairs(rows, adjacent_pairs(windows, max_gap=max_gap)), stats
+        self, episodes: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
+    ) -> tuple[EpisodePairs, EventStats]:
+        """Adjacent episodes of each patient, read; and the counts."""
+        rows, stats = self.read(column(episodes, "text").to_pylist(), max_length)
+        return EpisodePairs(rows, adjacent_pairs(episodes, max_gap=max_gap)), stats
 
 
-class MultimodalPairCollator(WindowPairCollator):
-    """As `WindowPairCollator`, with MLM's masks on the notes besides; `labels` (2B, T + E), tokens first, then bins."""
+class MultimodalPairCollator(EpisodePairCollator):
+    """As `EpisodePairCollator`, with MLM's masks on the notes besides; `labels` (2B, T + E), tokens first, then bins."""
 
     def __init__(self, processor: MultimodalProcessor, objective: str | None = "mlm", mask_probability: float = 0.30):
         super().__init__(processor, objective, mask_probability)
-        self.events = WindowPairCollator(processor.events, objective, mask_probability)
+        self.events = EpisodePairCollator(processor.events, objective, mask_probability)
         self.text = DensePairCollator(processor.tokenizer, objective, mask_probability)
 
     def row(self, row: dict, seed: tuple[int, int]) -> dict:
@@ -183,7 +183,7 @@ class MultimodalConfig(PreTrainedConfig):
         return self.event_config.hidden_size
 
 
-class MultimodalPreTrainedModel(WindowModel):
+class MultimodalPreTrainedModel(EpisodeModel):
     """Config, prefix and processor of both multimodal models."""
 
     config_class = MultimodalConfig

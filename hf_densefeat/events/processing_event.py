@@ -1,4 +1,4 @@
-"""Windows to tensors, and pairs of windows to one batch with masks."""
+"""Episodes to tensors, and pairs of episodes to one batch with masks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ EMPTY = {"input_ids": np.zeros(0, np.int64), "quantiles": np.zeros(0, np.float32
 
 @dataclass(frozen=True)
 class EventStats:
-    """What reading did to the windows: their number, events kept, events of unknown codes, events over the limit."""
+    """What reading did to the episodes: their number, events kept, events of unknown codes, events over the limit."""
 
-    windows: int
+    episodes: int
     events: int
     unknown: int
     cut: int
@@ -34,21 +34,21 @@ class EventStats:
 
     def counts(self) -> dict[str, int]:
         """What the model card says."""
-        return {"events": self.events, f"events over {self.max_length} a window, cut": self.cut}
+        return {"events": self.events, f"events over {self.max_length} an episode, cut": self.cut}
 
     def __str__(self) -> str:
         """Return one line of counts."""
         return (
-            f"{self.events:,} events in {self.windows:,} windows; {self.unknown:,} of unknown codes dropped, "
-            f"{self.cut:,} over {self.max_length:,} a window cut"
+            f"{self.events:,} events in {self.episodes:,} episodes; {self.unknown:,} of unknown codes dropped, "
+            f"{self.cut:,} over {self.max_length:,} an episode cut"
         )
 
 
 class EventProcessor(FeatureExtractionMixin):
-    """Windows to tensors: codes as numbers, values as quantiles of the training values of their code.
+    """Episodes to tensors: codes as numbers, values as quantiles of the training values of their code.
 
     A `PairProcessor`: it stands where a tokenizer stands, and an event is a token.
-    Codes unknown to it are dropped, with a warning that counts them. Of a window with more than `max_events` the latest
+    Codes unknown to it are dropped, with a warning that counts them. Of an episode with more than `max_events` the latest
     of each code are kept first, then the latest but one, and so on: a morning's only lactate outlives the tenth heart rate.
 
     A quantile is the mid-rank of the value among the training values of its code, in [0, 1], linear between `points`
@@ -58,9 +58,9 @@ class EventProcessor(FeatureExtractionMixin):
         codes: known codes; code i has number i + 1, 0 is padding.
         values: for each code, increasing values …
         levels: … and their quantiles.
-        max_events: events kept of a window.
+        max_events: events kept of an episode.
         bins: number of equal bins that a masked quantile is predicted in.
-        max_hours: length of a window, for the scale of time.
+        max_hours: length of an episode, for the scale of time.
         kwargs: as for `FeatureExtractionMixin`.
     """
 
@@ -73,12 +73,12 @@ class EventProcessor(FeatureExtractionMixin):
 
     @classmethod
     def fit(
-        cls, windows: Sequence[str], max_events: int = 128, bins: int = 32, points: int = 65, min_count: int = 10
+        cls, episodes: Sequence[str], max_events: int = 128, bins: int = 32, points: int = 65, min_count: int = 10
     ) -> EventProcessor:
-        """Codes, quantiles and hours of training windows; windows without events are passed over.
+        """Codes, quantiles and hours of training episodes; episodes without events are passed over.
 
         Args:
-            windows: JSON; of training patients only.
+            episodes: JSON; of training patients only.
             max_events: see the class.
             bins: see the class.
             points: number of quantiles stored of each code, the least and the largest value among them. They are saved,
@@ -86,9 +86,9 @@ class EventProcessor(FeatureExtractionMixin):
             min_count: events that a code needs to become known.
 
         Raises:
-            ValueError: For windows that cannot be read, or no code that is frequent enough.
+            ValueError: For episodes that cannot be read, or no code that is frequent enough.
         """
-        _, names, value, hours = events_of(windows)
+        _, names, value, hours = events_of(episodes)
         place: dict[str, int] = {}
         number = np.array([place.setdefault(name, len(place)) for name in names], dtype=np.int64)
         codes, count = list(place), np.bincount(number)
@@ -101,7 +101,9 @@ class EventProcessor(FeatureExtractionMixin):
             values.append(distinct.tolist())
             levels.append((np.bincount(place, grid) / np.bincount(place)).tolist())
         if not known:
-            raise ValueError(f"Expected a code with at least {min_count} events, got none in {len(windows)} windows.")
+            raise ValueError(
+                f"Expected a code with at least {min_count} events, got none in {len(episodes)} episodes."
+            )
         return cls(known, values, levels, max_events, bins, float(max(hours.max(), 1.0)))
 
     @property
@@ -113,44 +115,44 @@ class EventProcessor(FeatureExtractionMixin):
         """Code to number."""
         return {code: number for number, code in enumerate(self.codes, 1)}
 
-    def rows(self, windows: Sequence[str], max_length: int | None = None) -> dict[str, list[np.ndarray]]:
-        """`input_ids`, `quantiles` and `hours` of each window, not padded; `pad` makes tensors of them.
+    def rows(self, episodes: Sequence[str], max_length: int | None = None) -> dict[str, list[np.ndarray]]:
+        """`input_ids`, `quantiles` and `hours` of each episode, not padded; `pad` makes tensors of them.
 
         Raises:
-            ValueError: For a window that cannot be read, or in which no event is left.
+            ValueError: For an episode that cannot be read, or in which no event is left.
         """
-        rows, stats = self.read(windows, max_length)
+        rows, stats = self.read(episodes, max_length)
         if stats.unknown:
             logger.warning("Codes that the processor does not know are dropped: %s.", stats)
         _refuse_empty(rows)
         return {name: [row[name] for row in rows] for name in EMPTY}
 
-    def read(self, windows: Sequence[str], max_length: int | None = None) -> tuple[list[dict], EventStats]:
-        """One dict of `input_ids`, `quantiles` and `hours` a window, some of them empty, and the counts.
+    def read(self, episodes: Sequence[str], max_length: int | None = None) -> tuple[list[dict], EventStats]:
+        """One dict of `input_ids`, `quantiles` and `hours` an episode, some of them empty, and the counts.
 
         Raises:
-            ValueError: For a window that cannot be read.
+            ValueError: For an episode that cannot be read.
         """
         limit = min(max_length or self.max_events, self.max_events)
-        window, names, value, hours = events_of(windows)
+        episode, names, value, hours = events_of(episodes)
         vocabulary = self.get_vocab()
         number = np.array([vocabulary.get(name, 0) for name in names], dtype=np.int64)
         known = number > 0
-        window, number, value, hours = window[known], number[known], value[known], hours[known]
-        if np.bincount(window, minlength=1).max() > limit:
-            kept = latest_of_each(window, number, hours, limit)
-            window, number, value, hours = window[kept], number[kept], value[kept], hours[kept]
-        order = np.lexsort((value, number, hours, window))
-        window, number, value, hours = window[order], number[order], value[order], hours[order]
+        episode, number, value, hours = episode[known], number[known], value[known], hours[known]
+        if np.bincount(episode, minlength=1).max() > limit:
+            kept = latest_of_each(episode, number, hours, limit)
+            episode, number, value, hours = episode[kept], number[kept], value[kept], hours[kept]
+        order = np.lexsort((value, number, hours, episode))
+        episode, number, value, hours = episode[order], number[order], value[order], hours[order]
         columns = {
             "input_ids": number,
             "quantiles": self._quantiles(number, value).astype(np.float32),
             "hours": hours.astype(np.float32),
         }
-        cuts = np.searchsorted(window, np.arange(1, len(windows)))
+        cuts = np.searchsorted(episode, np.arange(1, len(episodes)))
         split = {name: np.split(column, cuts) for name, column in columns.items()}
-        rows = [{name: split[name][i] for name in split} for i in range(len(windows))]
-        stats = EventStats(len(windows), len(number), int((~known).sum()), int(known.sum() - len(number)), limit)
+        rows = [{name: split[name][i] for name in split} for i in range(len(episodes))]
+        stats = EventStats(len(episodes), len(number), int((~known).sum()), int(known.sum() - len(number)), limit)
         return rows, stats
 
     def _quantiles(self, number: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -166,28 +168,28 @@ class EventProcessor(FeatureExtractionMixin):
 
     def collator(
         self, objective: str | None, *, mlm_probability: float, max_length: int | None = None
-    ) -> WindowPairCollator:
+    ) -> EpisodePairCollator:
         """See `PairProcessor`; `mlm_probability` is the share of values to predict."""
-        return WindowPairCollator(self, objective, mlm_probability)
+        return EpisodePairCollator(self, objective, mlm_probability)
 
     def pairs(
-        self, windows: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
-    ) -> tuple[WindowPairs, EventStats]:
-        """Adjacent windows of each patient, read; and the counts.
+        self, episodes: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
+    ) -> tuple[EpisodePairs, EventStats]:
+        """Adjacent episodes of each patient, read; and the counts.
 
         Raises:
-            ValueError: For windows that cannot be read or are empty, and if there is no pair.
+            ValueError: For episodes that cannot be read or are empty, and if there is no pair.
         """
-        rows, stats = self.read(column(windows, "text").to_pylist(), max_length)
+        rows, stats = self.read(column(episodes, "text").to_pylist(), max_length)
         _refuse_empty(rows)
-        return WindowPairs(rows, adjacent_pairs(windows, max_gap=max_gap)), stats
+        return EpisodePairs(rows, adjacent_pairs(episodes, max_gap=max_gap)), stats
 
 
 def _refuse_empty(rows: list[dict]) -> None:
     empty = next((i for i, row in enumerate(rows) if not len(row["input_ids"])), None)
     if empty is not None:
         raise ValueError(
-            f"Window {empty} has no event of a known code, so there is nothing to embed. Leave such windows out, or use the "
+            f"Episode {empty} has no event of a known code, so there is nothing to embed. Leave such episodes out, or use the "
             "multimodal encoder, which takes a note alone."
         )
 
@@ -211,8 +213,8 @@ def pad_rows(rows: Mapping[str, Sequence[np.ndarray]]) -> dict[str, torch.Tensor
 # ------------------------------------------------------------------------------------------------ pairs to a batch
 
 
-class WindowPairs(PairDataset):
-    """Pairs of windows that have been read, looked up by `(pair, mask_seed)` or by pair.
+class EpisodePairs(PairDataset):
+    """Pairs of episodes that have been read, looked up by `(pair, mask_seed)` or by pair.
 
     An item is `{"earlier": row, "later": row, "mask_seed": mask_seed}`.
     """
@@ -220,7 +222,7 @@ class WindowPairs(PairDataset):
     def __init__(self, rows: list[dict], pairs: NotePairs):
         if len(rows) != pairs.num_notes:
             raise ValueError(
-                f"Expected the {pairs.num_notes:,} windows the pairs were made from, got {len(rows):,} rows."
+                f"Expected the {pairs.num_notes:,} episodes the pairs were made from, got {len(rows):,} rows."
             )
         self.rows, self.pairs = rows, pairs
         self.lengths = np.array([sum(len(row[name]) for name in row if name.endswith("ids")) for row in rows])
@@ -235,15 +237,15 @@ class WindowPairs(PairDataset):
         return found
 
 
-class WindowPairCollator:
-    """B pairs of windows to one batch of 2B rows, earlier windows first, with a share of the values masked.
+class EpisodePairCollator:
+    """B pairs of episodes to one batch of 2B rows, earlier episodes first, with a share of the values masked.
 
     The batch holds what the processor's `pad` gives, `labels` (the bin of each masked value's quantile, −100 elsewhere)
     and `num_pairs`. A masked quantile is replaced by `MASKED`: its value is not in the batch but as a label. Masks are
     drawn for each row from (mask_seed, side), whatever else is in the batch. An empty list gives two rows without labels.
 
     Args:
-        processor: what the windows were read with.
+        processor: what the episodes were read with.
         objective: "mlm", or None: nothing is masked, no labels.
         mask_probability: share of the values to predict.
     """
@@ -256,7 +258,7 @@ class WindowPairCollator:
         self.processor, self.objective, self.mask_probability = processor, objective, mask_probability
 
     def __call__(self, pairs: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """Return the batch of the pairs that `WindowPairs` yields."""
+        """Return the batch of the pairs that `EpisodePairs` yields."""
         rows = [self.row(pair["earlier"], (pair["mask_seed"], 0)) for pair in pairs]
         rows += [self.row(pair["later"], (pair["mask_seed"], 1)) for pair in pairs]
         rows = rows or [self.nothing()] * 2

@@ -1,9 +1,9 @@
-"""Windows of timed values, such as labs and vital signs: from tables to text, and back to events.
+"""Episodes of timed values, such as labs and vital signs: from tables to text, and back to events.
 
-A window is what a note is elsewhere: one row of a table with `patient_id`, `time` and `text`, whose text is JSON,
-`{"events": [["HR", 88.0, 1.5], ["Lactate", 2.1, 3.0]]}`: code, value, and hours since the window began. What was not
+An episode is what a note is elsewhere: one row of a table with `patient_id`, `time` and `text`, whose text is JSON,
+`{"events": [["HR", 88.0, 1.5], ["Lactate", 2.1, 3.0]]}`: code, value, and hours since the episode began. What was not
 measured is not in the list; nothing is imputed. A note of the same time may stand beside the events, as `"text"`.
-So splits, adjacent pairs, probes and caches work on windows as they do on notes.
+So splits, adjacent pairs, probes and caches work on episodes as they do on notes.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import numpy as np
 from hf_densefeat.data.columns import column, dense_codes, time_ticks
 
 
-def pack_windows(window, code, value, hours, texts: Sequence[str | None] | int) -> list[str]:
-    """Windows as JSON, from one row an event.
+def pack_episodes(episode, code, value, hours, texts: Sequence[str | None] | int) -> list[str]:
+    """Episodes as JSON, from one row an event.
 
     Args:
-        window: (E,) which window each event belongs to, 0 … W − 1, in any order.
+        episode: (E,) which episode each event belongs to, 0 … W − 1, in any order.
         code: (E,) strings.
         value: (E,) finite numbers.
-        hours: (E,) finite hours since the window began.
-        texts: W notes, None where a window has none; or W, for windows without notes.
+        hours: (E,) finite hours since the episode began.
+        texts: W notes, None where an episode has none; or W, for episodes without notes.
 
     Returns:
-        W strings; events are in the order of their hours. A window may be empty.
+        W strings; events are in the order of their hours. An episode may be empty.
 
     Raises:
-        ValueError: For arrays of different lengths, numbers that are not finite, and windows outside 0 … W − 1.
+        ValueError: For arrays of different lengths, numbers that are not finite, and episodes outside 0 … W − 1.
     """
     texts = [None] * texts if isinstance(texts, int) else texts
-    window, code = np.asarray(window), np.asarray(code)
+    episode, code = np.asarray(episode), np.asarray(code)
     value, hours = np.asarray(value, np.float64), np.asarray(hours, np.float64)
-    if not len(window) == len(code) == len(value) == len(hours):
+    if not len(episode) == len(code) == len(value) == len(hours):
         raise ValueError(
-            "Expected one window, code, value and hour an event, got "
-            f"{len(window)}, {len(code)}, {len(value)} and {len(hours)}."
+            "Expected one episode, code, value and hour an event, got "
+            f"{len(episode)}, {len(code)}, {len(value)} and {len(hours)}."
         )
     for name, numbers in {"value": value, "hours": hours}.items():
         if not np.isfinite(numbers).all():
@@ -47,10 +47,10 @@ def pack_windows(window, code, value, hours, texts: Sequence[str | None] | int) 
                 f"Column `{name}`, row {int(np.argmin(np.isfinite(numbers)))}: expected a finite number, got "
                 f"{numbers[~np.isfinite(numbers)][0]}. A value that is missing is no event: leave its row out."
             )
-    if len(window) and (window.min() < 0 or window.max() >= len(texts)):
-        raise ValueError(f"Expected windows 0 to {len(texts) - 1}, got {window.min()} to {window.max()}.")
-    order = np.lexsort((hours, window))
-    ends = np.searchsorted(window[order], np.arange(len(texts)), side="right")
+    if len(episode) and (episode.min() < 0 or episode.max() >= len(texts)):
+        raise ValueError(f"Expected episodes 0 to {len(texts) - 1}, got {episode.min()} to {episode.max()}.")
+    order = np.lexsort((hours, episode))
+    ends = np.searchsorted(episode[order], np.arange(len(texts)), side="right")
     events = list(zip(code[order].tolist(), value[order].tolist(), np.round(hours[order], 4).tolist(), strict=True))
     packed, start = [], 0
     for text, end in zip(texts, ends.tolist(), strict=True):
@@ -59,27 +59,27 @@ def pack_windows(window, code, value, hours, texts: Sequence[str | None] | int) 
     return packed
 
 
-def latest_of_each(window: np.ndarray, code: np.ndarray, hours: np.ndarray, limit: int) -> np.ndarray:
-    """Which events a window of at most `limit` keeps: the latest of each code, then the latest but one, and so on.
+def latest_of_each(episode: np.ndarray, code: np.ndarray, hours: np.ndarray, limit: int) -> np.ndarray:
+    """Which events an episode of at most `limit` keeps: the latest of each code, then the latest but one, and so on.
 
     Args:
-        window: (E,) windows.
+        episode: (E,) episodes.
         code: (E,) numbers or strings.
         hours: (E,) hours.
-        limit: events kept of a window.
+        limit: events kept of an episode.
 
     Returns:
         Indices into the events. Among events of one rank the later come first.
     """
-    order = np.lexsort((-hours, code, window))
-    rank = np.empty(len(window), dtype=np.int64)
-    rank[order] = _place(window[order], code[order])
-    order = np.lexsort((-hours, rank, window))
-    return order[_place(window[order]) < limit]
+    order = np.lexsort((-hours, code, episode))
+    rank = np.empty(len(episode), dtype=np.int64)
+    rank[order] = _place(episode[order], code[order])
+    order = np.lexsort((-hours, rank, episode))
+    return order[_place(episode[order]) < limit]
 
 
-def event_windows(events: datasets.Dataset, every: float = 24.0) -> datasets.Dataset:
-    """Cut each patient's events into windows of `every` hours, from the patient's first event on.
+def event_episodes(events: datasets.Dataset, every: float = 24.0) -> datasets.Dataset:
+    """Cut each patient's events into episodes of `every` hours, from the patient's first event on.
 
     Args:
         events: one row a value: `patient_id`, `time` (a timestamp, or a number of days), `code`, `value`. Rows may lie in
@@ -87,8 +87,8 @@ def event_windows(events: datasets.Dataset, every: float = 24.0) -> datasets.Dat
         every: hours.
 
     Returns:
-        `patient_id`, `time` (of the window's last event, so that it is known by then) and `text`, sorted by patient and
-        time. Windows without events are not there.
+        `patient_id`, `time` (of the episode's last event, so that it is known by then) and `text`, sorted by patient and
+        time. Episodes without events are not there.
 
     Raises:
         ValueError: For a missing column, no rows, or values that are not finite.
@@ -104,46 +104,46 @@ def event_windows(events: datasets.Dataset, every: float = 24.0) -> datasets.Dat
     np.minimum.at(first, patient, ticks)
     hours = (ticks - first[patient]) / ticks_per_day * 24
     place = (hours // every).astype(np.int64)
-    keys, window = np.unique(np.stack([patient, place], 1), axis=0, return_inverse=True)
-    last = rows[np.lexsort((ticks, window))][np.cumsum(np.bincount(window)) - 1]
-    texts = pack_windows(window, code, value, hours - place * every, len(keys))
+    keys, episode = np.unique(np.stack([patient, place], 1), axis=0, return_inverse=True)
+    last = rows[np.lexsort((ticks, episode))][np.cumsum(np.bincount(episode)) - 1]
+    texts = pack_episodes(episode, code, value, hours - place * every, len(keys))
     return events.select(last).select_columns(["patient_id", "time"]).flatten_indices().add_column("text", texts)
 
 
-def events_of(windows: Sequence[str]) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
-    """All events of all windows: window (E,), codes, value (E,) and hours (E,); ValueError for what is not a window."""
-    if isinstance(windows, str):
-        raise ValueError("Expected a list of windows but got one string: wrap it in a list.")
+def events_of(episodes: Sequence[str]) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+    """All events of all episodes: episode (E,), codes, value (E,) and hours (E,); ValueError for what is not an episode."""
+    if isinstance(episodes, str):
+        raise ValueError("Expected a list of episodes but got one string: wrap it in a list.")
     found = []
-    for i, window in enumerate(windows):
+    for i, episode in enumerate(episodes):
         try:
-            found.append(json.loads(window).get("events", []))
+            found.append(json.loads(episode).get("events", []))
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f'Window {i}: expected JSON such as {{"events": [["HR", 88.0, 1.5]]}}, got something else. '
-                "`pack_windows` and `event_windows` make it from a table."
+                f'Episode {i}: expected JSON such as {{"events": [["HR", 88.0, 1.5]]}}, got something else. '
+                "`pack_episodes` and `event_episodes` make it from a table."
             ) from error
     events = [event for events in found for event in events]
-    window = np.repeat(np.arange(len(found)), [len(events) for events in found])
+    episode = np.repeat(np.arange(len(found)), [len(events) for events in found])
     try:
         code, value, hours = zip(*events, strict=True) if events else ((), (), ())
         value, hours = np.array(value, np.float64), np.array(hours, np.float64)
     except (TypeError, ValueError) as error:
-        bad = next(i for i, event in zip(window, events, strict=True) if not _is_event(event))
-        message = f"Window {bad}: expected events of code, value and hours, the last two numbers, got another."
+        bad = next(i for i, event in zip(episode, events, strict=True) if not _is_event(event))
+        message = f"Episode {bad}: expected events of code, value and hours, the last two numbers, got another."
         raise ValueError(message) from error
     finite = np.isfinite(value) & np.isfinite(hours)
     if not finite.all():
         raise ValueError(
-            f"Window {window[np.argmin(finite)]} has an event whose value or hours are not finite. A value that is missing is "
+            f"Episode {episode[np.argmin(finite)]} has an event whose value or hours are not finite. A missing value is "
             "no event: leave it out."
         )
-    return window, list(code), value, hours
+    return episode, list(code), value, hours
 
 
-def note_of(window: str) -> str | None:
-    """The note of a window, if it has one."""
-    note = json.loads(window).get("text")
+def note_of(episode: str) -> str | None:
+    """The note of an episode, if it has one."""
+    note = json.loads(episode).get("text")
     return note if note and note.strip() else None
 
 

@@ -189,13 +189,13 @@ def model_card(
         tags: further tags.
         dataset: Hub name of the notes, if they may be named.
     """
-    windows, base = model.card_use() is not None, run.base_model
+    other_input, base = model.card_use() is not None, run.base_model
     metadata = ModelCardData(
         language=language,
         license=license or (licence_of(base) if base else None),
-        library_name="transformers" if windows else "sentence-transformers",
-        pipeline_tag="feature-extraction" if windows else "sentence-similarity",
-        tags=list(dict.fromkeys([*([] if windows else ["sentence-transformers"]), *TAGS, *tags])),
+        library_name="transformers" if other_input else "sentence-transformers",
+        pipeline_tag="feature-extraction" if other_input else "sentence-similarity",
+        tags=list(dict.fromkeys([*([] if other_input else ["sentence-transformers"]), *TAGS, *tags])),
         base_model=None if base is None or Path(base).exists() else base,
         datasets=dataset,
         model_name=repository.split("/")[-1],

@@ -128,7 +128,11 @@ def predicts_by_position(dense: Any, batch: dict) -> bool:
         dense: the dense model, not wrapped yet.
         batch: a small one, of two rows at least.
     """
-    rows = {name: value.to(dense.device) for name, value in batch.items() if name not in NOT_ROWS}
+    rows = {
+        name: value.to(dense.device)
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and name not in NOT_ROWS
+    }
     chosen = torch.zeros_like(batch["labels"], dtype=torch.bool, device=dense.device)
     chosen[0, -1] = True  # alone: a head that mixes positions, or counts them from the first, gives something else
     training = [module for module in dense.modules() if module.training]

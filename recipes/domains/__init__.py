@@ -18,14 +18,14 @@ from hf_densefeat.data.tokens import TokenPairs
 
 @dataclass
 class Domain:
-    """One domain of the study. An input is a string everywhere: a note, or JSON of what a window holds.
+    """One domain of the study. An input is a string everywhere: a note, or JSON of what an episode holds.
 
     Attributes:
         name: text, tabular or multimodal.
         facts: one paragraph for the report: which data, how many patients, rows and pairs, which model.
         make_model: seed → the model that every method starts from; equal seeds, equal weights. It has the mixin.
         processor: tokenizer or event processor, the trainer's `processing_class`.
-        train: pairs of training patients' windows: `.pairs` (a `NotePairs`), `.lengths` and `__getitems__`.
+        train: pairs of training patients' episodes: `.pairs` (a `NotePairs`), `.lengths` and `__getitems__`.
         self_pairs: the same with every training row as both sides of a pair (SimCSE); `.pairs.num_notes` as in `train`.
         collator: "mlm" (masked input, labels) or None (clean input, labels all −100) → the collator.
         encode: (model, inputs) → embeddings (N, d) on the CPU, without gradient and dropout.

@@ -35,29 +35,29 @@ def of_all_words(train: list[str], texts: list[str], cut: Callable[[list[str]], 
     return directions.fit_transform(words.transform(texts))
 
 
-def of_events(train: list[str], windows: list[str]) -> np.ndarray:
+def of_events(train: list[str], episodes: list[str]) -> np.ndarray:
     """Of every code: how often, and the values' mean, least, largest and last, as normal scores of training quantiles.
 
     What is missing is the training median.
     """
-    table = aggregated(windows)
+    table = aggregated(episodes)
     known = aggregated(train).reindex(columns=table.columns)
     scores = QuantileTransformer(n_quantiles=min(100, len(train)), output_distribution="normal")
     numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), scores)
     return numbers.fit(known.to_numpy()).transform(table.to_numpy())
 
 
-def of_both(train: list[str], windows: list[str], cut: Callable[[list[str]], list[str]]) -> np.ndarray:
+def of_both(train: list[str], episodes: list[str], cut: Callable[[list[str]], list[str]]) -> np.ndarray:
     """Words and values side by side, each of total variance 1."""
-    notes = [[json.loads(window).get("text", "") for window in part] for part in (train, windows)]
-    return np.hstack([z / np.sqrt(z.var(0).sum()) for z in (of_words(*notes, cut), of_events(train, windows))])
+    notes = [[json.loads(episode).get("text", "") for episode in part] for part in (train, episodes)]
+    return np.hstack([z / np.sqrt(z.var(0).sum()) for z in (of_words(*notes, cut), of_events(train, episodes))])
 
 
-def aggregated(windows: list[str]) -> pd.DataFrame:
-    """One row a window, one column a code and aggregate; not a number where nothing was measured."""
-    events = [(i, *event) for i, window in enumerate(windows) for event in json.loads(window)["events"]]
-    table = pd.DataFrame(events, columns=["window", "code", "value", "hours"]).sort_values("hours", kind="stable")
-    found = table.groupby(["window", "code"])["value"].agg(["count", "mean", "min", "max", "last"]).unstack("code")
-    found = found.reindex(range(len(windows)))
+def aggregated(episodes: list[str]) -> pd.DataFrame:
+    """One row an episode, one column a code and aggregate; not a number where nothing was measured."""
+    events = [(i, *event) for i, episode in enumerate(episodes) for event in json.loads(episode)["events"]]
+    table = pd.DataFrame(events, columns=["episode", "code", "value", "hours"]).sort_values("hours", kind="stable")
+    found = table.groupby(["episode", "code"])["value"].agg(["count", "mean", "min", "max", "last"]).unstack("code")
+    found = found.reindex(range(len(episodes)))
     found["count"] = found["count"].fillna(0)
     return found

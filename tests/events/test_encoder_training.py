@@ -16,14 +16,14 @@ from hf_densefeat.events import EventProcessor, MultimodalProcessor
 def make_encoder_trainer(request, tokenizer):
     """A function that makes the trainer of one encoder."""
     encoder, learning_rate = {"tabular": (test_tabular, 3e-3), "multimodal": (test_multimodal, 5e-3)}[request.param]
-    windows = encoder.make_windows()
-    processor = EventProcessor.fit(windows["text"][:])
+    episodes = encoder.make_episodes()
+    processor = EventProcessor.fit(episodes["text"][:])
     if request.param == "multimodal":
         processor = MultimodalProcessor(tokenizer, processor)
 
     def make(folder, dropout=0.1, **options):
         model = encoder.make_model(processor, dropout)
-        return make_window_trainer(folder, model, windows, processor, learning_rate=learning_rate, **options)
+        return make_window_trainer(folder, model, episodes, processor, learning_rate=learning_rate, **options)
 
     return make
 

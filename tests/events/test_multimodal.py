@@ -1,4 +1,4 @@
-"""A note and the values of one window in one embedding: missing sides, masks of both, and training."""
+"""A note and the values of one episode in one embedding: missing sides, masks of both, and training."""
 
 import importlib
 import json
@@ -21,15 +21,15 @@ from hf_densefeat.events import (
     MultimodalModelForMaskedPrediction,
     MultimodalPairCollator,
     MultimodalProcessor,
-    pack_windows,
+    pack_episodes,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 INPUTS = ("input_ids", "event_ids", "quantiles", "hours", "attention_mask")
 
 
-def make_windows(patients=20, seed=0):
-    """Three windows a patient: every fourth without its note, every fifth without its values."""
+def make_episodes(patients=20, seed=0):
+    """Three episodes a patient: every fourth without its note, every fifth without its values."""
     rng = np.random.default_rng(seed)
     table = {"patient_id": [], "time": [], "text": [], "sick": []}
     for patient in range(patients):
@@ -42,19 +42,19 @@ def make_windows(patients=20, seed=0):
             table["patient_id"].append(patient)
             table["time"].append(float(day))
             code, hours = rng.choice(["HR", "K", "pH"], n), rng.random(n) * 24
-            table["text"] += pack_windows(np.zeros(n, int), code, value, hours, [note])
+            table["text"] += pack_episodes(np.zeros(n, int), code, value, hours, [note])
             table["sick"].append(patient % 2)
     return datasets.Dataset.from_dict(table)
 
 
 @pytest.fixture(scope="module")
-def windows():
-    return make_windows()
+def episodes():
+    return make_episodes()
 
 
 @pytest.fixture(scope="module")
-def processor(windows, tokenizer):
-    return MultimodalProcessor(tokenizer, EventProcessor.fit(windows["text"][:]))
+def processor(episodes, tokenizer):
+    return MultimodalProcessor(tokenizer, EventProcessor.fit(episodes["text"][:]))
 
 
 def make_model(processor, dropout=0.1, text_width=24):
@@ -74,7 +74,7 @@ def make_model(processor, dropout=0.1, text_width=24):
     return MultimodalModelForMaskedPrediction(MultimodalConfig(text_config=text, event_config=events))
 
 
-def window(text=None, *events):
+def episode(text=None, *events):
     return json.dumps({"events": [list(event) for event in events]} | ({"text": text} if text else {}))
 
 
@@ -84,21 +84,21 @@ NOTE, VALUES = "chest pain stable", (("HR", 0.5, 1.0), ("K", -1.0, 2.0))
 def test_either_side_may_be_missing(processor):
     """A note alone, values alone and both have embeddings, all different; batches and padding change nothing."""
     model = make_model(processor)
-    texts = [window(NOTE), window(None, *VALUES), window(NOTE, *VALUES), window("fever", *VALUES)]
+    texts = [episode(NOTE), episode(None, *VALUES), episode(NOTE, *VALUES), episode("fever", *VALUES)]
     z = model.encode(texts, processor)
     assert z.shape == (4, 24)
     assert torch.isfinite(z).all()
     assert (torch.cdist(z, z) + torch.eye(4) > 0.01).all()
     for i, text in enumerate(texts):
         torch.testing.assert_close(model.encode([text], processor)[0], z[i], atol=1e-5, rtol=0)
-    wide = [window(" ".join(WORDS[:20]), *[("pH", 0.0, float(hour)) for hour in range(20)])]
+    wide = [episode(" ".join(WORDS[:20]), *[("pH", 0.0, float(hour)) for hour in range(20)])]
     torch.testing.assert_close(model.encode(texts + wide, processor)[:4], z, atol=1e-5, rtol=0)
 
 
 def test_a_missing_side_is_not_seen(processor):
     """What stands at the positions of a missing side has no influence: neither other embeddings nor other weights."""
     model = make_model(processor).eval()
-    batch = processor.pad(processor.rows([window(NOTE), window(None, *VALUES)]))
+    batch = processor.pad(processor.rows([episode(NOTE), episode(None, *VALUES)]))
     z = model.encode(batch)
     other = {name: values.clone() for name, values in batch.items()}
     other["event_ids"][0], other["quantiles"][0], other["hours"][0], other["input_ids"][1] = 1, 0.9, 7.0, 9
@@ -108,29 +108,29 @@ def test_a_missing_side_is_not_seen(processor):
 def test_a_width_of_its_own_for_the_text(processor):
     """A text encoder of another width goes through a linear map."""
     model = make_model(processor, text_width=32)
-    assert model.encode([window(NOTE, *VALUES)], processor).shape == (1, 24)
-    batch = processor.pad(processor.rows([window(NOTE, *VALUES)]))
+    assert model.encode([episode(NOTE, *VALUES)], processor).shape == (1, 24)
+    batch = processor.pad(processor.rows([episode(NOTE, *VALUES)]))
     assert model(**batch).logits.shape[-1] == max(len(processor.tokenizer), processor.events.bins)
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ('{"events": []}', "Window 1 has neither a note nor an event of a known code"),
-        ('{"events": [], "text": "  "}', "Window 1 has neither"),
-        ('{"events": [["new", 1.0, 1.0]]}', "Window 1 has neither"),
-        ("a note", "Window 1: expected JSON"),
+        ('{"events": []}', "Episode 1 has neither a note nor an event of a known code"),
+        ('{"events": [], "text": "  "}', "Episode 1 has neither"),
+        ('{"events": [["new", 1.0, 1.0]]}', "Episode 1 has neither"),
+        ("a note", "Episode 1: expected JSON"),
     ],
 )
-def test_windows_with_nothing_are_refused(processor, bad, message):
-    """Both sides missing is an error that names the window."""
+def test_episodes_with_nothing_are_refused(processor, bad, message):
+    """Both sides missing is an error that names the episode."""
     with pytest.raises(ValueError, match=message):
-        processor.rows([window(NOTE), bad])
+        processor.rows([episode(NOTE), bad])
 
 
-def test_save_and_load(windows, processor, tmp_path):
+def test_save_and_load(episodes, processor, tmp_path):
     """One folder holds weights, tokenizer and quantiles, and opens with equal embeddings."""
-    model, texts = make_model(processor), windows["text"][:8]
+    model, texts = make_model(processor), episodes["text"][:8]
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
@@ -153,12 +153,12 @@ def test_text_encoder_of_a_checkpoint(tokenizer, processor, tmp_path):
     ours, theirs = model.encoder.text.state_dict(), text.base_model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert model.encode([window(NOTE, *VALUES), window(None, *VALUES)], processor).shape == (2, 24)
+    assert model.encode([episode(NOTE, *VALUES), episode(None, *VALUES)], processor).shape == (2, 24)
 
 
-def test_every_weight_is_trained(windows, processor):
+def test_every_weight_is_trained(episodes, processor):
     """No parameter is without gradient: data-parallel training would stop at one."""
-    pairs, _ = processor.pairs(windows)
+    pairs, _ = processor.pairs(episodes)
     batch, model = MultimodalPairCollator(processor)(pairs.__getitems__([0, 1, 2, 3])), make_model(processor)
     logits = model(**{name: batch[name] for name in INPUTS}).logits
     torch.nn.functional.cross_entropy(
@@ -167,9 +167,9 @@ def test_every_weight_is_trained(windows, processor):
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
 
 
-def test_masks_of_both_sides(windows, processor):
+def test_masks_of_both_sides(episodes, processor):
     """Labels are tokens in the note's part, bins in the values' part; what is masked is not in the batch."""
-    pairs, _ = processor.pairs(windows)
+    pairs, _ = processor.pairs(episodes)
     collator = MultimodalPairCollator(processor, mask_probability=0.5)
     batch = collator(pairs.__getitems__([(i, i) for i in range(8)]))
     assert batch.pop("num_pairs") == 8
@@ -189,7 +189,7 @@ def test_masks_of_both_sides(windows, processor):
 def test_masked_values_do_not_reach_the_logits(processor):
     """Whatever a masked value was, the logits are the same."""
     collator, model = MultimodalPairCollator(processor, mask_probability=0.5), make_model(processor).eval()
-    [row], _ = processor.read([window(NOTE, *VALUES, ("pH", 0.3, 3.0), ("HR", 0.1, 4.0))])
+    [row], _ = processor.read([episode(NOTE, *VALUES, ("pH", 0.3, 3.0), ("HR", 0.1, 4.0))])
     pair = {"earlier": row, "later": row, "mask_seed": 3}
     batch = collator([pair])
     masked = batch["quantiles"][0] < 0
@@ -229,15 +229,17 @@ def test_the_bundled_cohort_as_a_domain():
 
 
 @pytest.mark.slow
-def test_training_lowers_the_loss_probes_and_saves(windows, processor, tmp_path):
-    """Windows with and without each side train together; the saved folder embeds as the trained model does."""
-    evaluator = ProbeEvaluator([ProbeTask("sick", windows, "sick")], cache=False)
+def test_training_lowers_the_loss_probes_and_saves(episodes, processor, tmp_path):
+    """Episodes with and without each side train together; the saved folder embeds as the trained model does."""
+    evaluator = ProbeEvaluator([ProbeTask("sick", episodes, "sick")], cache=False)
     options = {"max_steps": 40, "learning_rate": 5e-3, "dense_weight": 0.3, "logging_steps": 5}
-    trainer = make_window_trainer(tmp_path, make_model(processor), windows, processor, evaluator, **options)
+    trainer = make_window_trainer(tmp_path, make_model(processor), episodes, processor, evaluator, **options)
     trainer.train()
     losses = [log["mlm_loss"] for log in trainer.state.log_history if "mlm_loss" in log]
     assert losses[-1] < losses[0] - 0.2
     assert trainer.evaluate()["eval_sick_auroc"] > 0.8
     trainer.save_model()
     again = AutoDenseModel.from_pretrained(str(tmp_path))
-    torch.testing.assert_close(again.encode(windows["text"][:5]), trainer.model.encode(windows["text"][:5], processor))
+    torch.testing.assert_close(
+        again.encode(episodes["text"][:5]), trainer.model.encode(episodes["text"][:5], processor)
+    )

@@ -1,4 +1,4 @@
-"""Windows of timed values: reading, padding, masks, the encoder, and training with `DenseTrainer`."""
+"""Episodes of timed values: reading, padding, masks, the encoder, and training with `DenseTrainer`."""
 
 import importlib
 import json
@@ -15,21 +15,21 @@ from transformers import AutoModel, set_seed
 
 from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask
 from hf_densefeat.events import (
+    EpisodePairCollator,
     EventConfig,
     EventModelForMaskedValues,
     EventProcessor,
-    WindowPairCollator,
-    event_windows,
+    event_episodes,
     latest_of_each,
-    pack_windows,
+    pack_episodes,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 CODES = ("HR", "K", "Lactate", "Na", "pH")
 
 
-def make_windows(patients=20, seed=0):
-    """Three windows a patient of 4 to 15 events; all values of a patient are near one number, positive in the sick."""
+def make_episodes(patients=20, seed=0):
+    """Three episodes a patient of 4 to 15 events; all values of a patient are near one number, positive in the sick."""
     rng = np.random.default_rng(seed)
     table = {"patient_id": [], "time": [], "text": [], "sick": []}
     for patient in range(patients):
@@ -39,19 +39,19 @@ def make_windows(patients=20, seed=0):
             value = (1 + patient / patients) * (2 * (patient % 2) - 1) + 0.2 * rng.normal(size=n)
             table["patient_id"].append(patient)
             table["time"].append(float(day))
-            table["text"] += pack_windows(np.zeros(n, int), code, value, rng.random(n) * 24, 1)
+            table["text"] += pack_episodes(np.zeros(n, int), code, value, rng.random(n) * 24, 1)
             table["sick"].append(patient % 2)
     return datasets.Dataset.from_dict(table)
 
 
 @pytest.fixture(scope="module")
-def windows():
-    return make_windows()
+def episodes():
+    return make_episodes()
 
 
 @pytest.fixture(scope="module")
-def processor(windows):
-    return EventProcessor.fit(windows["text"][:])
+def processor(episodes):
+    return EventProcessor.fit(episodes["text"][:])
 
 
 def make_model(processor, dropout=0.1):
@@ -60,16 +60,16 @@ def make_model(processor, dropout=0.1):
     return EventModelForMaskedValues(EventConfig.of(processor, **sizes, dropout=dropout))
 
 
-def window(*events):
+def episode(*events):
     return json.dumps({"events": [list(event) for event in events]})
 
 
-# ---- Windows -----------------------------------------------------------------------------------------------------
+# ---- Episodes -----------------------------------------------------------------------------------------------------
 
 
-def test_pack_windows_sorts_by_time_and_keeps_empty_ones():
-    """Events of a window come in the order of their hours; a window may have none, and a note beside them."""
-    packed = pack_windows([2, 0, 2], ["a", "b", "c"], [1, 2, 3], [5.0, 0.0, 1.0], ["note", None, None])
+def test_pack_episodes_sorts_by_time_and_keeps_empty_ones():
+    """Events of an episode come in the order of their hours; an episode may have none, and a note beside them."""
+    packed = pack_episodes([2, 0, 2], ["a", "b", "c"], [1, 2, 3], [5.0, 0.0, 1.0], ["note", None, None])
     assert [json.loads(text) for text in packed] == [
         {"events": [["b", 2.0, 0.0]], "text": "note"},
         {"events": []},
@@ -77,20 +77,20 @@ def test_pack_windows_sorts_by_time_and_keeps_empty_ones():
     ]
 
 
-def test_pack_windows_names_what_is_wrong():
-    """NaN values, different lengths and unknown windows are errors that say where and what to do."""
+def test_pack_episodes_names_what_is_wrong():
+    """NaN values, different lengths and unknown episodes are errors that say where and what to do."""
     with pytest.raises(
         ValueError, match=r"Column `value`, row 1: expected a finite number, got nan.*leave its row out"
     ):
-        pack_windows([0, 0], ["a", "b"], [1, math.nan], [0, 0], 1)
+        pack_episodes([0, 0], ["a", "b"], [1, math.nan], [0, 0], 1)
     with pytest.raises(ValueError, match="got 1, 1, 2 and 1"):
-        pack_windows([0], ["a"], [1, 2], [0], 1)
-    with pytest.raises(ValueError, match="Expected windows 0 to 0, got 1 to 1"):
-        pack_windows([1], ["a"], [1], [0], 1)
+        pack_episodes([0], ["a"], [1, 2], [0], 1)
+    with pytest.raises(ValueError, match="Expected episodes 0 to 0, got 1 to 1"):
+        pack_episodes([1], ["a"], [1], [0], 1)
 
 
-def test_event_windows_cuts_by_time_since_the_first_event():
-    """Windows of 24 hours from each patient's first event; a window's time is that of its last event; nulls are no events."""
+def test_event_episodes_cuts_by_time_since_the_first_event():
+    """Episodes of 24 hours from the first event; an episode has the time of its last event; nulls are no events."""
     times = np.datetime64("2020-01-01T06", "us") + np.array([0, 30, 5, 0, 23], "timedelta64[h]")
     table = datasets.Dataset.from_dict(
         {
@@ -100,7 +100,7 @@ def test_event_windows_cuts_by_time_since_the_first_event():
             "value": [1.0, 2.0, 3.0, None, 5.0],
         }
     )
-    found = event_windows(table)
+    found = event_episodes(table)
     assert found["patient_id"][:] == ["p", "q", "q"]
     assert found["time"][:] == [times[4].item(), times[2].item(), times[1].item()]
     assert [json.loads(text)["events"] for text in found["text"]] == [
@@ -109,14 +109,14 @@ def test_event_windows_cuts_by_time_since_the_first_event():
         [["K", 2.0, 6.0]],
     ]
     with pytest.raises(ValueError, match="Expected a column `value`"):
-        event_windows(table.rename_column("value", "valuenum"))
+        event_episodes(table.rename_column("value", "valuenum"))
 
 
 def test_latest_of_each_code_first():
     """A lone early lactate outlives the earlier of two heart rates, whatever the order of the rows."""
-    window, code, hours = np.array([0, 0, 0, 1, 1]), np.array([0, 1, 0, 0, 0]), np.array([9.0, 1.0, 5.0, 1.0, 2.0])
-    assert set(latest_of_each(window, code, hours, 2).tolist()) == {0, 1, 3, 4}
-    assert set(latest_of_each(window, code, hours, 1).tolist()) == {0, 4}
+    episode, code, hours = np.array([0, 0, 0, 1, 1]), np.array([0, 1, 0, 0, 0]), np.array([9.0, 1.0, 5.0, 1.0, 2.0])
+    assert set(latest_of_each(episode, code, hours, 2).tolist()) == {0, 1, 3, 4}
+    assert set(latest_of_each(episode, code, hours, 1).tolist()) == {0, 4}
 
 
 # ---- The processor -----------------------------------------------------------------------------------------------
@@ -124,24 +124,24 @@ def test_latest_of_each_code_first():
 
 def test_quantiles_are_mid_ranks():
     """Uniform values become their share; a value that half of the data have becomes the middle of its ranks; ends clip."""
-    uniform = [window(("a", value / 1000, 0.0), ("b", float(value >= 500), 0.0)) for value in range(1001)]
+    uniform = [episode(("a", value / 1000, 0.0), ("b", float(value >= 500), 0.0)) for value in range(1001)]
     processor = EventProcessor.fit(uniform)
-    rows, _ = processor.read([window(("a", 0.25, 1), ("a", -9, 2), ("a", 9, 3), ("b", 0, 4), ("b", 1, 5))])
+    rows, _ = processor.read([episode(("a", 0.25, 1), ("a", -9, 2), ("a", 9, 3), ("b", 0, 4), ("b", 1, 5))])
     np.testing.assert_allclose(rows[0]["quantiles"], [0.25, 0.0, 1.0, 0.25, 0.75], atol=0.01)
 
 
 def test_quantiles_come_from_training_alone(processor):
-    """Reading other windows changes nothing of the processor, and what it gives for a window does not depend on others."""
-    before, one = processor.to_json_string(), window(("K", 0.3, 1.0))
+    """Reading other episodes changes nothing of the processor, and what it gives for an episode does not depend on others."""
+    before, one = processor.to_json_string(), episode(("K", 0.3, 1.0))
     alone = processor.read([one])[0][0]
-    beside = processor.read([window(("K", 1e6, 1.0)), one])[0][1]
+    beside = processor.read([episode(("K", 1e6, 1.0)), one])[0][1]
     assert processor.to_json_string() == before
     assert all(np.array_equal(alone[name], beside[name]) for name in alone)
 
 
 def test_unknown_codes_and_events_over_the_limit_are_counted(processor, caplog):
     """Unknown codes are dropped with a warning, surplus events cut, and both are counted."""
-    text = window(("HR", 0, 1), ("HR", 0, 2), ("K", 0, 1), ("new", 0, 1))
+    text = episode(("HR", 0, 1), ("HR", 0, 2), ("K", 0, 1), ("new", 0, 1))
     rows, stats = processor.read([text], max_length=2)
     assert (stats.events, stats.unknown, stats.cut) == (2, 1, 1)
     assert rows[0]["hours"].tolist() == [1.0, 2.0]
@@ -159,39 +159,39 @@ def test_processor_round_trip(processor, tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("a note", "Window 1: expected JSON"),
-        (None, "Window 1: expected JSON"),
-        ('{"events": [["K", 1.0]]}', "Window 1: expected events of code, value and hours"),
-        ('{"events": [["K", "high", 1.0]]}', "Window 1: expected events of code, value and hours"),
-        ('{"events": [["K", NaN, 1.0]]}', "Window 1 has an event whose value or hours are not finite"),
-        ('{"events": []}', "Window 1 has no event of a known code"),
-        ('{"events": [["new", 1.0, 1.0]]}', "Window 1 has no event of a known code"),
+        ("a note", "Episode 1: expected JSON"),
+        (None, "Episode 1: expected JSON"),
+        ('{"events": [["K", 1.0]]}', "Episode 1: expected events of code, value and hours"),
+        ('{"events": [["K", "high", 1.0]]}', "Episode 1: expected events of code, value and hours"),
+        ('{"events": [["K", NaN, 1.0]]}', "Episode 1 has an event whose value or hours are not finite"),
+        ('{"events": []}', "Episode 1 has no event of a known code"),
+        ('{"events": [["new", 1.0, 1.0]]}', "Episode 1 has no event of a known code"),
     ],
 )
-def test_windows_that_cannot_be_read(processor, bad, message):
-    """Each error names the window and says what was expected."""
+def test_episodes_that_cannot_be_read(processor, bad, message):
+    """Each error names the episode and says what was expected."""
     with pytest.raises(ValueError, match=message):
-        processor.rows([window(("K", 1.0, 1.0)), bad])
+        processor.rows([episode(("K", 1.0, 1.0)), bad])
 
 
 def test_one_window_instead_of_a_list(processor):
     """A lone string is refused."""
     with pytest.raises(ValueError, match="wrap it in a list"):
-        processor.rows(window(("K", 1.0, 1.0)))
+        processor.rows(episode(("K", 1.0, 1.0)))
 
 
 def test_fit_without_events():
     """Nothing to fit on is an error."""
-    with pytest.raises(ValueError, match="none in 1 windows"):
+    with pytest.raises(ValueError, match="none in 1 episodes"):
         EventProcessor.fit(['{"events": []}'])
 
 
 # ---- The encoder -------------------------------------------------------------------------------------------------
 
 
-def test_encode_does_not_depend_on_padding_batch_or_order(windows, processor):
-    """Embeddings are of the window alone; events of one time may come in any order."""
-    model, texts = make_model(processor), windows["text"][:]
+def test_encode_does_not_depend_on_padding_batch_or_order(episodes, processor):
+    """Embeddings are of the episode alone; events of one time may come in any order."""
+    model, texts = make_model(processor), episodes["text"][:]
     z = model.encode(texts, processor, batch_size=64)
     assert z.shape == (60, 24)
     torch.testing.assert_close(model.encode(texts, processor, batch_size=1), z, atol=1e-5, rtol=0)
@@ -206,15 +206,15 @@ def test_encode_does_not_depend_on_padding_batch_or_order(windows, processor):
 def test_value_time_and_code_matter(processor):
     """Changing any one of an event's three parts changes the embedding."""
     model = make_model(processor)
-    texts = [window(("K", 0.0, 1.0)), window(("K", 1.0, 1.0)), window(("K", 0.0, 9.0)), window(("Na", 0.0, 1.0))]
+    texts = [episode(("K", 0.0, 1.0)), episode(("K", 1.0, 1.0)), episode(("K", 0.0, 9.0)), episode(("Na", 0.0, 1.0))]
     z = model.encode(texts, processor)
     assert (torch.cdist(z, z) + torch.eye(4) > 0.01).all()
 
 
-def test_masked_values_do_not_reach_the_logits(windows, processor):
+def test_masked_values_do_not_reach_the_logits(episodes, processor):
     """Whatever a masked value was, batch and logits are the same, but for its label."""
-    pairs, _ = processor.pairs(windows)
-    collator, model = WindowPairCollator(processor, mask_probability=0.5), make_model(processor).eval()
+    pairs, _ = processor.pairs(episodes)
+    collator, model = EpisodePairCollator(processor, mask_probability=0.5), make_model(processor).eval()
     [pair] = pairs.__getitems__([(0, 7)])
     batch = collator([pair])
     masked = batch["labels"][0] != -100
@@ -230,10 +230,10 @@ def test_masked_values_do_not_reach_the_logits(windows, processor):
     assert torch.equal(model(**inputs[0]).logits, model(**inputs[1]).logits)
 
 
-def test_labels_are_bins_and_padding_has_none(windows, processor):
+def test_labels_are_bins_and_padding_has_none(episodes, processor):
     """Labels are the quantile's bin where the value is masked, −100 elsewhere and at padding; rows keep their masks."""
-    pairs, _ = processor.pairs(windows)
-    collator = WindowPairCollator(processor)
+    pairs, _ = processor.pairs(episodes)
+    collator = EpisodePairCollator(processor)
     batch = collator(pairs.__getitems__([(0, 1), (1, 2), (2, 3)]))
     assert batch["num_pairs"] == 3
     assert batch["input_ids"].shape[0] == 6
@@ -243,22 +243,22 @@ def test_labels_are_bins_and_padding_has_none(windows, processor):
     alone = collator(pairs.__getitems__([(1, 2)]))
     width = alone["labels"].shape[1]
     assert torch.equal(alone["labels"][0], torch.nn.functional.pad(batch["labels"][1], (0, 9))[:width])
-    clean = WindowPairCollator(processor, None)(pairs.__getitems__([(0, 1)]))
+    clean = EpisodePairCollator(processor, None)(pairs.__getitems__([(0, 1)]))
     assert (clean["labels"] == -100).all()
     assert (clean["quantiles"] >= 0).all()
 
 
 def test_empty_share_of_a_rank(processor):
     """No pairs give two rows without labels, on which the model runs."""
-    batch = WindowPairCollator(processor)([])
+    batch = EpisodePairCollator(processor)([])
     assert batch.pop("num_pairs") == 0
     assert (batch.pop("labels") == -100).all()
     assert make_model(processor)(**batch).logits.shape == (2, 1, processor.bins)
 
 
-def test_save_and_load(windows, processor, tmp_path):
+def test_save_and_load(episodes, processor, tmp_path):
     """The folder opens with AutoDenseModel and AutoModel, with equal embeddings, and without files for texts."""
-    model, texts = make_model(processor), windows["text"][:8]
+    model, texts = make_model(processor), episodes["text"][:8]
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -315,28 +315,28 @@ def test_the_bundled_cohort_as_a_domain():
 
 
 @pytest.mark.slow
-def test_training_lowers_the_loss_probes_and_saves(windows, processor, tmp_path):
-    """Windows go in as notes do; the loss falls, the evaluator's probes come out, the folder holds model and processor."""
-    evaluator = ProbeEvaluator([ProbeTask("sick", windows, "sick")], cache=False)
+def test_training_lowers_the_loss_probes_and_saves(episodes, processor, tmp_path):
+    """Episodes go in as notes do; the loss falls, the evaluator's probes come out, the folder holds model and processor."""
+    evaluator = ProbeEvaluator([ProbeTask("sick", episodes, "sick")], cache=False)
     options = {"max_steps": 120, "learning_rate": 1e-2, "dense_weight": 0.3, "logging_steps": 20}
-    trainer = make_window_trainer(tmp_path, make_model(processor), windows, processor, evaluator, **options)
+    trainer = make_window_trainer(tmp_path, make_model(processor), episodes, processor, evaluator, **options)
     trainer.train()
     losses = [log["mlm_loss"] for log in trainer.state.log_history if "mlm_loss" in log]
     assert abs(losses[0] - math.log(processor.bins)) < 0.2
     assert losses[-1] < losses[0] - 0.3
-    assert trainer.reading_stats["train"].windows == 60
+    assert trainer.reading_stats["train"].episodes == 60
     metrics = trainer.evaluate()
     assert metrics["eval_sick_auroc"] > 0.8
     assert math.isfinite(metrics["eval_loss"])
     trainer.save_model()
-    z = trainer.model.encode(windows["text"][:5], processor)
-    torch.testing.assert_close(AutoDenseModel.from_pretrained(str(tmp_path)).encode(windows["text"][:5]), z)
+    z = trainer.model.encode(episodes["text"][:5], processor)
+    torch.testing.assert_close(AutoDenseModel.from_pretrained(str(tmp_path)).encode(episodes["text"][:5]), z)
 
 
-def test_card_runs_as_printed(windows, processor, tmp_path, capsys):
-    """The card tells of windows, not of texts, and its code runs; a stream of windows is refused."""
+def test_card_runs_as_printed(episodes, processor, tmp_path, capsys):
+    """The card tells of episodes, not of texts, and its code runs; a stream of episodes is refused."""
     model = make_model(processor)
-    trainer = make_window_trainer(tmp_path, model, windows, processor, max_steps=1)
+    trainer = make_window_trainer(tmp_path, model, episodes, processor, max_steps=1)
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
@@ -347,15 +347,15 @@ def test_card_runs_as_printed(windows, processor, tmp_path, capsys):
     exec(code.replace(f'"{tmp_path.name}"', f'"{tmp_path}"'), {})
     assert "torch.Size([2, 24])" in capsys.readouterr().out
     with pytest.raises(ValueError, match="EventProcessor cannot read a stream"):
-        make_window_trainer(tmp_path, model, windows.to_iterable_dataset(), processor)
+        make_window_trainer(tmp_path, model, episodes.to_iterable_dataset(), processor)
 
 
-def test_probes_are_cached(windows, processor, tmp_path):
+def test_probes_are_cached(episodes, processor, tmp_path):
     """The evaluator's cache knows the processor: another one, or other weights, make another file."""
-    model, task = make_model(processor), ProbeTask("sick", windows, "sick")
+    model, task = make_model(processor), ProbeTask("sick", episodes, "sick")
     evaluator = ProbeEvaluator([task], bootstraps=0, cache=tmp_path)
     first = evaluator.evaluate(model, processor)["sick"].metrics["auroc"].value
     assert evaluator.evaluate(model, processor)["sick"].metrics["auroc"].value == first
     assert len(list(tmp_path.iterdir())) == 1
-    evaluator.evaluate(model, EventProcessor.fit(windows["text"][:40]))
+    evaluator.evaluate(model, EventProcessor.fit(episodes["text"][:40]))
     assert len(list(tmp_path.iterdir())) == 2
