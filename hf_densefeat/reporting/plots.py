@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-
-matplotlib.use("Agg")  # a training node has no screen
-from matplotlib import pyplot as plt
 
 from hf_densefeat.evaluation.metrics import Estimate
 from hf_densefeat.evaluation.spectrum import CONDITION_FLOOR
@@ -40,7 +38,9 @@ class Picture:
 
 
 def _axes(height: float, rows: int = 1) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(rows, 1, figsize=(WIDTH, height), dpi=170, layout="constrained", squeeze=False)
+    # not pyplot, which would need a backend: a node has no screen, and a notebook keeps its own
+    figure = Figure(figsize=(WIDTH, height), dpi=170, layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False)
     for one in axes[:, 0]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25, linewidth=0.6)
@@ -53,7 +53,6 @@ def _line(i: int) -> dict[str, Any]:
 
 def _save(figure: Any, path: Path | str, alt: str, caption: str) -> Picture:
     figure.savefig(path)
-    plt.close(figure)
     return Picture(Path(path), alt, caption)
 
 
@@ -143,7 +142,7 @@ def plot_angles(angles: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float
         above = number(float((later - noise).mean()), digits=1, signed=True)
         said.append(f"{name}: mean angle {later.mean():.0f} degrees, {above} against its noise floor")
     axes.set(ylim=(0, 92), xlabel="pair of principal directions, closest first", ylabel="angle (degrees)")
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_below(figure, axes)
     caption = "A line above its band: from note to note the leading directions change by more than sampling explains."
     return _save(figure, path, f"Rising lines of principal angles. {'; '.join(said)}.", caption)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUIET, make_model, make_notes
+from scipy.integrate import trapezoid
 from scipy.stats import entropy
 
 from hf_densefeat import DenseTrainer, DenseTrainingArguments, geometry_report
@@ -97,7 +98,7 @@ def test_sigreg_is_the_epps_pulley_statistic_of_the_projections():
     found = []
     for x in (z @ u).numpy().T:
         error = np.abs(np.exp(1j * t[:, None] * x).mean(1) - np.exp(-(t**2) / 2)) ** 2
-        found.append(2 * len(x) * np.trapezoid(error * np.exp(-(t**2) / 2), t))
+        found.append(2 * len(x) * trapezoid(error * np.exp(-(t**2) / 2), t))
     assert sigreg(z, u).item() == pytest.approx(np.mean(found), rel=1e-9)
     assert torch.autograd.gradcheck(lambda rows: sigreg(rows, u), (z[:6].clone().requires_grad_(),))
 

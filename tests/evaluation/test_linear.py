@@ -83,6 +83,7 @@ def test_constant_columns_do_no_harm():
     assert one.metrics["auroc"].value == pytest.approx(two.metrics["auroc"].value, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 5])
 def test_probe_matches_logistic_regression_cv_and_is_faster(classes):
     """Same grid, same validation rows: the AUROC within 0.002 of scikit-learn's best C, in a fraction of the time."""
