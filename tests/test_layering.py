@@ -105,7 +105,7 @@ def test_only_the_trainer_knows_the_trainer():
     """transformers' Trainer is imported on the training floor alone; ours by the package and the baselines."""
     for module in MODULES:
         names = imports(module)
-        assert ("transformers.Trainer" in names) == (module == "training.trainer"), module
+        assert ("transformers.Trainer" in names) == (module == "training.resumable"), module
         assert ("transformers.TrainingArguments" in names) == (module == "training.arguments"), module
         if module.split(".")[0] not in ("__init__", "training", "baselines", "commands"):
             assert "training.trainer" not in ours(module), module

@@ -7,6 +7,7 @@ pictures.
 
 import json
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from transformers import AutoConfig, AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_densefeat.commands.head import described, fit_on_parts
 from hf_densefeat.commands.measure import Measurement
@@ -31,6 +31,7 @@ from hf_densefeat.reporting.comparison import plain_numbers, verdict
 from hf_densefeat.reporting.formats import markdown
 from hf_densefeat.reporting.tables import before_after_table, terminal
 from hf_densefeat.training.arguments import DenseTrainingArguments
+from hf_densefeat.training.checkpoints import check_whole, newest_whole
 from hf_densefeat.training.trainer import DenseTrainer
 
 
@@ -56,6 +57,11 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
         result = trainer.train(resume_from_checkpoint=last_checkpoint(args))
     except KeyboardInterrupt:
         sys.exit(f"\nStopped at update {trainer.state.global_step}. {how_to_resume(args)}")
+    except OSError as error:  # a full disk; anything else is a fault of ours, with its traceback
+        sys.exit(f"pretrain: error: {error}")
+    if trainer.stopped:
+        say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(args)}")
+        sys.exit(128 + signal.SIGTERM)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
@@ -158,21 +164,26 @@ def warm_up_head(model: Any, recipe: RecipeArguments, args: DenseTrainingArgumen
 
 
 def last_checkpoint(args: DenseTrainingArguments) -> str | None:
-    """What `--resume_from_checkpoint` names: a folder, or `last` for the newest in output_dir."""
+    """What `--resume_from_checkpoint` names: a folder, or `last` for the newest whole one in output_dir."""
     if args.resume_from_checkpoint != "last":
+        if args.resume_from_checkpoint:
+            try:
+                check_whole(Path(args.resume_from_checkpoint))
+            except ValueError as error:
+                sys.exit(f"pretrain: error: {error}")
         return args.resume_from_checkpoint
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    found = newest_whole(Path(args.output_dir))
     if found is None:
-        raise SystemExit(f"--resume_from_checkpoint last: no checkpoint in {args.output_dir}.")
-    return found
+        raise SystemExit(f"--resume_from_checkpoint last: no whole checkpoint in {args.output_dir}.")
+    return str(found)
 
 
 def how_to_resume(args: DenseTrainingArguments) -> str:
-    """What to do after Ctrl-C."""
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    """What to do after Ctrl-C or SIGTERM."""
+    found = newest_whole(Path(args.output_dir))
     if found is None:
         return "There is no checkpoint to resume from: --save_steps says how often one is written."
-    return f"The same command with --resume_from_checkpoint last goes on from {Path(found).name}."
+    return f"The same command with --resume_from_checkpoint last goes on from {found.name}."
 
 
 def kept_measurements(recipe: RecipeArguments) -> list[dict]:

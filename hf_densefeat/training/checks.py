@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+from datasets import IterableDataset
+from peft import PeftModel
 from torch import Tensor
 
 from hf_densefeat.data.inputs import PairProcessor, StreamProcessor
 from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.training.arguments import DenseTrainingArguments
+from hf_densefeat.training.forward import predicts_by_position
 
 
 def check_functions(kwargs: dict) -> None:
@@ -94,3 +100,36 @@ def check_stream(args: DenseTrainingArguments, processor: PairProcessor) -> None
             f"A stream is read by one process a rank, got dataloader_num_workers={args.dataloader_num_workers}. "
             "Set it to 1 to read and tokenise beside the training."
         )
+
+
+def check_run(trainer: Any) -> bool:
+    """What can be refused only when devices, ranks and sharding are known.
+
+    Args:
+        trainer: the `DenseTrainer`, at the end of its constructor.
+
+    Returns:
+        Whether the model's head takes predicted positions alone (`predicts_by_position`).
+    """
+    args, model, objective = trainer.args, trainer.dense_model, trainer.objective
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if args.n_gpu > 1:
+        raise ValueError(f"One process sees {args.n_gpu} GPUs. Start one process a GPU: accelerate launch ...")
+    if isinstance(trainer.model, PeftModel) and sharded:
+        raise ValueError("An adapter cannot be merged into sharded weights. Train it without FSDP and DeepSpeed.")
+    if args.keep_graphs and sharded:
+        raise ValueError("keep_graphs needs the weights of all micro-batches at once: set it to False under sharding.")
+    if trainer.is_fsdp_enabled:
+        check_sharding(model)
+    streamed = isinstance(trainer.train_dataset, IterableDataset)
+    if streamed:
+        check_stream(args, trainer.processor)
+        args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint left it
+    if isinstance(objective, BatchLoss):
+        objective.to(args.device)
+    elif trainer.train_dataset is not None and args.dense_weight:
+        pairs = math.inf if streamed else len(trainer.train_dataset)
+        check_subspace(pairs, trainer.get_total_train_batch_size(args), model.config.hidden_size, objective)
+    if not args.mlm_weight or args.torch_compile:  # a compiled model would be compiled anew for each number of tokens
+        return False
+    return predicts_by_position(model, trainer.data_collator([]))

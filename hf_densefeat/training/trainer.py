@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_densefeat.data.inputs import PairDataset, ReadingStats
@@ -19,17 +19,9 @@ from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.training.arguments import DenseTrainingArguments
-from hf_densefeat.training.checkpoints import Saving
-from hf_densefeat.training.checks import (
-    check_functions,
-    check_head,
-    check_objective,
-    check_sharding,
-    check_stream,
-    check_subspace,
-    check_trainable,
-)
-from hf_densefeat.training.forward import Forward, forward_pairs, predicts_by_position
+from hf_densefeat.training.checkpoints import read_objective, write_objective
+from hf_densefeat.training.checks import check_functions, check_head, check_objective, check_run, check_trainable
+from hf_densefeat.training.forward import Forward, forward_pairs
 from hf_densefeat.training.held_out import covariance_rank, held_out_terms
 from hf_densefeat.training.loaders import pair_loader, pair_stream, stream_loader
 from hf_densefeat.training.preparation import (
@@ -39,6 +31,8 @@ from hf_densefeat.training.preparation import (
     prepare_model,
     prepare_tokenizer,
 )
+from hf_densefeat.training.resumable import ResumableTrainer
+from hf_densefeat.training.run import described_run, write_card
 from hf_densefeat.training.update import (
     Update,
     UpdateLog,
@@ -48,7 +42,7 @@ from hf_densefeat.training.update import (
 )
 
 
-class DenseTrainer(Saving, Trainer):
+class DenseTrainer(ResumableTrainer):
     """Continued pretraining with the loss of `DenseTrainingArguments`: MLM and the dense terms.
 
     The same global batch gives the same loss and the same gradient however it is cut into ranks and micro-batches. The
@@ -118,7 +112,8 @@ class DenseTrainer(Saving, Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._check()
+        self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
+        self.by_position = check_run(self)
 
     def _pairs(self, notes, name: str, model, args: DenseTrainingArguments):
         return pair_datasets(
@@ -129,34 +124,6 @@ class DenseTrainer(Saving, Trainer):
             max_gap=args.max_gap,
             stats=self.reading_stats,
         )
-
-    def _check(self) -> None:
-        """What can be refused only when devices, ranks and sharding are known."""
-        args, model = self.args, self.dense_model
-        self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
-        if isinstance(self.objective, BatchLoss):
-            self.objective.to(args.device)
-        if args.n_gpu > 1:
-            raise ValueError(f"One process sees {args.n_gpu} GPUs. Start one process a GPU: accelerate launch ...")
-        if isinstance(self.model, PeftModel) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("An adapter cannot be merged into sharded weights. Train it without FSDP and DeepSpeed.")
-        if self.is_fsdp_enabled:
-            check_sharding(model)
-        # a compiled model would be compiled anew for each number of predicted tokens
-        self.by_position = (
-            args.mlm_weight > 0 and not args.torch_compile and predicts_by_position(model, self.data_collator([]))
-        )
-        if args.keep_graphs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "keep_graphs needs the weights of all micro-batches at once: set it to False under sharding."
-            )
-        streamed = isinstance(self.train_dataset, IterableDataset)
-        if streamed:
-            check_stream(args, self.processor)
-            args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint left it
-        if self.train_dataset is not None and args.dense_weight and isinstance(self.objective, DenseObjective):
-            pairs = math.inf if streamed else len(self.train_dataset)
-            check_subspace(pairs, self.get_total_train_batch_size(args), model.config.hidden_size, self.objective)
 
     def predict(self, *args, **kwargs):
         """Refused: evaluation keeps moments, not predictions."""
@@ -198,8 +165,7 @@ class DenseTrainer(Saving, Trainer):
         update, ranks = self._update, self.args.world_size
         made = update.kept.pop(0) if update.kept else self._replayed(model, inputs)
         if update.tokens is None:
-            tokens = inputs["labels"].ne(-100).sum()[None]
-            update.plan(self.objective, moments_of(made, self.objective), tokens)
+            update.plan(self.objective, moments_of(made, self.objective), inputs["labels"].ne(-100).sum())
         loss = 0.0
         if self.args.mlm_weight:
             mlm = made.mlm / update.tokens.clamp(min=1)
@@ -213,10 +179,11 @@ class DenseTrainer(Saving, Trainer):
 
     def _planned(self, model) -> Update:
         """The update, planned where more than one forward is needed for it, or none."""
-        update = Update(len(self._micro_batches))
+        update = Update(len(self._micro_batches), told_to_stop=self.told_to_stop)
         if not self.args.dense_weight:
             tokens = sum(batch["labels"].ne(-100).sum() for batch in self._micro_batches)
-            update.tokens = self.accelerator.reduce(tokens.to(self.args.device), reduction="sum")
+            counts = update.counts(tokens.to(self.args.device))
+            update.tokens, update.stops = self.accelerator.reduce(counts, reduction="sum")
         elif len(self._micro_batches) > 1:
             # DDP reduces gradients after a forward that it is told to: the last one is made when its turn has come
             graphs = len(self._micro_batches) - (self.args.world_size > 1) if self.args.keep_graphs else 0
@@ -228,6 +195,10 @@ class DenseTrainer(Saving, Trainer):
                 keep_embeddings=self.state.global_step == self._initial_global_step,
             )
         return update
+
+    def agreed_to_stop(self) -> bool:
+        """Whether any rank was told to, as the collective of the update found."""
+        return self._update is not None and bool(self._update.stops)
 
     def _first_forward(self, model, inputs) -> Forward:
         """A forward of the moments pass; without a graph, logits and wrappers are left out where that can be."""
@@ -315,6 +286,44 @@ class DenseTrainer(Saving, Trainer):
         return pair_loader(
             pairs, self.args.eval_batch_size, collator=self.data_collator, args=self.args, shuffle=False
         )
+
+    # ---- Checkpoints and the card ----
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """The stock Trainer knows nothing of the objective: its state is saved once, the same on all ranks."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            position = self.stream.position if self.stream else ""
+            state = self.objective.state_dict()
+            write_objective(Path(output_dir), state, skipped=self.update_log.skipped, stream=position)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As `_save_optimizer_and_scheduler`."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state, self.update_log.skipped, position = read_objective(Path(checkpoint), self.args.device)
+        self.objective.load_state_dict(state)
+        if self.stream is not None:
+            if not position:
+                raise ValueError(
+                    "The checkpoint is not of a run on a stream. Resume it with the notes it was trained on."
+                )
+            self.stream.load_state(position)
+
+    def create_model_card(
+        self, *, model_name: str | None = None, finetuned_from: str | None = None, **options
+    ) -> None:
+        """Write README.md: numbers, never text, and usage that runs as printed.
+
+        `measured`, a list on the trainer, holds what was measured before and after, if anything was. `language`,
+        `license`, `tags` and `dataset` are as for `reporting.card.model_card`.
+        """
+        if self.is_world_process_zero():
+            run = described_run(self, finetuned_from)
+            folder = Path(self.args.output_dir)
+            name = self.hub_model_id or self.args.hub_model_id or model_name or folder.absolute().name
+            write_card(folder, name, self.dense_model, run, self.measured, **options)
 
     # ---- Evaluation ----
 

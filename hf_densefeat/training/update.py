@@ -26,6 +26,7 @@ class Update:
     Attributes:
         micro_batches: how many there are on this rank.
         tokens: predicted tokens of the whole update, on all ranks; None until the update is planned.
+        stops: how many ranks were told to stop; the collective of the update counts them too.
         terms: the values of the objective at the global moments.
         gradient: its gradient there, which `pullback` takes to the rows of a micro-batch.
         random_states: from which the forward of each micro-batch is replayed; empty where there is one forward.
@@ -34,15 +35,20 @@ class Update:
         sums: name to sum over micro-batches.
     """
 
-    def __init__(self, micro_batches: int):
-        self.micro_batches = micro_batches
+    def __init__(self, micro_batches: int, *, told_to_stop: bool = False):
+        self.micro_batches, self.told_to_stop = micro_batches, told_to_stop
         self.tokens: Tensor | None = None
+        self.stops: Tensor | None = None
         self.terms: dict[str, Tensor] = {}
         self.gradient: PairGradient | None = None
         self.random_states: list[RandomState] = []
         self.expected: list[Tensor] = []
         self.kept: list[Forward] = []
         self.sums: dict[str, Tensor] = {}
+
+    def counts(self, tokens: Tensor) -> Tensor:
+        """(2,) what all ranks add up: predicted tokens, and 1 where this rank was told to stop."""
+        return torch.stack([tokens, torch.full_like(tokens, int(self.told_to_stop))])
 
     @torch.no_grad()
     def plan(self, objective: DenseObjective | BatchLoss, pair: PairMoments, tokens: Tensor) -> None:
@@ -51,13 +57,14 @@ class Update:
         Args:
             objective: a `BatchLoss` is not planned: it has its own graph.
             pair: moments of this rank's micro-batches.
-            tokens: (1,) predicted tokens of this rank's micro-batches.
+            tokens: predicted tokens of this rank's micro-batches, a number.
         """
+        counts = self.counts(tokens)
+        if not isinstance(objective, BatchLoss):
+            pair, counts = sum_over_ranks(pair, counts)
+        self.tokens, self.stops = counts
         if isinstance(objective, BatchLoss):
-            self.tokens = tokens[0]
             return
-        pair, counts = sum_over_ranks(pair, tokens)
-        self.tokens = counts[0]
         self.terms, self.gradient = objective.gradient(pair)
         for name, value in (self.terms | objective.diagnostics).items():
             self.add(name, value)
@@ -97,7 +104,7 @@ class Update:
             # all micro-batches share one shift, so that their moments add up
             pair = moments_of(first, objective, None if totals is None else totals.a.shift)
             totals = pair if totals is None else totals + pair
-            tokens = tokens + inputs["labels"].ne(-100).sum()[None]
+            tokens = tokens + inputs["labels"].ne(-100).sum()
         self.plan(objective, totals, tokens)
 
     def dense_share(self, objective: DenseObjective | BatchLoss, z_a: Tensor, z_b: Tensor, ranks: int) -> Tensor:

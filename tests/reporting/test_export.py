@@ -32,6 +32,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 ENCODER = {"config.json", "model.safetensors", "training_args.bin", "README.md"} | SENTENCE_TRANSFORMERS | TOKENIZER
 ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 STATE = {
+    "manifest.json",
     "densefeat_state.safetensors",
     "optimizer.pt",
     "scheduler.pt",

@@ -127,7 +127,7 @@ def test_checkpoint_of_someone_else_is_refused(tmp_path, tokenizer, pairs, unint
     foreign = tmp_path / "checkpoint-4"
     shutil.copytree(folder / "checkpoint-4", foreign)
     (foreign / OBJECTIVE_STATE).unlink()
-    with pytest.raises(ValueError, match=f"no {OBJECTIVE_STATE}: DenseTrainer did not write it.*pass it as the model"):
+    with pytest.raises(ValueError, match=f"not whole: {OBJECTIVE_STATE} is missing.*pass it as the model"):
         make_trainer(tmp_path, tokenizer, pairs, **RESUME).train(resume_from_checkpoint=str(foreign))
     with pytest.raises(ValueError, match=r"does not fit the model\. Missing: .*Resume with the model"):
         make_trainer(tmp_path, tokenizer, pairs, family="modernbert", **RESUME).train(
