@@ -196,7 +196,7 @@ def test_an_empty_file_an_unknown_key_and_a_model_without_a_head_are_named(run, 
     (vision / "tokenizer.json").write_bytes((encoder / "tokenizer.json").read_bytes())
     (vision / "tokenizer_config.json").write_bytes((encoder / "tokenizer_config.json").read_bytes())
     message = run("--notes", table, "--config_name", vision, *SMALL)
-    assert "no language-modelling head" in message
+    assert "reads pixel_values, not tokens of a text" in message
     assert "mlm_weight=0" in message
 
 
