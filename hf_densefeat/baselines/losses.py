@@ -34,7 +34,7 @@ def vicreg(
     squared off-diagonal covariances, divided by d. Variances divide by n - 1, as published; one pair has variance 0.
     """
     similar = F.mse_loss(z_a, z_b)
-    spread, redundant = 0.0, 0.0
+    spread = redundant = z_a.new_zeros(())
     for z in (z_a, z_b):
         rows = z - z.mean(0)
         cov = rows.mT @ rows / max(len(z) - 1, 1)

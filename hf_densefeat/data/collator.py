@@ -6,13 +6,16 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+
+Row = tuple[np.ndarray, np.ndarray]  # token ids, and labels
 
 
 class DensePairCollator:
@@ -79,16 +82,16 @@ class DensePairCollator:
                     tokenizer, mlm_probability=mlm_probability, whole_word_mask=whole_word_mask, return_tensors="np"
                 )
 
-    def __call__(self, pairs: Sequence[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of the pairs that `TokenPairs` yields."""
         if pairs:
             rows = [self._row(pair, side) for side in ("earlier", "later") for pair in pairs]
         else:
             ids = self.tokenizer("")["input_ids"] or [self.tokenizer.pad_token_id]
             rows = [(np.array(ids), np.full(len(ids), -100))] * 2
-        chunk_to_note = range(len(rows))
+        chunk_to_note = list(range(len(rows)))
         if self.chunk_length:
-            rows, chunk_to_note = self._chunks(rows)
+            rows, chunk_to_note = self._chunks(rows, self.chunk_length)
         longest = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
             longest = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -100,7 +103,7 @@ class DensePairCollator:
             input_ids[i, : len(ids)] = torch.from_numpy(ids)
             labels[i, : len(ids)] = torch.from_numpy(targets)
             attention_mask[i, : len(ids)] = 1
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if "token_type_ids" in self.tokenizer.model_input_names:
             batch["token_type_ids"] = torch.zeros_like(input_ids)
         if self.chunk_length:
@@ -109,24 +112,25 @@ class DensePairCollator:
         batch["num_pairs"] = len(pairs)
         return batch
 
-    def _chunks(self, notes: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list, list[int]]:
+    def _chunks(self, notes: list[Row], length: int) -> tuple[list[Row], list[int]]:
         """Return the rows of all chunks, and the note that each belongs to."""
-        rows, chunk_to_note = [], []
+        rows: list[Row] = []
+        chunk_to_note: list[int] = []
         for note, (ids, targets) in enumerate(notes):
-            for start in range(0, len(ids), self.chunk_length):
-                part = slice(start, start + self.chunk_length)
+            for start in range(0, len(ids), length):
+                part = slice(start, start + length)
                 rows.append((ids[part], targets[part]))
                 chunk_to_note.append(note)
                 if self.objective == "causal":
                     rows[-1][1][-1] = -100  # the next chunk's first token is not to be predicted from here
         return rows, chunk_to_note
 
-    def _row(self, pair: dict, side: str) -> tuple[np.ndarray, np.ndarray]:
+    def _row(self, pair: dict[str, Any], side: str) -> Row:
         """Return one note's input ids and labels."""
         ids = np.array(pair[side], dtype=np.int64)
         if self.objective == "causal":
             return ids, np.append(ids[1:], -100)
-        if self.objective is None:
+        if self.masking is None:
             return ids, np.full(len(ids), -100)
         words = pair[f"{side}_word_ids"] if self.whole_word_mask else None
         return self.masking.row(ids, words, seed=(pair["mask_seed"], int(side == "later")))
@@ -141,18 +145,18 @@ class _Masking(DataCollatorForLanguageModeling):
         """Return (input ids, labels) of one row of token ids."""
         self.generator = np.random.default_rng(seed)
         special = np.isin(ids, self.tokenizer.all_special_ids)[None]
-        words = None if words is None else np.array(words)[None]
-        inputs, labels = self.numpy_mask_tokens(ids[None].copy(), special_tokens_mask=special, offset_mapping=words)
+        offsets = None if words is None else np.array(words)[None]
+        inputs, labels = self.numpy_mask_tokens(ids[None].copy(), special_tokens_mask=special, offset_mapping=offsets)
         return inputs[0], labels[0]
 
     @staticmethod
-    def _calc_word_ids_and_prob_mask(words: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _calc_word_ids_and_prob_mask(words: Any, special: Any) -> tuple[Any, Any]:
         """Words start where the word id changes; special tokens belong to none."""
         words = np.where(special, -1, words)
         starts = np.diff(words, axis=1, prepend=-1) != 0
         return words, ~starts | (words < 0)
 
     @staticmethod
-    def _whole_word_mask(words: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def _whole_word_mask(words: Any, mask: Any) -> Any:
         """The library compares all tokens with all, 64 M comparisons for an 8,192-token note; this is linear."""
         return np.isin(words, words[mask])

@@ -58,7 +58,8 @@ def dense_codes(notes: datasets.Dataset, name: str) -> np.ndarray:
     rank = np.zeros(len(encoded.dictionary) + 1, dtype=np.int64)
     order = pc.array_sort_indices(encoded.dictionary).to_numpy()
     rank[1:][order] = np.arange(len(order)) + (encoded.null_count > 0)
-    return rank[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False) + 1]
+    codes: np.ndarray = rank[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False) + 1]
+    return codes
 
 
 def order_of_notes(notes: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -131,8 +131,8 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield this rank's micro-batches of `(pair, mask_seed)`."""
-        mask_seeds = np.random.default_rng((self.seed, self.epoch if self.shuffle else 0, 1))
-        mask_seeds = mask_seeds.integers(2**31, size=len(self.length))
+        rng = np.random.default_rng((self.seed, self.epoch if self.shuffle else 0, 1))
+        mask_seeds = rng.integers(2**31, size=len(self.length))
         for batch in self.step_batches():
             for start in range(0, len(batch), self.batch_size * self.ranks):
                 micro_step = batch[start : start + self.batch_size * self.ranks]
@@ -150,7 +150,8 @@ def _runs(patient: np.ndarray, maximum: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _expand(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Return the pairs of all runs, run after run."""
-    return np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
+    expanded: np.ndarray = np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
+    return expanded
 
 
 def _pack(start: np.ndarray, count: np.ndarray, capacities: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +161,7 @@ def _pack(start: np.ndarray, count: np.ndarray, capacities: list[int]) -> tuple[
     """
     if np.isin(np.cumsum(capacities), np.cumsum(count)).all():
         return start, count
-    waiting = {size: deque() for size in range(1, int(count.max()) + 1)}
+    waiting: dict[int, deque[tuple[int, int]]] = {size: deque() for size in range(1, int(count.max()) + 1)}
     for rank, (first, size) in enumerate(zip(start.tolist(), count.tolist(), strict=True)):
         waiting[size].append((rank, first))
     packed = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import datasets
 import numpy as np
@@ -37,7 +38,9 @@ def split_into_sections(notes: datasets.Dataset, header: str = SECTION_HEADER) -
     )
 
 
-def _sections(batch: dict[str, list], rows: list[int], single: np.ndarray, header: re.Pattern) -> dict[str, list]:
+def _sections(
+    batch: dict[str, list[Any]], rows: list[int], single: np.ndarray, header: re.Pattern[str]
+) -> dict[str, list[Any]]:
     """Cut the texts of single notes, and repeat the other columns."""
     found = [_cut(text, header) if single[row] else [text] for text, row in zip(batch["text"], rows, strict=True)]
     columns = {
@@ -50,7 +53,7 @@ def _sections(batch: dict[str, list], rows: list[int], single: np.ndarray, heade
     }
 
 
-def _cut(text: str, header: re.Pattern) -> list[str]:
+def _cut(text: str, header: re.Pattern[str]) -> list[str]:
     """Cut a text before its header lines."""
     pieces, start = [], 0
     for match in header.finditer(text):

@@ -177,7 +177,9 @@ def _own_splits(notes: datasets.Dataset, patient: np.ndarray, split_column: str)
 
 def _without_overlap(parts: datasets.DatasetDict) -> datasets.DatasetDict:
     """Refuse splits that share a patient."""
-    seen: dict[str, set] = {name: set(column(part, "patient_id").unique().to_pylist()) for name, part in parts.items()}
+    seen: dict[str, set[object]] = {
+        name: set(column(part, "patient_id").unique().to_pylist()) for name, part in parts.items()
+    }
     for one in seen:
         for other in seen:
             shared = len(seen[one] & seen[other])

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from itertools import count, islice, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -26,10 +26,10 @@ class _Note(NamedTuple):
     run: int
     time: datetime | float
     text: str
-    position: dict
+    position: dict[str, Any]
 
 
-class PairStream(IterableDataset):
+class PairStream(IterableDataset[dict[str, Any]]):
     """The micro-batches of one rank, without end: after the last note the stream is read again.
 
     Notes of a patient follow each other, in the order of time; shards are read one after another, so that pairs
@@ -66,8 +66,8 @@ class PairStream(IterableDataset):
     def __init__(
         self,
         notes: datasets.IterableDataset,
-        tokenize: Callable[[list[str]], dict],
-        collate: Callable[[list[dict]], dict],
+        tokenize: Callable[[list[str]], dict[str, list[Any]]],
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
         batch_size: int,
         ranks: int = 1,
         rank: int = 0,
@@ -82,13 +82,22 @@ class PairStream(IterableDataset):
         if missing := [name for name in names if name not in (notes.column_names or names)]:
             raise ValueError(f"The stream lacks the columns {missing}. Rename yours: `notes.rename_columns(...)`.")
         self.notes, self.tokenize, self.collate = notes.select_columns(names), tokenize, collate
-        self.cut = {"batch_size": batch_size, "ranks": ranks, "rank": rank, "accumulation": accumulation}
-        self.grouping = {"pairs_per_patient": pairs_per_patient, "spread_patients": spread_patients, "seed": seed}
+        self.cut: dict[str, Any] = {
+            "batch_size": batch_size,
+            "ranks": ranks,
+            "rank": rank,
+            "accumulation": accumulation,
+        }
+        self.grouping: dict[str, Any] = {
+            "pairs_per_patient": pairs_per_patient,
+            "spread_patients": spread_patients,
+            "seed": seed,
+        }
         self.max_gap = max_gap
         step_size = batch_size * ranks * accumulation
         self.buffer = max(1, buffer // step_size) * step_size
         self.start = {"row": 0, "notes": self.notes.state_dict()}
-        self.state = {"position": self.start, "number": 0, "steps": 0}
+        self.state: dict[str, Any] = {"position": self.start, "number": 0, "steps": 0}
         self.position = ""  # `stream` of the last batch that was trained on, which checkpoints keep
         self.said_cut = False
 
@@ -96,7 +105,7 @@ class PairStream(IterableDataset):
         """Go on after the batch that brought this `stream`."""
         self.state, self.position = json.loads(state), state
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield batches."""
         position, number, done = self.state["position"], self.state["number"], self.state["steps"]
         pairs = self._pairs(position)
@@ -105,7 +114,7 @@ class PairStream(IterableDataset):
             earlier, later = zip(*held, strict=True)
             rows, texts = np.arange(2 * len(held)), [note.text for note in (*earlier, *later)]
             runs = np.array([note.run for note in earlier])
-            indices = NotePairs(*rows.reshape(2, -1), runs, len(rows), len(np.unique(runs)))
+            indices = NotePairs(rows[: len(held)], rows[len(held) :], runs, len(rows), len(np.unique(runs)))
             lengths = [len(text) for text in texts]
             sampler = PairBatchSampler(indices, lengths, **self.cut, **self.grouping)
             sampler.set_epoch(number)
@@ -116,7 +125,7 @@ class PairStream(IterableDataset):
                     yield self._batch(items, texts) | {"stream": json.dumps(state)}
             position, number, done = later[-1].position, number + 1, 0
 
-    def _batch(self, items: list[tuple[int, int]], texts: list[str]) -> dict:
+    def _batch(self, items: list[tuple[int, int]], texts: list[str]) -> dict[str, Any]:
         """Tokenise and collate one micro-batch."""
         if not items:
             return self.collate([])
@@ -127,7 +136,7 @@ class PairStream(IterableDataset):
             logger.warning("The stream has notes longer than the limit on tokens: they are cut, and not counted.")
         return self.collate(pair_tokens(columns, [mask_seed for _, mask_seed in items]))
 
-    def _pairs(self, position: dict) -> Iterator[tuple[_Note, _Note]]:
+    def _pairs(self, position: dict[str, Any]) -> Iterator[tuple[_Note, _Note]]:
         """Yield the pairs of adjacent notes from a position on, one pass after another."""
         runs = count()
         while True:
@@ -146,12 +155,17 @@ class PairStream(IterableDataset):
     def _near(self, earlier: _Note, later: _Note) -> bool:
         if self.max_gap is None:
             return True
-        gap = later.time - earlier.time
-        return (gap / timedelta(days=1) if isinstance(gap, timedelta) else gap) <= self.max_gap
+        before: Any = earlier.time
+        gap = later.time - before
+        days: float = gap / timedelta(days=1) if isinstance(gap, timedelta) else gap
+        return days <= self.max_gap
 
-    def _read(self, position: dict, runs: Iterator[int]) -> Iterator[_Note]:
+    def _read(self, position: dict[str, Any], runs: Iterator[int]) -> Iterator[_Note]:
         """Yield the notes from a position to the end."""
-        row, last, time, ended, blank = position["row"], None, None, set(), 0
+        row, blank = position["row"], 0
+        last: Any = None
+        time: Any = None
+        ended: set[int] = set()
         # Not `set_epoch`: it has `datasets` shuffle the shards, and patients who stand in two would be torn apart.
         self.notes.load_state_dict(position["notes"])
         before = position
@@ -170,7 +184,7 @@ class PairStream(IterableDataset):
         if blank:
             logger.warning("Of %s rows of the stream, %s had no text: left out.", f"{row:,}", f"{blank:,}")
 
-    def _check(self, row: int, note: dict, last, time, ended: set) -> None:
+    def _check(self, row: int, note: dict[str, Any], last: Any, time: Any, ended: set[int]) -> None:
         """Refuse a note that cannot follow the one before."""
         if note["patient_id"] is None or note["time"] is None:
             what = "patient" if note["patient_id"] is None else "time"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import datasets
 from torch import Tensor
@@ -58,7 +58,7 @@ class TextProcessor:
             raise ValueError("long_notes is chunk, but nothing says how long a chunk is: set max_length.")
         return DensePairCollator(
             self.tokenizer,
-            objective=objective,
+            objective=cast("Literal['mlm', 'causal'] | None", objective),
             mlm_probability=mlm_probability,
             whole_word_mask=self.whole_words and objective == "mlm",
             chunk_length=max_length if self.chunk else None,
@@ -66,7 +66,8 @@ class TextProcessor:
 
     def pad(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
         """See `PairProcessor`."""
-        return self.tokenizer.pad(dict(rows), padding_side="right", return_tensors="pt")
+        columns: Any = dict(rows)
+        return dict(self.tokenizer.pad(columns, padding_side="right", return_tensors="pt"))
 
     def columns(self, texts: list[str], *, max_length: int | None = None) -> dict[str, list[Any]]:
         """See `StreamProcessor`: `input_ids`, `length`, `cut`, and `word_ids` where whole words are masked."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -125,7 +126,7 @@ def tokenize_notes(
 
 def tokenize_texts(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, word_ids: bool, chunk: bool
-) -> dict:
+) -> dict[str, list[Any]]:
     """Tokenise without a limit and cut afterwards: what a limit cuts is to be counted, in one pass.
 
     A tokenizer that truncates also changes its own state, and with it the key under which `datasets` caches.
@@ -144,7 +145,7 @@ def tokenize_texts(
         return row[: max_length - closing] + row[len(row) - closing :]
 
     input_ids = [kept(ids) for ids in encoded["input_ids"]]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "input_ids": input_ids,
         "length": [len(ids) for ids in input_ids],
         "cut": [max(len(ids) - len(row), 0) for ids, row in zip(encoded["input_ids"], input_ids, strict=True)],
@@ -174,16 +175,16 @@ class TokenPairs(PairDataset):
         self.tokens, self.pairs = tokens.select_columns(columns), pairs
         self.lengths = column(tokens, "length").to_numpy()
 
-    def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> list[dict]:
+    def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
         """Return the pairs of one micro-batch, read in one go; an empty list for an empty list."""
         if not items:
             return []
-        index, mask_seeds = zip(*(item if isinstance(item, tuple) else (item, 0) for item in items), strict=True)
-        index = np.array(index)
+        chosen, mask_seeds = zip(*(item if isinstance(item, tuple) else (item, 0) for item in items), strict=True)
+        index = np.array(chosen)
         return pair_tokens(self.tokens[np.r_[self.pairs.earlier[index], self.pairs.later[index]]], mask_seeds)
 
 
-def pair_tokens(columns: dict[str, list], mask_seeds: Sequence[int]) -> list[dict]:
+def pair_tokens(columns: dict[str, list[Any]], mask_seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Return one dict a pair, of columns with the earlier notes of all pairs, then the later ones."""
     n, batch = len(mask_seeds), []
     for i, mask_seed in enumerate(mask_seeds):

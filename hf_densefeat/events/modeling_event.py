@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,9 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
     def _padded(self, rows: dict[str, list], tokenizer) -> dict[str, Tensor]:
         return tokenizer.pad(rows)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, is_main_process: bool = True, **kwargs
+    ):
         """As in transformers, and the head: sentence-transformers reads texts, so there are no files for it."""
         PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and self.dense_head is not None:
@@ -151,7 +154,8 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the codes."""
-        return self.base_model.embeddings.codes
+        body: Any = self.base_model
+        return body.embeddings.codes
 
 
 class EventPreTrainedModel(EpisodeModel):
@@ -171,7 +175,7 @@ class EventPreTrainedModel(EpisodeModel):
 
     def _default_tokenizer(self) -> EventProcessor:
         if getattr(self, "_densefeat_tokenizer", None) is None:
-            self._densefeat_tokenizer = EventProcessor.from_pretrained(self.name_or_path)
+            self._densefeat_tokenizer = EventProcessor.from_pretrained(str(self.name_or_path))
         return self._densefeat_tokenizer
 
 
@@ -180,8 +184,9 @@ class EventModel(EventPreTrainedModel):
 
     def __init__(self, config: EventConfig):
         super().__init__(config)
-        if config.densefeat["pooling"] not in ("mean", "max"):
-            raise ValueError(f"Expected pooling mean or max for events, got {config.densefeat['pooling']!r}.")
+        pooling = (config.densefeat or {})["pooling"]
+        if pooling not in ("mean", "max"):
+            raise ValueError(f"Expected pooling mean or max for events, got {pooling!r}.")
         self.embeddings = EventEmbeddings(config)
         self.layers = transformer(config, config.num_hidden_layers)
         self.post_init()
@@ -219,7 +224,7 @@ def transformer(config: EventConfig, layers: int) -> nn.TransformerEncoder:
         batch_first=True,
         norm_first=True,
     )
-    layer.self_attn.dropout, layer.dropout = 0.0, nn.Identity()
+    layer.self_attn.dropout = layer.dropout.p = 0.0
     return nn.TransformerEncoder(layer, layers, nn.LayerNorm(d), enable_nested_tensor=False)
 
 

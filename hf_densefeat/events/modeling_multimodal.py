@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -114,7 +115,7 @@ class MultimodalProcessor:
         self, objective: str | None, *, mlm_probability: float, max_length: int | None = None
     ) -> MultimodalPairCollator:
         """See `PairProcessor`; `mlm_probability` is the share of tokens, and of values, to predict."""
-        return MultimodalPairCollator(self, objective, mlm_probability)
+        return MultimodalPairCollator(self, "mlm" if objective else None, mlm_probability)
 
     def pairs(
         self, episodes: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
@@ -127,7 +128,9 @@ class MultimodalProcessor:
 class MultimodalPairCollator(EpisodePairCollator):
     """As `EpisodePairCollator`, with MLM's masks on the notes besides; `labels` (2B, T + E), tokens first, then bins."""
 
-    def __init__(self, processor: MultimodalProcessor, objective: str | None = "mlm", mask_probability: float = 0.30):
+    def __init__(
+        self, processor: MultimodalProcessor, objective: Literal["mlm"] | None = "mlm", mask_probability: float = 0.30
+    ):
         super().__init__(processor, objective, mask_probability)
         self.events = EpisodePairCollator(processor.events, objective, mask_probability)
         self.text = DensePairCollator(processor.tokenizer, objective, mask_probability)
@@ -164,10 +167,10 @@ class MultimodalConfig(PreTrainedConfig):
 
     model_type = "densefeat_multimodal"
 
-    text_config: dict | PreTrainedConfig | None = None
-    event_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None  # dicts become configs
+    event_config: Any = None
     fusion_layers: int = 1
-    densefeat: dict | None = None
+    densefeat: Any = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -192,12 +195,13 @@ class MultimodalPreTrainedModel(EpisodeModel):
 
     def _default_tokenizer(self) -> MultimodalProcessor:
         if getattr(self, "_densefeat_tokenizer", None) is None:
-            self._densefeat_tokenizer = MultimodalProcessor.from_pretrained(self.name_or_path)
+            self._densefeat_tokenizer = MultimodalProcessor.from_pretrained(str(self.name_or_path))
         return self._densefeat_tokenizer
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the tokens."""
-        return self.base_model.text.get_input_embeddings()
+        body: Any = self.base_model
+        return body.text.get_input_embeddings()
 
 
 class MultimodalModel(MultimodalPreTrainedModel):
@@ -264,7 +268,8 @@ class MultimodalModelForMaskedPrediction(MultimodalPreTrainedModel):
         """Tokens (B, T), events (B, E), mask (B, T + E) -> `logits` (B, T + E, tokens or bins, what is more)."""
         hidden = self.encoder(input_ids, event_ids, quantiles, hours, attention_mask).last_hidden_state
         note, events = hidden.tensor_split([input_ids.shape[1]], dim=1)
-        sides = [F.linear(self.text_head(note), self.get_input_embeddings().weight), self.event_head(events)]
+        words: Any = self.get_input_embeddings()
+        sides = [F.linear(self.text_head(note), words.weight), self.event_head(events)]
         classes = max(side.shape[-1] for side in sides)
         never = torch.finfo(sides[0].dtype).min
         return MaskedLMOutput(logits=torch.cat([F.pad(x, (0, classes - x.shape[-1]), value=never) for x in sides], 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from transformers import FeatureExtractionMixin
 
 from hf_densefeat.data.columns import column
-from hf_densefeat.data.inputs import PairDataset
+from hf_densefeat.data.inputs import Batch, PairDataset
 from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
 from hf_densefeat.events.records import events_of, latest_of_each
 
@@ -96,10 +97,10 @@ class EventProcessor(FeatureExtractionMixin):
         known, values, levels = [], [], []
         for i in sorted(np.flatnonzero(count >= min_count), key=codes.__getitem__):
             quantiles = np.quantile(value[number == i], grid)
-            distinct, place = np.unique(quantiles, return_inverse=True)
+            distinct, of = np.unique(quantiles, return_inverse=True)
             known.append(codes[i])
             values.append(distinct.tolist())
-            levels.append((np.bincount(place, grid) / np.bincount(place)).tolist())
+            levels.append((np.bincount(of, grid) / np.bincount(of)).tolist())
         if not known:
             raise ValueError(
                 f"Expected a code with at least {min_count} events, got none in {len(episodes)} episodes."
@@ -144,7 +145,7 @@ class EventProcessor(FeatureExtractionMixin):
             episode, number, value, hours = episode[kept], number[kept], value[kept], hours[kept]
         order = np.lexsort((value, number, hours, episode))
         episode, number, value, hours = episode[order], number[order], value[order], hours[order]
-        columns = {
+        columns: dict[str, np.ndarray] = {
             "input_ids": number,
             "quantiles": self._quantiles(number, value).astype(np.float32),
             "hours": hours.astype(np.float32),
@@ -250,14 +251,14 @@ class EpisodePairCollator:
         mask_probability: share of the values to predict.
     """
 
-    def __init__(self, processor: EventProcessor, objective: str | None = "mlm", mask_probability: float = 0.30):
+    def __init__(self, processor: Any, objective: str | None = "mlm", mask_probability: float = 0.30):
         if objective not in ("mlm", None):
             raise ValueError(f'Expected `objective` "mlm" or None, got {objective!r}.')
         if not 0 <= mask_probability <= 1:
             raise ValueError(f"Expected `mask_probability` in [0, 1], got {mask_probability}.")
         self.processor, self.objective, self.mask_probability = processor, objective, mask_probability
 
-    def __call__(self, pairs: Sequence[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, pairs: Sequence[dict]) -> Batch:
         """Return the batch of the pairs that `EpisodePairs` yields."""
         rows = [self.row(pair["earlier"], (pair["mask_seed"], 0)) for pair in pairs]
         rows += [self.row(pair["later"], (pair["mask_seed"], 1)) for pair in pairs]

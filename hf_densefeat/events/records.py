@@ -124,21 +124,21 @@ def events_of(episodes: Sequence[str]) -> tuple[np.ndarray, list[str], np.ndarra
                 "`pack_episodes` and `event_episodes` make it from a table."
             ) from error
     events = [event for events in found for event in events]
-    episode = np.repeat(np.arange(len(found)), [len(events) for events in found])
+    number = np.repeat(np.arange(len(found)), [len(events) for events in found])
     try:
-        code, value, hours = zip(*events, strict=True) if events else ((), (), ())
-        value, hours = np.array(value, np.float64), np.array(hours, np.float64)
+        code, *numbers = zip(*events, strict=True) if events else ((), (), ())
+        value, hours = (np.array(column, np.float64) for column in numbers)
     except (TypeError, ValueError) as error:
-        bad = next(i for i, event in zip(episode, events, strict=True) if not _is_event(event))
+        bad = next(i for i, event in zip(number, events, strict=True) if not _is_event(event))
         message = f"Episode {bad}: expected events of code, value and hours, the last two numbers, got another."
         raise ValueError(message) from error
     finite = np.isfinite(value) & np.isfinite(hours)
     if not finite.all():
         raise ValueError(
-            f"Episode {episode[np.argmin(finite)]} has an event whose value or hours are not finite. A missing value is "
+            f"Episode {number[np.argmin(finite)]} has an event whose value or hours are not finite. A missing value is "
             "no event: leave it out."
         )
-    return episode, list(code), value, hours
+    return number, list(code), value, hours
 
 
 def note_of(episode: str) -> str | None:

@@ -103,11 +103,11 @@ class DenseTrainingArguments(TrainingArguments):
         return json.dumps(self.to_dict() | self._without_folders(), indent=2)
 
     def _without_folders(self) -> dict:
-        return {"output_dir": Path(self.output_dir).name, "resume_from_checkpoint": None}
+        return {"output_dir": Path(str(self.output_dir)).name, "resume_from_checkpoint": None}
 
     def dense_objective(self, **more) -> DenseObjective:
         """The objective that these arguments describe, with `more` options and terms; ValueError for one out of range."""
-        window = None if str(self.window) == "none" else self.window
+        window: float | str | None = None if str(self.window) == "none" else self.window
         if isinstance(window, str) and window != "auto":
             try:
                 window = float(window)

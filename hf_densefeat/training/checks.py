@@ -67,9 +67,9 @@ def check_objective(objective: DenseObjective | BatchLoss, args: DenseTrainingAr
         )
 
 
-def check_subspace(pairs: int, batch: int, d: int, objective: DenseObjective) -> None:
+def check_subspace(pairs: float, batch: int, d: int, objective: DenseObjective) -> None:
     """K must be below the rank that the samples behind a covariance can have."""
-    window = {None: 0, "auto": d}.get(objective.window, objective.window)
+    window = d if objective.window == "auto" else float(objective.window or 0)
     samples = min(max(batch, window), pairs)
     rank = min(d, int(samples) - objective.center)
     if objective.subspace_dim > rank:

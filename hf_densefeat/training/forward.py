@@ -55,9 +55,9 @@ def forward_pairs(
         grouped: run rows of like length in a forward of their own, so that little is padded (`length_groups`).
     """
     rows = {name: value for name, value in batch.items() if name not in NOT_ROWS}
-    labels, lengths, count = batch["labels"], batch.get("lengths"), len(batch["attention_mask"])
-    groups = length_groups(lengths) if grouped and lengths is not None else [np.arange(count)]
-    mlm, parts, slots = 0.0, [], 0
+    labels, lengths = batch["labels"], batch.get("lengths", [])
+    groups = length_groups(lengths) if grouped and lengths else [np.arange(len(labels))]
+    losses, parts, slots = [], [], 0
     for group in groups:
         part, wanted = rows, labels
         if len(groups) > 1:
@@ -71,7 +71,7 @@ def forward_pairs(
             parts.append(dense.pooled(part["attention_mask"]))
         if predict:
             logits = outputs.logits[0] if by_position else outputs.logits[predicted]
-            mlm = mlm + summed_cross_entropy(logits, wanted[predicted])
+            losses.append(summed_cross_entropy(logits, wanted[predicted]))
         slots += part["attention_mask"].numel()
     z = torch.cat(parts)
     if len(groups) > 1:
@@ -81,7 +81,8 @@ def forward_pairs(
         tokens = batch["attention_mask"].sum(1)
         z = over_chunks(z, tokens, batch["chunk_to_note"], 2 * max(pairs, 1))
     half = len(z) // 2
-    return Forward(mlm if predict else z.new_zeros(()), z[:pairs], z[half : half + pairs], slots)
+    mlm = torch.stack(losses).sum() if predict else z.new_zeros(())
+    return Forward(mlm, z[:pairs], z[half : half + pairs], slots)
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

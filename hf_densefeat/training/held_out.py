@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ def held_out_terms(
             sums = sums.to(made.mlm.device)
             sums[0] += made.mlm
             sums[1] += inputs["labels"].ne(-100).sum()
+    if pair is None:
+        raise ValueError("The evaluation set has no batch: it needs at least one pair of adjacent notes.")
     pair, sums = sum_over_ranks(pair, sums.to(pair.a.shift.device))
     if isinstance(objective, BatchLoss):
         values = {name: torch.stack([value[name] for value in of_batches]).mean() for name in of_batches[0]}
@@ -68,3 +71,17 @@ def held_out_terms(
 def covariance_rank(covariance: Tensor) -> float:
     """Effective rank of a covariance (d, d); one that is not finite counts as zeros."""
     return effective_rank_of_spectrum(torch.linalg.eigvalsh(torch.nan_to_num(covariance)).clamp(min=0))
+
+
+def evaluation_model(trainer: Any) -> torch.nn.Module:
+    """The model as `train` wrapped it, or wrapped for evaluation alone.
+
+    Args:
+        trainer: a `DenseTrainer`, whose model is wrapped here where it is to be sharded.
+    """
+    if trainer.is_in_train or trainer.model_wrapped is not trainer.model or trainer.accelerator._models:
+        return trainer.model_wrapped
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.model = trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+        return trainer.model
+    return trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)

@@ -18,6 +18,8 @@ from hf_densefeat.training.arguments import DenseTrainingArguments
 class PairDataLoader(DataLoader):
     """A loader whose batch sampler is told the epoch, and which cuts batches over ranks itself."""
 
+    batch_sampler: PairBatchSampler
+
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to the sampler."""
         self.batch_sampler.set_epoch(epoch)
@@ -47,6 +49,22 @@ def pair_loader(
         pin_memory=_pinned(args),
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+    )
+
+
+def train_loader(
+    dataset: PairDataset, batch_size: int, *, collator: Callable, args: DenseTrainingArguments
+) -> PairDataLoader:
+    """As `pair_loader`, grouped and mixed as the arguments ask."""
+    return pair_loader(
+        dataset,
+        batch_size,
+        collator=collator,
+        args=args,
+        accumulation=args.gradient_accumulation_steps,
+        pairs_per_patient=args.pairs_per_patient,
+        drop_last=args.dataloader_drop_last,
+        spread_patients=args.unbiased,
     )
 
 

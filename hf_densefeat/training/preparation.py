@@ -26,18 +26,17 @@ def prepare_model(
 
     Without weight on language modelling, what is not in the body of the model is frozen: no gradient reaches it.
     """
-    if isinstance(model, str):
-        model = AutoDenseModel.from_pretrained(model)
-    dense = as_dense(without_adapter(model), args.pooling, args.max_length, args.long_notes)
+    loaded: Any = AutoDenseModel.from_pretrained(model) if isinstance(model, str) else model
+    dense = as_dense(without_adapter(loaded), args.pooling, args.max_length, args.long_notes)
     if args.mlm_weight == 0:
         body = {id(parameter) for parameter in dense.base_model.parameters()}
         for parameter in dense.parameters():
             if id(parameter) not in body:
                 parameter.requires_grad_(False)
-    return dense, model if peft_config is None else with_adapter(dense, peft_config)
+    return dense, loaded if peft_config is None else with_adapter(dense, peft_config)
 
 
-def prepare_tokenizer(processing_class: Any, model: PreTrainedModel) -> Any:
+def prepare_tokenizer(processing_class: Any, model: Any) -> Any:
     """The tokenizer or processor given, or that of the model, which `encode` uses from now on."""
     processing_class = processing_class or model._default_tokenizer()
     if isinstance(processing_class, PreTrainedTokenizerBase):
@@ -46,7 +45,7 @@ def prepare_tokenizer(processing_class: Any, model: PreTrainedModel) -> Any:
     return processing_class
 
 
-def pair_processor(processing_class: Any, model: PreTrainedModel, args: DenseTrainingArguments) -> PairProcessor:
+def pair_processor(processing_class: Any, model: Any, args: DenseTrainingArguments) -> PairProcessor:
     """A tokenizer wrapped for texts, or the processor itself of another kind of input.
 
     Raises:
@@ -67,7 +66,7 @@ def pair_processor(processing_class: Any, model: PreTrainedModel, args: DenseTra
     return processing_class
 
 
-def pair_collator(processor: PairProcessor, model: PreTrainedModel, args: DenseTrainingArguments) -> Callable:
+def pair_collator(processor: PairProcessor, model: Any, args: DenseTrainingArguments) -> Callable:
     """Pairs to the batches that the arguments ask for, with labels for what the model's head predicts."""
     objective = model.language_modeling if args.mlm_weight else None
     return processor.collator(objective, mlm_probability=args.mlm_probability, max_length=model.max_length)
@@ -87,7 +86,7 @@ def pair_datasets(
     Notes (`datasets.Dataset`) become a `PairDataset`, each set in a dict of notes does so under its own name, and
     anything else (pairs, a stream, None) stays as it is.
     """
-    common = {"processor": processor, "max_length": max_length, "max_gap": max_gap, "stats": stats}
+    common: dict[str, Any] = {"processor": processor, "max_length": max_length, "max_gap": max_gap, "stats": stats}
     if isinstance(notes, dict):
         return {key: pair_datasets(value, key, **common) for key, value in notes.items()}
     if not isinstance(notes, Dataset):

@@ -57,7 +57,7 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
         """As in transformers. See the class for what a checkpoint has to be."""
-        output_dir = Path(self.args.output_dir)
+        output_dir = Path(str(self.args.output_dir))
         warn_of_unfinished(output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(output_dir)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_densefeat.data.inputs import PairDataset, ReadingStats
+from hf_densefeat.data.streaming import PairStream
 from hf_densefeat.models.adapters import without_adapter
 from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.objective import DenseObjective
@@ -22,8 +24,8 @@ from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.checkpoints import read_objective, write_objective
 from hf_densefeat.training.checks import check_functions, check_head, check_objective, check_run, check_trainable
 from hf_densefeat.training.forward import Forward, forward_pairs
-from hf_densefeat.training.held_out import covariance_rank, held_out_terms
-from hf_densefeat.training.loaders import pair_loader, pair_stream, stream_loader
+from hf_densefeat.training.held_out import covariance_rank, evaluation_model, held_out_terms
+from hf_densefeat.training.loaders import pair_loader, pair_stream, stream_loader, train_loader
 from hf_densefeat.training.preparation import (
     pair_collator,
     pair_datasets,
@@ -72,6 +74,11 @@ class DenseTrainer(ResumableTrainer):
     the batch cannot support, notes without pairs, and functions of `Trainer` that would never be called.
     """
 
+    args: DenseTrainingArguments
+    objective: DenseObjective | BatchLoss
+    train_dataset: Any
+    eval_dataset: Any
+    stream: PairStream | None
     measured: Sequence[Measured] = ()  # what was measured before and after training, for the model card
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole update
 
@@ -163,7 +170,7 @@ class DenseTrainer(ResumableTrainer):
             # here and not in get_batch_samples, after which a resumed Trainer restores the random state
             self._update = self._planned(model)
         update, ranks = self._update, self.args.world_size
-        made = update.kept.pop(0) if update.kept else self._replayed(model, inputs)
+        made = update.kept.pop(0) if update.kept else self._replayed(model, inputs, update)
         if update.tokens is None:
             update.plan(self.objective, moments_of(made, self.objective), inputs["labels"].ne(-100).sum())
         loss = 0.0
@@ -184,7 +191,7 @@ class DenseTrainer(ResumableTrainer):
             tokens = sum(batch["labels"].ne(-100).sum() for batch in self._micro_batches)
             counts = update.counts(tokens.to(self.args.device))
             update.tokens, update.stops = self.accelerator.reduce(counts, reduction="sum")
-        elif len(self._micro_batches) > 1:
+        elif len(self._micro_batches) > 1 and isinstance(self.objective, DenseObjective):
             # DDP reduces gradients after a forward that it is told to: the last one is made when its turn has come
             graphs = len(self._micro_batches) - (self.args.world_size > 1) if self.args.keep_graphs else 0
             update.moments_pass(
@@ -209,13 +216,13 @@ class DenseTrainer(ResumableTrainer):
         with self.accelerator.autocast():  # which the wrapped model brings, but not its body
             return self.embed_pairs(model, inputs, predict=False)
 
-    def _replayed(self, model, inputs) -> Forward:
+    def _replayed(self, model, inputs, update: Update) -> Forward:
         """The forward of a micro-batch, with the dropout of its first one if there was one."""
-        if self._update.random_states:
-            self._update.random_states.pop(0).restore()
+        if update.random_states:
+            update.random_states.pop(0).restore()
         made = self.embed_pairs(model, inputs)
-        if self._update.expected:
-            check_replay(self._update.expected.pop(0), made.rows())
+        if update.expected:
+            check_replay(update.expected.pop(0), made.rows())
         return made
 
     def embed_pairs(self, model, inputs, *, predict: bool = True) -> Forward:
@@ -255,25 +262,14 @@ class DenseTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, which no one else shards."""
-        args = self.args
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset: notes with patient_id, time and text.")
-        common = {"collator": self.data_collator, "args": args}
+        options: dict[str, Any] = {"collator": self.data_collator, "args": self.args}
         if isinstance(self.train_dataset, IterableDataset):
-            limit = self.dense_model.max_length
-            self.stream = pair_stream(
-                self.train_dataset, self._train_batch_size, processor=self.processor, max_length=limit, **common
-            )
-            return stream_loader(self.stream, args)
-        return pair_loader(
-            self.train_dataset,
-            self._train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            pairs_per_patient=args.pairs_per_patient,
-            drop_last=args.dataloader_drop_last,
-            spread_patients=args.unbiased,
-            **common,
-        )
+            options |= {"processor": self.processor, "max_length": self.dense_model.max_length}
+            self.stream = pair_stream(self.train_dataset, self._train_batch_size, **options)
+            return stream_loader(self.stream, self.args)
+        return train_loader(self.train_dataset, self._train_batch_size, **options)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """All pairs once, longest first, the same masks each time."""
@@ -311,7 +307,8 @@ class DenseTrainer(ResumableTrainer):
                 )
             self.stream.load_state(position)
 
-    def create_model_card(
+    # keyword-only here, unlike in transformers
+    def create_model_card(  # type: ignore[override]
         self, *, model_name: str | None = None, finetuned_from: str | None = None, **options
     ) -> None:
         """Write README.md: numbers, never text, and usage that runs as printed.
@@ -321,7 +318,7 @@ class DenseTrainer(ResumableTrainer):
         """
         if self.is_world_process_zero():
             run = described_run(self, finetuned_from)
-            folder = Path(self.args.output_dir)
+            folder = Path(str(self.args.output_dir))
             name = self.hub_model_id or self.args.hub_model_id or model_name or folder.absolute().name
             write_card(folder, name, self.dense_model, run, self.measured, **options)
 
@@ -332,7 +329,7 @@ class DenseTrainer(ResumableTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Terms of the whole evaluation set, from its moments, so that they do not depend on the batch size."""
-        model = self._evaluation_model()
+        model = evaluation_model(self)
         model.eval()
 
         def prepared():
@@ -351,13 +348,4 @@ class DenseTrainer(ResumableTrainer):
         if self.evaluator is not None:
             metrics |= self.evaluator(self.dense_model, self.processing_class)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
-
-    def _evaluation_model(self):
-        """The model as `train` wrapped it, or wrapped for evaluation alone."""
-        if self.is_in_train or self.model_wrapped is not self.model or self.accelerator._models:
-            return self.model_wrapped
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            self.model = self.model_wrapped = self.accelerator.prepare(self.model)
-            return self.model
-        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]

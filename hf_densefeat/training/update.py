@@ -90,7 +90,8 @@ class Update:
             keep_graphs: how many graphs there is memory for.
             keep_embeddings: keep the embeddings of the others, for `check_replay`.
         """
-        totals, tokens = None, 0
+        totals: PairMoments | None = None
+        tokens = []
         for place, inputs in enumerate(micro_batches):
             graph = place < keep_graphs
             if not graph:
@@ -104,8 +105,9 @@ class Update:
             # all micro-batches share one shift, so that their moments add up
             pair = moments_of(first, objective, None if totals is None else totals.a.shift)
             totals = pair if totals is None else totals + pair
-            tokens = tokens + inputs["labels"].ne(-100).sum()
-        self.plan(objective, totals, tokens)
+            tokens.append(inputs["labels"].ne(-100).sum())
+        if totals is not None:
+            self.plan(objective, totals, torch.stack(tokens).sum())
 
     def dense_share(self, objective: DenseObjective | BatchLoss, z_a: Tensor, z_b: Tensor, ranks: int) -> Tensor:
         """This micro-batch's share: the value of the terms, and their gradient by the rows at the global moments."""
@@ -114,6 +116,8 @@ class Update:
             for name, value in values.items():
                 self.add(name, value)
             return values["loss"]
+        if self.gradient is None:
+            raise RuntimeError("The update has no plan yet: call plan or moments_pass first.")
         gradients = self.gradient.pullback(z_a, z_b)
         # linear in the rows: its gradient is exact, and its own value is replaced by that of the terms
         surrogate = sum((g * z).sum() for g, z in zip(gradients, (z_a, z_b), strict=True)) * ranks
