@@ -7,9 +7,10 @@
 The same as `densefeat pretrain`; without arguments it reads configs/documents.yaml.
 """
 
+import sys
 from pathlib import Path
 
-from hf_densefeat.commands.pretrain import main
+from hf_densefeat.commands.main import main
 
 if __name__ == "__main__":
-    main(default_config=Path(__file__).resolve().parent / "configs" / "documents.yaml")
+    main(["pretrain", *sys.argv[1:]], Path(__file__).resolve().parent / "configs" / "documents.yaml")

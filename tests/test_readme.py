@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_densefeat.commands import head, options, probe
+from hf_densefeat.commands import command_lines, options
 from hf_densefeat.evaluation import geometry
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def test_the_log_table_has_the_thresholds_of_the_code():
 def test_commands_are_given_options_that_exist():
     """Every option that the first page prints is one of its command."""
     text = README.replace("\\\n", " ")
-    known = {"probe": probe.parser(), "head": head.parser()}
+    known = {"probe": command_lines.probe_parser(), "head": command_lines.head_parser()}
     for command, words in re.findall(r"^    densefeat (\w+) (.*)$", text, re.MULTILINE):
         names = {word for word in words.split() if word.startswith("--")}
         if command in known:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from transformers.utils import cached_file
 
+from hf_densefeat.commands.command_lines import columns_of
+from hf_densefeat.commands.loading import loading
 from hf_densefeat.commands.measure import similarity_tasks
 from hf_densefeat.data.notes import load_notes
 from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
@@ -25,6 +27,7 @@ from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityRe
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
 from hf_densefeat.evaluation.tasks import PROBE_KINDS, Kind, ProbeTask, refuse_trained
 from hf_densefeat.models.dense import AutoDenseModel
+from hf_densefeat.models.tokenizers import load_tokenizer
 
 logger = logging.getLogger("probe")
 
@@ -59,29 +62,41 @@ def load_encoder(argument: str, names: set[str], max_length: int | None) -> Enco
     name = name or Path(source).name or Path(source).resolve().name
     if name in names:
         raise ValueError(f"Two models would be called {name!r}: give names, --model first=PATH --model second=PATH.")
-    config = json.loads(Path(str(_file(source, "config.json"))).read_text())
-    if _file(source, "modules.json", needed=False) and "densefeat" not in config:
-        from sentence_transformers import SentenceTransformer
-
-        model = SentenceTransformer(source)
-        model.max_seq_length = min(max_length or model.max_seq_length, model.max_seq_length)
-        return Encoder(name, model, model.tokenizer, model.max_seq_length)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoDenseModel.from_pretrained(source).to(device).eval()
-    tokenizer = model._default_tokenizer()
+    if _file(source, "modules.json") and "densefeat" not in _config(source):
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ValueError(
+                f"{name} is a folder of sentence-transformers: install it, pip install sentence-transformers."
+            ) from error
+        with loading(source):
+            encoder = SentenceTransformer(source)
+        seen = min(
+            int(limit) for limit in (max_length, encoder.max_seq_length, encoder.tokenizer.model_max_length) if limit
+        )
+        encoder.max_seq_length = seen
+        return Encoder(name, encoder, encoder.tokenizer, seen)
+    with loading(source):
+        model = AutoDenseModel.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
     limits = (max_length, model.max_length, tokenizer.model_max_length)
-    return Encoder(name, model, tokenizer, min(int(limit) for limit in limits if limit))
+    seen = min(int(limit) for limit in limits if limit)
+    return Encoder(name, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, seen)
 
 
-def _file(source: str, name: str, needed: bool = True) -> str | None:
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=needed)
+def _file(source: str, name: str) -> str | None:
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+
+
+def _config(source: str) -> dict[str, Any]:
+    with loading(source):
+        return json.loads(Path(str(cached_file(source, "config.json"))).read_text())
 
 
 def recorded_split(models: Sequence[str]) -> SplitRecord | None:
     """How the patients of the first model that says so were split for training: all models are tested on the others."""
     for argument in models:
-        path = _file(argument.rpartition("=")[2], "config.json")
-        block = json.loads(Path(str(path)).read_text()).get("densefeat") or {}
+        block = _config(argument.rpartition("=")[2]).get("densefeat") or {}
         if block.get("split"):
             return SplitRecord.from_dict(block["split"])
     return None
@@ -157,9 +172,10 @@ class Reading:
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Reading":
         """Read everything that the command names, before anything is encoded."""
-        notes = load_notes(arguments.notes)
+        split = recorded_split(arguments.model)  # first: a model that is not there is said before the notes are read
+        notes = load_notes(arguments.notes, columns=columns_of(arguments))
         options = {"bootstraps": arguments.bootstraps, "cache": False, "seed": arguments.seed}
-        tasks, split = parse_tasks(arguments.task, notes), recorded_split(arguments.model)
+        tasks = parse_tasks(arguments.task, notes)
         probes = ProbeEvaluator(tasks, shots=arguments.shots, split=split, **options) if tasks else None
         uses = parse_similarity(arguments.similarity, notes, arguments.seed, split)
         similarity = SimilarityEvaluator(uses, **options) if uses else None

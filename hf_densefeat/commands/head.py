@@ -1,12 +1,4 @@
-"""`densefeat head`: end a high mean cosine, or sharpen search, without training: fit the dense head of any encoder.
-
-    densefeat head --model emilyalsentzer/Bio_ClinicalBERT --notes notes.parquet --output out
-    densefeat head --model out --notes notes.parquet --output sharper --epsilon auto
-
-The head is an affine map, fitted in closed form on training patients' notes and saved as a `Dense` module beside the encoder:
-`SentenceTransformer(out)` and `AutoDenseModel.from_pretrained(out)` apply it, and the encoder's weights stay as they are. It
-prints what the held-out patients' notes look like before and after.
-"""
+"""`densefeat head`: encode, fit the dense head, save it beside the encoder, and measure before and after."""
 
 import argparse
 import logging
@@ -20,34 +12,20 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
+from hf_densefeat.commands.command_lines import columns_of, head_parser
+from hf_densefeat.commands.loading import loading
 from hf_densefeat.commands.measure import similarity_tasks
 from hf_densefeat.data.notes import describe_notes, load_notes
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.splits import split_by_patient
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
-from hf_densefeat.evaluation.similarity import similarity_of
+from hf_densefeat.evaluation.similarity import SimilarityResult, similarity_of
 from hf_densefeat.evaluation.similarity_tasks import similarity_rows
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.head import SAMPLE, DenseHead, epsilon_of, fit_head
-from hf_densefeat.reporting.comparison import triples
+from hf_densefeat.models.tokenizers import load_tokenizer
+from hf_densefeat.reporting.comparison import Measured, triples
 from hf_densefeat.reporting.tables import before_after_table, terminal
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    found = argparse.ArgumentParser(
-        prog="densefeat head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    found.add_argument("--model", required=True, help="Hub name or folder of the encoder")
-    found.add_argument("--notes", required=True, help="table of notes: a file, a folder or a Hub name")
-    found.add_argument("--output", required=True, help="folder to write")
-    found.add_argument("--epsilon", default="center", help="center (the default), auto, or a number: 1 for search")
-    found.add_argument("--pooling", help="mean, cls, last or max; default: the encoder's, else mean")
-    found.add_argument("--max_length", type=int, help="tokens of a note; default: what the encoder can see")
-    found.add_argument("--batch_size", type=int, default=32)
-    found.add_argument("--similarity", action="append", help="same_patient (the default) or column:kind, as in probe")
-    found.add_argument("--seed", type=int, default=0, help="of the split by patient and of the sample")
-    return found
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -57,19 +35,23 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError: for notes, a model or an epsilon that cannot be used.
     """
     epsilon_of(arguments.epsilon)  # refused before anything is read
-    notes = load_notes(arguments.notes)
+    with loading(arguments.model):
+        model = AutoDenseModel.from_pretrained(
+            arguments.model, pooling=arguments.pooling, max_length=arguments.max_length
+        ).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(arguments.model)
+    notes = load_notes(arguments.notes, columns=columns_of(arguments))
     print(f"notes      {describe_notes(notes)}")
     parts = split_by_patient(notes, seed=arguments.seed)
-    model = AutoDenseModel.from_pretrained(
-        arguments.model, pooling=arguments.pooling, max_length=arguments.max_length
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
     model.dense_head = None
-    encode = partial(model.encode, batch_size=arguments.batch_size, show_progress=True, head=False)
+    encode = partial(
+        model.encode, tokenizer=tokenizer, batch_size=arguments.batch_size, show_progress=True, head=False
+    )
     head = fit_on_parts(encode, parts, arguments.epsilon, arguments.seed)
     model.dense_head = head
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     model.save_pretrained(arguments.output)
-    model._default_tokenizer().save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
     print(described(head, parts))
     measured = compared(parts["test"], encode(list(parts["test"]["text"])), head, arguments)
     print(f"\n{terminal(before_after_table(measured))}\n")
@@ -99,32 +81,34 @@ def described(head: DenseHead, parts: Mapping) -> str:
     return f"head       {how}, fitted on {min(len(parts['train']), SAMPLE):,} notes of training patients"
 
 
-def compared(notes: datasets.Dataset, z: torch.Tensor, head: DenseHead, arguments: argparse.Namespace) -> list[dict]:
+def compared(
+    notes: datasets.Dataset, z: torch.Tensor, head: DenseHead, arguments: argparse.Namespace
+) -> list[Measured]:
     """Held-out notes without and with the head, in the form of `before_after_table`."""
     pairs = adjacent_pairs(notes)
     tasks = similarity_tasks(arguments.similarity or ["same_patient"], notes)
-    measured, first = [], {}
+    text_row = {text: i for i, text in enumerate(notes["text"][:])}
+    measured: list[Measured] = []
+    first: dict[str, SimilarityResult] | None = None
     for name, rows in (("as it is", z), ("with the head", head(z))):
-        found = {
-            "name": name,
-            "geometry": geometry_report(rows[pairs.earlier], rows[pairs.later], k=20),
-            "spectrum": spectrum(rows, center=True).tolist(),
-            "similarity": {},
-            "probes": {},
-            "differences": {},
-        }
-        text_row = {text: i for i, text in enumerate(notes["text"][:])}
+        uses = {}
         for task in tasks:
             asked = similarity_rows(task)
             if asked.queries:
                 raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
             places = [text_row[text] for text in asked.texts]
-            result = similarity_of(rows[places], asked, codes=("float",), divisors=(1,), seed=arguments.seed)
-            found["similarity"] |= triples({task.name: result})
-            if task.name in first:
-                found["differences"] |= triples({task.name: result}, first)
-            first.setdefault(task.name, result)
-        measured.append(found)
+            uses[task.name] = similarity_of(rows[places], asked, codes=("float",), divisors=(1,), seed=arguments.seed)
+        measured.append(
+            {
+                "name": name,
+                "geometry": geometry_report(rows[pairs.earlier], rows[pairs.later], k=20),
+                "spectrum": spectrum(rows, center=True).tolist(),
+                "similarity": triples(uses),
+                "probes": {},
+                "differences": triples(uses, first) if first else {},
+            }
+        )
+        first = first or uses
     return measured
 
 
@@ -134,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    run(parser().parse_args(argv))
+    run(head_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,13 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import hf_densefeat
+from hf_densefeat.commands.command_lines import error_line, head_parser, probe_parser
+from hf_densefeat.commands.typos import nearest, options_of, pretrain_options, unknown_option
 
+PARSERS = {"probe": probe_parser, "head": head_parser}
 USAGE = """usage: densefeat pretrain|probe|head [options]
 
   densefeat pretrain   continued pretraining with language modelling and the dense objective on adjacent notes
@@ -17,31 +21,54 @@ densefeat COMMAND --help shows the options that people set, densefeat --version 
 densefeat pretrain --num_processes 4 ..., or accelerate launch -m hf_densefeat.commands.pretrain ..."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Hand the command line on to a command."""
+def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
+    """Hand the command line on to a command; what is misspelt is said before anything heavy is imported.
+
+    Args:
+        argv: words of the command line, the command first.
+        default_config: what `pretrain` reads where neither --config nor --notes is given.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     if name in ("--version", "-V"):
         print(hf_densefeat.__version__)
-    elif name == "pretrain" and "--num_processes" in rest[:-1]:
-        place = rest.index("--num_processes")
-        launch = ["launch", "--num_processes", rest[place + 1], "-m", "hf_densefeat.commands.pretrain"]
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch]
-        sys.exit(subprocess.call(command + rest[:place] + rest[place + 2 :]))
-    elif name == "pretrain":
-        from hf_densefeat.commands.pretrain import main as pretrain
-
-        pretrain(rest)
-    elif name in ("probe", "head"):
-        command = importlib.import_module(f"hf_densefeat.commands.{name}")
-        try:
-            command.main(rest)
-        except (ValueError, OSError) as error:  # what is wrong with notes, model or options is one line
-            sys.exit(f"densefeat {name}: error: {error}")
     elif name in ("--help", "-h"):
         print(USAGE)
+    elif name == "pretrain":
+        pretrain(rest, default_config)
+    elif name in PARSERS:
+        measure_or_fit(name, rest)
     else:
-        sys.exit(f"densefeat: there is no command {name!r}.\n\n{USAGE}")
+        sys.exit(f"densefeat: there is no command {name!r}.{nearest(name, ('pretrain', *PARSERS))}\n\n{USAGE}")
+
+
+def pretrain(words: list[str], default_config: Path | None = None) -> None:
+    """`densefeat pretrain`, in this process or in several."""
+    message = unknown_option(words, pretrain_options())
+    if message:
+        print(f"densefeat pretrain: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    if "--num_processes" in words[:-1]:
+        place = words.index("--num_processes")
+        launch = ["launch", "--num_processes", words[place + 1], "-m", "hf_densefeat.commands.pretrain"]
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch]
+        sys.exit(subprocess.call(command + words[:place] + words[place + 2 :]))
+    importlib.import_module("hf_densefeat.commands.pretrain").main(words, default_config)
+
+
+def measure_or_fit(name: str, words: list[str]) -> None:
+    """`densefeat probe` and `densefeat head`; what is wrong with notes, model or options is one line."""
+    parser = PARSERS[name]()
+    message = unknown_option(words, options_of(parser))
+    if message:
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
+    parser.parse_args(words)
+    try:
+        importlib.import_module(f"hf_densefeat.commands.{name}").main(words)
+    except (ValueError, OSError) as error:
+        sys.exit(f"densefeat {name}: error: {error_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(f"\ndensefeat {name}: stopped, and nothing is kept of it but the embeddings that are cached.")
 
 
 if __name__ == "__main__":

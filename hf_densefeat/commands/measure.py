@@ -1,7 +1,7 @@
 """What `pretrain` measures before and after, on patients that it does not train on."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ import torch
 from hf_densefeat.commands.options import RecipeArguments
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
-from hf_densefeat.evaluation.probes import ProbeEvaluator
-from hf_densefeat.evaluation.similarity import SimilarityEvaluator
+from hf_densefeat.evaluation.probes import ProbeEvaluator, ProbeResult
+from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
-from hf_densefeat.evaluation.tasks import ProbeTask
-from hf_densefeat.reporting.comparison import triples
+from hf_densefeat.evaluation.tasks import Kind, ProbeTask
+from hf_densefeat.reporting.comparison import Measured, triples
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
 SIMILARITY = {  # kind on the command line -> how the task is made of the column
@@ -54,46 +54,41 @@ def similarity_tasks(arguments: Sequence[str], notes: Any) -> list[SimilarityTas
 class Measurement:
     """Similarity and geometry of held-out patients' notes, and linear probes over all patients', of a frozen encoder."""
 
-    def __init__(self, recipe: RecipeArguments, parts: dict, args: DenseTrainingArguments):
+    def __init__(self, recipe: RecipeArguments, parts: dict, args: DenseTrainingArguments) -> None:
         held_out = sample(parts["test"], recipe.max_measured_notes // 2, args.seed)
         self.pairs = adjacent_pairs(held_out)
         self.texts, self.k, self.device = list(held_out["text"]), args.subspace_dim, args.device
         probed = {name: sample(part, recipe.max_measured_notes // 3, args.seed) for name, part in parts.items()}
-        probes = [task.split(":") for task in recipe.probe]
-        probes = [ProbeTask(label, probed, label, kind) for label, kind in probes]
+        words = [task.split(":") for task in recipe.probe]
+        probes = [ProbeTask(label, probed, label, cast(Kind, kind)) for label, kind in words]
         similarity = similarity_tasks(recipe.similarity, held_out)
-        self.evaluators = [ProbeEvaluator(probes, seed=args.seed, cache=False)] if probes else []
-        if similarity:
-            options = {"codes": ("float",), "divisors": (1,), "cache": False, "seed": args.seed}
-            self.evaluators.append(SimilarityEvaluator(similarity, **options))
-        self.first: dict[str, Any] = {}
+        self.probes = ProbeEvaluator(probes, seed=args.seed, cache=False) if probes else None
+        self.uses = (
+            SimilarityEvaluator(similarity, codes=("float",), divisors=(1,), cache=False, seed=args.seed)
+            if similarity
+            else None
+        )
+        self.first: tuple[dict[str, ProbeResult], dict[str, SimilarityResult]] | None = None
 
-    def __call__(self, name: str, model: Any, tokenizer: Any) -> dict:
+    def __call__(self, name: str, model: Any, tokenizer: Any) -> Measured:
         """Numbers by name: geometry, similarity and probes with intervals, differences to the first call, the spectrum."""
         model.to(self.device)
         z = model.encode(self.texts, tokenizer, show_progress=True)
         z_a, z_b = z[self.pairs.earlier], z[self.pairs.later]
-        results = {}
-        for evaluator in self.evaluators:
-            results |= evaluator.evaluate(model, tokenizer)
-        self.first = self.first or results
-        found = {
+        probes = self.probes.evaluate(model, tokenizer) if self.probes else {}
+        uses = self.uses.evaluate(model, tokenizer) if self.uses else {}
+        first, self.first = self.first, self.first or (probes, uses)
+        return {
             "name": name,
             "geometry": geometry_report(z_a, z_b, k=self.k, groups=torch.from_numpy(self.pairs.patient)),
             "spectrum": spectrum(z, center=True).tolist(),
-            "similarity": {},
-            "probes": {},
-            "differences": {},
+            "similarity": triples(uses),
+            "probes": triples(probes),
+            "differences": {} if first is None else triples(probes, first[0]) | triples(uses, first[1]),
         }
-        for task, result in results.items():
-            part = "probes" if result.kind in ("binary", "multiclass", "regression", "clustering") else "similarity"
-            found[part] |= triples({task: result})
-            if results is not self.first:
-                found["differences"] |= triples({task: result}, self.first)
-        return found
 
 
-def sample(notes, maximum: int, seed: int):
+def sample(notes: Any, maximum: int, seed: int) -> Any:
     """Notes of whole patients, drawn at random, until there are `maximum`."""
     patients, codes = np.unique(np.asarray(notes["patient_id"]), return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(patients))

@@ -1,15 +1,17 @@
 """Options of `pretrain`: a YAML file, the command line, and a help that fits a screen."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
+from hf_densefeat.commands.typos import nearest
 from hf_densefeat.models.head import epsilon_of
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
@@ -73,8 +75,9 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Reci
         default_config: the file that is read where neither --config nor --notes is given.
     """
     argv = list(argv)
+    classes: Any = [RecipeArguments, DenseTrainingArguments]
     parser = HfArgumentParser(
-        [RecipeArguments, DenseTrainingArguments],
+        classes,
         prog="pretrain",
         usage="densefeat pretrain [--config FILE.yaml] [--option value ...]",
         allow_abbrev=False,
@@ -89,11 +92,20 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Reci
         sys.exit()
     given = parser.parse_known_args(argv)[0]
     config = given.config or (None if given.notes else default_config)
-    recipe, args, _, unknown = parser.parse_args_into_dataclasses(
-        options_of(config, parser) + argv, return_remaining_strings=True
-    )
+    known = {action.dest for action in parser._actions}
+    words = options_of(config, known, parser) + argv
+    try:
+        recipe, args, _, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except (
+        ValueError,
+        RuntimeError,
+        ImportError,
+    ) as error:  # of TrainingArguments: bf16 on a CPU, dates that do not fit
+        parser.error(str(error))
     if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}.{nearest(unknown[0], parser)} --help lists the options.")
+        parser.error(f"unknown: {' '.join(unknown)}.{nearest(unknown[0], known)} --help lists the options.")
+    for name in set(args.report_to) - set(get_available_reporting_integrations()):
+        parser.error(f"--report_to {name}: {name} is not installed. Install it, or say --report_to none.")
     if not recipe.notes:
         parser.error("no notes: pass --notes, a file, folder or Hub name, or name them in the config.")
     if not (recipe.model_name_or_path or recipe.config_name):
@@ -109,7 +121,7 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Reci
     return recipe, args
 
 
-def options_of(config: Path | str | None, parser: HfArgumentParser) -> list[str]:
+def options_of(config: Path | str | None, known: set[str], parser: HfArgumentParser) -> list[str]:
     """A YAML file as words of the command line; paths in it that start with ./ or ../ are relative to the file."""
     if config is None:
         return []
@@ -117,23 +129,15 @@ def options_of(config: Path | str | None, parser: HfArgumentParser) -> list[str]
         parser.error(f"--config: there is no file {config}.")
     # as strings: the parser knows the types, YAML would read `no` as False and 1e-5 as text
     values = yaml.load(Path(config).read_text(), Loader=yaml.BaseLoader) or {}
-    known = {action.dest for action in parser._actions}
     words = []
     for key, value in values.items():
         if key not in known:
-            parser.error(f"{config}: unknown key {key!r}.{nearest(key, parser)} --help lists the options.")
+            parser.error(f"{config}: unknown key {key!r}.{nearest(key, known)} --help lists the options.")
         items = value if isinstance(value, list) else [value]
         items = [str(Path(config).parent / item) if item.startswith(("./", "../")) else item for item in items]
         if items not in ([""], ["null"]):
             words += [f"--{key}", *items]
     return words
-
-
-def nearest(word: str, parser: argparse.ArgumentParser) -> str:
-    """A sentence with the options that a misspelt one comes close to, or nothing."""
-    known = [action.dest for action in parser._actions]
-    close = difflib.get_close_matches(word.lstrip("-").split("=")[0], known, 3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def short_help(parser: argparse.ArgumentParser) -> str:

@@ -13,21 +13,26 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import disable_progress_bars
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, set_seed
+from transformers.utils import logging as transformers_logging
 
+from hf_densefeat.commands.command_lines import columns_of, error_line
 from hf_densefeat.commands.head import described, fit_on_parts
+from hf_densefeat.commands.loading import loading
 from hf_densefeat.commands.measure import Measurement
 from hf_densefeat.commands.options import RecipeArguments, parse
 from hf_densefeat.data.notes import describe_notes, load_notes
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.sections import split_into_sections
 from hf_densefeat.data.splits import split_by_patient, split_record
+from hf_densefeat.data.tokens import TokenPairs
 from hf_densefeat.models.dense import AutoDenseModel
-from hf_densefeat.reporting.comparison import plain_numbers, verdict
+from hf_densefeat.models.tokenizers import load_tokenizer
+from hf_densefeat.reporting.comparison import Measured, plain_numbers, verdict
 from hf_densefeat.reporting.formats import markdown
 from hf_densefeat.reporting.tables import before_after_table, terminal
 from hf_densefeat.training.arguments import DenseTrainingArguments
@@ -36,17 +41,26 @@ from hf_densefeat.training.trainer import DenseTrainer
 
 
 def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
-    """Read, measure, train, fit the head, save, measure."""
+    """Read the options, and run."""
     recipe, args = parse(sys.argv[1:] if argv is None else argv, default_config)
+    try:
+        run(recipe, args)
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped. {how_to_resume(args)}")
+
+
+def run(recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
+    """Read, measure, train, fit the head, save, measure."""
     set_seed(args.seed)
     use_every_core(args)
+    transformers_logging.disable_progress_bar()  # of files read and written, which are there at once
     if not args.should_save or not sys.stderr.isatty():  # no frames of a bar in a log file
         disable_progress_bars()
         args.disable_tqdm = True
     try:
         trainer, measure, parts, head_is_new = prepare(recipe, args)
     except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
-        sys.exit(f"pretrain: error: {error}")
+        sys.exit(f"pretrain: error: {error_line(error)}")
 
     model, tokenizer = trainer.model, trainer.processing_class
     before = measure("start", model, tokenizer) if args.should_save else None
@@ -62,7 +76,6 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
     if trainer.stopped:
         say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(args)}")
         sys.exit(128 + signal.SIGTERM)
-    trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if recipe.head != "none":
@@ -73,8 +86,9 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
     trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
     if args.should_save:
         # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
-        trained = AutoDenseModel.from_pretrained(args.output_dir)
+        trained = AutoDenseModel.from_pretrained(str(args.output_dir))
         after = measure("MLM + dense" if args.dense_weight else "MLM alone", trained, tokenizer)
+        assert before is not None
         report([before, *kept_measurements(recipe), after], trainer, args)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
@@ -93,31 +107,42 @@ def use_every_core(args: DenseTrainingArguments) -> None:
 
 def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, bool]:
     """Notes split by patient, model, trainer and measurement, each checked; what was read is printed."""
-    columns = {"patient_id": recipe.patient_column, "time": recipe.time_column, "text": recipe.text_column}
-    named = {role: name for role, name in columns.items() if name}
+    source = str(recipe.model_name_or_path or recipe.config_name)
+    with loading(recipe.tokenizer_name or source):  # first: a name that is wrong is said before the notes are read
+        tokenizer = load_tokenizer(recipe.tokenizer_name or source)
     with args.main_process_first(desc="reading notes"):
-        notes = load_notes(recipe.notes, columns=named or "auto")
+        notes = load_notes(recipe.notes, columns=columns_of(recipe))
         if recipe.sections:
             notes = split_into_sections(notes)
     say(args, f"notes      {notes.info.description}\n           {describe_notes(notes)}")
     adjacent_pairs(notes, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     parts = split_by_patient(notes, seed=args.seed)
 
-    source = recipe.model_name_or_path or recipe.config_name
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer_name or source)
-    model, head_is_new = load_model(recipe, args)
+    with loading(source):
+        model, head_is_new = load_model(recipe, args)
     model.config.densefeat["split"] = split_record(notes, seed=args.seed).to_dict()
     model.dense_head = None  # that of another run: it is fitted anew
     say(args, f"model      {type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling")
 
     measure = Measurement(recipe, parts, args)
+    place = where_to(args)
     validation = parts["validation"] if args.eval_strategy != "no" else None
     trainer = DenseTrainer(
         model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
     )
-    say(args, f"pairs      {trainer.train_dataset.pairs}\ntokens     {trainer.reading_stats['train']}")
-    say(args, f"objective  {objective_in_words(args)}")
+    say(
+        args,
+        f"pairs      {cast(TokenPairs, trainer.train_dataset).pairs}\ntokens     {trainer.reading_stats['train']}",
+    )
+    say(args, f"objective  {objective_in_words(args)}\noutput     {place}")
     return trainer, measure, parts, head_is_new
+
+
+def where_to(args: DenseTrainingArguments) -> str:
+    """The output folder, and whether it has something in it already."""
+    folder = Path(str(args.output_dir))
+    full = folder.is_dir() and any(folder.iterdir()) and not args.resume_from_checkpoint
+    return f"{folder}{', which is not empty: files of the same names are written over' if full else ''}"
 
 
 def objective_in_words(args: DenseTrainingArguments) -> str:
@@ -130,7 +155,7 @@ def objective_in_words(args: DenseTrainingArguments) -> str:
 def load_model(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Any, bool]:
     """The model, and whether its language-modelling head has just been made."""
     if not recipe.model_name_or_path:
-        return AutoDenseModel.from_config(AutoConfig.from_pretrained(recipe.config_name), args.pooling), False
+        return AutoDenseModel.from_config(AutoConfig.from_pretrained(str(recipe.config_name)), args.pooling), False
     model, loading = AutoDenseModel.from_pretrained(
         recipe.model_name_or_path, pooling=args.pooling, output_loading_info=True
     )
@@ -172,7 +197,7 @@ def last_checkpoint(args: DenseTrainingArguments) -> str | None:
             except ValueError as error:
                 sys.exit(f"pretrain: error: {error}")
         return args.resume_from_checkpoint
-    found = newest_whole(Path(args.output_dir))
+    found = newest_whole(Path(str(args.output_dir)))
     if found is None:
         raise SystemExit(f"--resume_from_checkpoint last: no whole checkpoint in {args.output_dir}.")
     return str(found)
@@ -180,20 +205,20 @@ def last_checkpoint(args: DenseTrainingArguments) -> str | None:
 
 def how_to_resume(args: DenseTrainingArguments) -> str:
     """What to do after Ctrl-C or SIGTERM."""
-    found = newest_whole(Path(args.output_dir))
+    found = newest_whole(Path(str(args.output_dir)))
     if found is None:
         return "There is no checkpoint to resume from: --save_steps says how often one is written."
     return f"The same command with --resume_from_checkpoint last goes on from {found.name}."
 
 
-def kept_measurements(recipe: RecipeArguments) -> list[dict]:
+def kept_measurements(recipe: RecipeArguments) -> list[Measured]:
     """What was measured once of another training on the same notes, such as MLM alone, from the file that names it."""
     return json.loads(Path(recipe.beside).read_text()) if recipe.beside else []
 
 
-def report(measured: list[dict], trainer: DenseTrainer, args: DenseTrainingArguments) -> None:
+def report(measured: list[Measured], trainer: DenseTrainer, args: DenseTrainingArguments) -> None:
     """Print the table, and write it, the numbers, the pictures and the model card beside the model."""
-    table, folder = before_after_table(measured), Path(args.output_dir)
+    table, folder = before_after_table(measured), Path(str(args.output_dir))
     (folder / "report.md").write_text(markdown(table) + "\n")
     numbers = {"before": measured[0], "after": measured[-1], "updates": trainer.state.global_step}
     (folder / "report.json").write_text(json.dumps(plain_numbers(numbers), indent=1) + "\n")

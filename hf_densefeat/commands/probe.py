@@ -1,20 +1,4 @@
-"""What an encoder makes of your notes: similarity, geometry and linear probes, for one encoder or several side by side.
-
-    densefeat probe --model out/ --model answerdotai/ModernBERT-base --notes notes.parquet \
-        --similarity same_patient --similarity diagnosis:neighbours --task died:binary --task age:regression
-
-The first --model is the base that the others are compared with. A model is a folder, a Hub name or a
-sentence-transformers folder, as `path` or `name=path`. A task is `label:kind` for a column of the notes, or
-`label:kind:table` for a table of its own with a `text` column and, where there are such, a `patient_id` or
-`subject_id` column (else every row is a patient) and a `split` column; kinds are binary, multiclass, regression and
-clustering. --similarity names uses of the embeddings by cosine, measured on the notes of held-out patients:
-`same_patient` (the default: a patient's other notes among everybody's), or `column:kind` with a kind of query, same,
-neighbours, clusters or few_labels.
-
-Written to --output: `report.html` (one file that can be sent to a colleague), `report.json`, `report.md` and the PNGs.
-They hold numbers, names of columns and label values, and no note text, patient id or path. With --meds FOLDER, the test
-rows' predictions of binary tasks go to that folder in the schema of meds-evaluation, with patient ids.
-"""
+"""`densefeat probe`: encoders measured side by side, and the report of it."""
 
 import argparse
 import datetime
@@ -30,8 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from transformers.utils import logging as transformers_logging
 
+from hf_densefeat.commands.command_lines import probe_parser
 from hf_densefeat.commands.examine import Found, Reading, examine, load_encoder
-from hf_densefeat.commands.measure import SIMILARITY
 from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions
 from hf_densefeat.evaluation.tasks import ProbeTask
 from hf_densefeat.reporting.comparison import Measured, plain_numbers, triples, verdict
@@ -133,6 +117,8 @@ def facts_of(found: dict[str, Found], counts: dict[str, int], arguments: argpars
 
 def run(arguments: argparse.Namespace) -> dict:
     """Read, encode, measure, write; returns what `report.json` holds."""
+    if arguments.shots is None:
+        arguments.shots = SHOTS
     reading = Reading.of(arguments)
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     found: dict[str, Found] = {}
@@ -183,30 +169,6 @@ def _result(found: ProbeResult) -> dict:
     }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    found = argparse.ArgumentParser(
-        prog="densefeat probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    found.add_argument("--model", action="append", required=True, help="PATH or NAME=PATH; the first is the base")
-    found.add_argument("--notes", required=True, help="table of notes, see load_notes")
-    found.add_argument("--task", action="append", default=[], help="label:kind or label:kind:table")
-    found.add_argument(
-        "--similarity", action="append", help=f"same_patient, or column:kind, kind one of {', '.join(SIMILARITY)}"
-    )
-    found.add_argument("--output", default="probe_report", help="folder to write")
-    found.add_argument("--k", type=int, default=20, help="subspace dimension")
-    found.add_argument("--bootstraps", type=int, default=1000, help="redraws of the test patients")
-    found.add_argument("--shots", type=int, nargs="*", default=SHOTS, help="few-shot sizes; none: --shots")
-    found.add_argument("--batch_size", type=int, default=32)
-    found.add_argument("--max_length", type=int, help="tokens of a note, default: what the encoder can see")
-    found.add_argument("--no_cache", action="store_true", help="do not keep embeddings under HF_HOME/hf_densefeat")
-    found.add_argument("--meds", help="folder for binary tasks' predictions as MEDS tables; these hold patient ids")
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--allow_trained", action="store_true", help="test on patients that a model was trained on")
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> dict:
     """Read the command line and run."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -214,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return run(parser().parse_args(argv))
+    return run(probe_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

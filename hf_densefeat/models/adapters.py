@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import cast
 
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -20,15 +21,15 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """The model with a new adapter, all else frozen; ValueError for prompts and prefixes, which no weight can hold."""
     if config.is_prompt_learning:
         raise ValueError(
-            f"{config.peft_type.value} adds virtual tokens, which cannot be merged into the weights, so that no plain "
-            "AutoModel could open the encoder. Use an adapter of the weights, such as LoraConfig."
+            f"{PeftType(config.peft_type).value} adds virtual tokens, which cannot be merged into the weights, so that no "
+            "plain AutoModel could open the encoder. Use an adapter of the weights, such as LoraConfig."
         )
     return get_peft_model(model, config)
 
 
 def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model inside, adapter layers in place: its forward is that of the adapted model."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
@@ -43,7 +44,7 @@ def save_adapter(model: PeftModel, folder: Path | str) -> None:
     config.inference_mode = True
     if config.base_model_name_or_path and Path(config.base_model_name_or_path).exists():
         config.base_model_name_or_path = None
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
     save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})

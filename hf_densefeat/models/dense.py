@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.utils import cached_file
@@ -24,6 +25,9 @@ from hf_densefeat.models.families import check_family, language_modeling_of
 from hf_densefeat.models.head import FOLDER, DenseHead
 from hf_densefeat.models.pooling import POOLINGS, over_chunks, pool
 from hf_densefeat.models.sentence_transformers import write_files
+from hf_densefeat.models.tokenizers import ABSENT, load_tokenizer
+
+Native: Any = PreTrainedModel if TYPE_CHECKING else object  # what the mixin is mixed into
 
 HUB_OPTIONS = (
     "cache_dir",
@@ -36,7 +40,7 @@ HUB_OPTIONS = (
 )
 
 
-class DenseFeatureMixin:
+class DenseFeatureMixin(Native):
     """Embeddings for a transformers model: `encode`, a `densefeat` block in the config, and folders that open anywhere.
 
     It adds no parameter and overrides no `forward`. The class keeps the native name, so the saved folder has the native
@@ -99,12 +103,12 @@ class DenseFeatureMixin:
         self.config.densefeat = block if head is None else block | {"head": {"epsilon": str(head.epsilon)}}
 
     @property
-    def _body(self):
+    def _body(self) -> Any:
         """The module that gives the hidden states: the head of OPT calls the decoder inside the base model, not that."""
         return self.base_model.get_decoder()
 
     @contextmanager
-    def capture_hidden(self, chosen: Tensor | None = None):
+    def capture_hidden(self, chosen: Tensor | None = None) -> Iterator[None]:
         """Inside, `pooled(mask)` after a forward of the (wrapped) model gives embeddings with their graph.
 
         The forward goes through whatever wraps the model (DDP, FSDP2, torch.compile), and no layer but the last is kept.
@@ -129,7 +133,7 @@ class DenseFeatureMixin:
     def encode(
         self,
         texts: list[str] | dict[str, Tensor],
-        tokenizer=None,
+        tokenizer: Any = None,
         batch_size: int = 32,
         max_length: int | None = None,
         show_progress: bool = False,
@@ -150,7 +154,9 @@ class DenseFeatureMixin:
         z = self._encode(texts, tokenizer, batch_size, max_length, show_progress)
         return self.dense_head(z) if head and self.dense_head is not None else z
 
-    def _encode(self, texts, tokenizer, batch_size, max_length, show_progress) -> Tensor:
+    def _encode(
+        self, texts: Any, tokenizer: Any, batch_size: int, max_length: int | None, show_progress: bool
+    ) -> Tensor:
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -167,14 +173,14 @@ class DenseFeatureMixin:
             tokens, chunk_to_note = self._rows(texts, tokenizer, max_length)
             lengths = [len(ids) for ids in tokens["input_ids"]]
             order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-            out = []
+            parts = []
             for start in tqdm(
                 range(0, len(order), batch_size), desc="Encoding", disable=None if show_progress else True
             ):
                 rows = order[start : start + batch_size]
                 batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
-                out.append(self._embed(self._padded(batch, tokenizer)))
-            out = torch.cat(out)
+                parts.append(self._embed(self._padded(batch, tokenizer)))
+            out = torch.cat(parts)
             out = torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
             if chunk_to_note is None:
                 return out
@@ -183,30 +189,32 @@ class DenseFeatureMixin:
             for module in training:
                 module.training = True
 
-    def _rows(self, texts: list[str], tokenizer, max_length: int | None) -> tuple[dict[str, list], list[int] | None]:
+    def _rows(
+        self, texts: list[str], tokenizer: Any, max_length: int | None
+    ) -> tuple[dict[str, list], list[int] | None]:
         """Columns of rows, not padded, and which text each row is of where long ones are read in chunks."""
         limit = max_length or self.max_length or tokenizer.model_max_length
         chunk = self.long_notes == "chunk"
         tokens = dict(tokenizer(texts, truncation=True, max_length=limit, return_overflowing_tokens=chunk))
         return tokens, tokens.pop("overflow_to_sample_mapping", None)
 
-    def _padded(self, rows: dict[str, list], tokenizer) -> dict[str, Tensor]:
+    def _padded(self, rows: dict[str, list], tokenizer: Any) -> dict[str, Tensor]:
         """One batch, padded to the right as in training: learned positions count from the left."""
         return tokenizer.pad(rows, padding_side="right", return_tensors="pt")
 
-    def _embed(self, tokens) -> Tensor:
+    def _embed(self, tokens: Any) -> Tensor:
         tokens = {name: values.to(self.device) for name, values in tokens.items()}
         with self.capture_hidden():
             # the base model alone: no logits. Under FSDP2 only the root's forward gathers the parameters
             (self if type(self).__name__.startswith("FSDP") else self.base_model)(**tokens)
             return self.pooled(tokens["attention_mask"]).float().cpu()
 
-    def _default_tokenizer(self):
+    def _default_tokenizer(self) -> Any:
         if getattr(self, "_densefeat_tokenizer", None) is None:
             try:
-                self._densefeat_tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
-            except (OSError, ValueError) as error:
-                raise ValueError("No tokenizer beside the model: pass one, model.encode(texts, tokenizer).") from error
+                self._densefeat_tokenizer = load_tokenizer(self.name_or_path)
+            except OSError as error:
+                raise ValueError(ABSENT) from error
         return self._densefeat_tokenizer
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
@@ -224,7 +232,7 @@ class DenseFeatureMixin:
             )
 
 
-def _keep_hidden(module, args, output):
+def _keep_hidden(module: Any, args: Any, output: Any) -> Any:
     """Keep the last hidden states for the pooling, and hand on the chosen positions alone where some are chosen."""
     if not module._densefeat_capture:
         return None
@@ -238,7 +246,7 @@ def _keep_hidden(module, args, output):
 
 
 @functools.cache
-def _dense_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _dense_class(native: Any) -> Any:
     """The native class with the mixin before it, under the native name and module, which saving and loading read."""
     return type(native.__name__, (DenseFeatureMixin, native), {"__module__": native.__module__})
 
@@ -260,7 +268,8 @@ def as_dense(
         raise ValueError(f"Expected long_notes to be truncate or chunk but got {long_notes!r}.")
     if not isinstance(model, DenseFeatureMixin):
         check_family(model)
-        model.__class__ = _dense_class(type(model))
+        native: Any = type(model)
+        model.__class__ = _dense_class(native)
     block = dict(getattr(model.config, "densefeat", None) or {})
     if getattr(model, "dense_head", None) is None:
         block.pop("head", None)  # of the folder that the config is from; `AutoDenseModel` loads it
@@ -298,7 +307,7 @@ class AutoDenseModel:
         loaded = _auto_class(config).from_pretrained(name_or_path, **kwargs)
         loaded, *info = loaded if kwargs.get("output_loading_info") else (loaded,)
         saved = (getattr(loaded.config, "densefeat", None) or {}).get("head")
-        model = as_dense(loaded, pooling, max_length)
+        model: Any = as_dense(loaded, pooling, max_length)
         if saved is not None:
             model.dense_head = load_head(name_or_path, float(saved["epsilon"]), hub)
         return (model, *info) if info else model
@@ -314,10 +323,10 @@ def load_head(name_or_path: str, epsilon: float, hub: dict) -> DenseHead:
     subfolder = f"{hub['subfolder']}/{FOLDER}" if hub.get("subfolder") else FOLDER
     options = {name: value for name, value in hub.items() if name not in ("trust_remote_code", "subfolder")}
     weights = cached_file(name_or_path, "model.safetensors", subfolder=subfolder, **options)
-    return DenseHead.load(weights, epsilon)
+    return DenseHead.load(str(weights), epsilon)
 
 
-def _auto_class(config):
+def _auto_class(config: Any) -> Any:
     # a BERT with is_decoder is a decoder
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return AutoModelForMaskedLM

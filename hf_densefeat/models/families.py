@@ -1,6 +1,7 @@
 """What is refused when a model is loaded: families without an embedding of a text, or whose folder nobody else could open."""
 
 import logging
+from typing import Any
 
 from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -52,7 +53,7 @@ def check_family(model: PreTrainedModel) -> None:
             "model of this family, or set is_decoder=True in the config."
         )
     if head and type(model).__module__.startswith("transformers."):  # code from the Hub has mappings of its own
-        opened = MODEL_MAPPING.get(type(config), ())
+        opened: Any = MODEL_MAPPING.get(type(config), ())
         classes = opened if isinstance(opened, tuple) else (opened,)
         if type(body) not in classes:
             others = f"as {classes[0].__name__}" if classes else "not at all"

@@ -1,16 +1,20 @@
 """`densefeat` itself, its help, and the head for an encoder that nobody trains."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from conftest import make_model, make_notes
 from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
 import hf_densefeat
 from hf_densefeat import AutoDenseModel
-from hf_densefeat.commands import main, options
+from hf_densefeat.commands import main, options, typos
+from hf_densefeat.commands.typos import pretrain_options, unknown_option
 
-pytestmark = [pytest.mark.recipe, pytest.mark.slow]
+pytestmark = pytest.mark.recipe
 
 
 def test_version_usage_and_an_unknown_command(capsys):
@@ -42,6 +46,7 @@ def test_a_misspelt_option_names_the_nearest(capsys):
     assert "center, auto or a number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", ["center", "auto", "0.5"])
 def test_head_ends_the_mean_cosine_and_keeps_the_weights(tokenizer, tmp_path, capsys, epsilon):
     """A folder with the encoder as it was, and the head; what the held-out notes look like is printed."""
@@ -62,8 +67,74 @@ def test_head_ends_the_mean_cosine_and_keeps_the_weights(tokenizer, tmp_path, ca
 
 def test_head_says_what_is_wrong_in_one_line(tmp_path):
     """An epsilon that is none, and notes that are not there."""
-    words = ["head", "--model", "x", "--output", str(tmp_path), "--notes"]
+    words = ["head", "--model", str(tmp_path), "--output", str(tmp_path), "--notes"]
     with pytest.raises(SystemExit, match="center, auto or a number"):
         main.main([*words, "x", "--epsilon", "much"])
     with pytest.raises(SystemExit, match="error: "):
         main.main([*words, str(tmp_path / "none.csv")])
+
+
+def test_the_options_that_are_read_from_the_source_are_those_of_the_parser():
+    """What the quick check knows, the parser takes, and the other way round."""
+    classes = [options.RecipeArguments, options.DenseTrainingArguments]
+    taken = {action.dest for action in HfArgumentParser(classes, add_help=False)._actions}
+    assert pretrain_options() - set(typos.EXTRA) == taken - set(typos.EXTRA)
+    switches = ["--no-center", "--no_center", "--center=false", "--learning-rate", "1e-4", "--max_gap=-1", "text--x"]
+    assert unknown_option(switches, pretrain_options()) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretrain", "--max_step", "3"], "unknown: --max_step. Did you mean max_steps"),
+        (["probe", "--modle", "x"], "densefeat probe: error: unknown: --modle. Did you mean model?"),
+        (["head", "--notes", "x"], "the following arguments are required: --model, --output"),
+        (["pretain"], "there is no command 'pretain'. Did you mean pretrain?"),
+    ],
+)
+def test_a_misspelt_word_is_answered_before_anything_heavy_is_imported(words, said):
+    """In a process in which torch, and with it transformers, cannot be imported."""
+    script = "import sys; sys.modules.update(torch=None, datasets=None, sklearn=None); "
+    script += f"from hf_densefeat.commands.main import main; main({words})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def csv_of_ones_own(path, notes):
+    """The notes under other names."""
+    table = notes.to_pandas().rename(columns={"patient_id": "MRN", "time": "seen on", "text": "note"})
+    table.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.slow
+def test_a_table_with_other_names_is_named_by_options(tokenizer, tmp_path, capsys):
+    """Without them the sentence has the options, with them `head` and `probe` read it."""
+    encoder = tmp_path / "encoder"
+    make_model("bert", tokenizer).save_pretrained(encoder)
+    tokenizer.save_pretrained(encoder)
+    table = str(csv_of_ones_own(tmp_path / "mine.csv", make_notes(40)))
+    with pytest.raises(SystemExit, match="Name yours with --patient_column, --time_column, --text_column"):
+        main.main(["probe", "--model", str(encoder), "--notes", table])
+    names = ["--patient_column", "MRN", "--time_column", "seen on", "--text_column", "note"]
+    main.main(["head", "--model", str(encoder), "--notes", table, "--output", str(tmp_path / "out"), *names])
+    small = ["--bootstraps", "20", "--k", "2", "--no_cache", "--output", str(tmp_path / "report")]
+    main.main(["probe", "--model", str(encoder), "--notes", table, *names, *small])
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["head", "probe", "pretrain"])
+def test_a_model_without_a_tokenizer_and_one_that_is_not_there_are_named(tokenizer, tmp_path, command, capsys):
+    """transformers would make a tokenizer of the special tokens alone, and every word would be unknown."""
+    make_model("bert", tokenizer).save_pretrained(tmp_path / "bare")
+    make_notes(40).to_parquet(tmp_path / "notes.parquet")
+    out = ["--output_dir" if command == "pretrain" else "--output", str(tmp_path / "out")]
+    option = "--model_name_or_path" if command == "pretrain" else "--model"
+    words = [command, "--notes", str(tmp_path / "notes.parquet"), *out, option]
+    with pytest.raises(SystemExit, match="No tokenizer beside the model"):
+        main.main([*words, str(tmp_path / "bare")])
+    with pytest.raises(SystemExit, match=r"the model '.*absent' cannot be loaded\. There is no such folder"):
+        main.main([*words, str(tmp_path / "absent")])
