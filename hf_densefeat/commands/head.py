@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     parts = split_by_patient(notes, seed=arguments.seed)
     model.dense_head = None
     encode = partial(
-        model.encode, tokenizer=tokenizer, batch_size=arguments.batch_size, show_progress=True, head=False
+        model.encode, tokenizer=tokenizer, batch_size=arguments.batch_size, show_progress_bar=True, head=False
     )
     head = fit_on_parts(encode, parts, arguments.epsilon, arguments.seed)
     model.dense_head = head

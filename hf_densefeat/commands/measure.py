@@ -73,7 +73,7 @@ class Measurement:
     def __call__(self, name: str, model: Any, tokenizer: Any) -> Measured:
         """Numbers by name: geometry, similarity and probes with intervals, differences to the first call, the spectrum."""
         model.to(self.device)
-        z = model.encode(self.texts, tokenizer, show_progress=True)
+        z = model.encode(self.texts, tokenizer, show_progress_bar=True)
         z_a, z_b = z[self.pairs.earlier], z[self.pairs.later]
         probes = self.probes.evaluate(model, tokenizer) if self.probes else {}
         uses = self.uses.evaluate(model, tokenizer) if self.uses else {}

@@ -301,11 +301,14 @@ class ProbeEvaluator:
         result.test_index[:] = rows.index[result.test_index]
         return result
 
-    def __call__(self, model: Any, tokenizer: Any = None) -> dict[str, float]:
+    def __call__(
+        self, model: Any, tokenizer: Any = None, epoch: int = -1, steps: int = -1, **_: Any
+    ) -> dict[str, float]:
         """Point values, ``{task}_{metric}``, and ``probe_seconds``.
 
         Every rank encodes every text in the same order and nothing is read from disk, so that ranks stay in step where
-        a forward is a collective (FSDP); the numbers are the same on all ranks.
+        a forward is a collective (FSDP); the numbers are the same on all ranks. sentence-transformers may call it, as
+        `evaluator(model, output_path, epoch, steps)`: these are without effect.
         """
         start = time.perf_counter()
         z = self._embeddings(model, tokenizer, cache=False)

@@ -232,11 +232,14 @@ class SimilarityEvaluator:
             )
         return found
 
-    def __call__(self, model: Any, tokenizer: Any = None) -> dict[str, float]:
+    def __call__(
+        self, model: Any, tokenizer: Any = None, epoch: int = -1, steps: int = -1, **_: Any
+    ) -> dict[str, float]:
         """Point values, ``{task}_{metric}``, and ``similarity_seconds``.
 
         Every rank encodes every text in the same order and nothing is read from disk, so that ranks stay in step where
-        a forward is a collective (FSDP); the numbers are the same on all ranks.
+        a forward is a collective (FSDP); the numbers are the same on all ranks. sentence-transformers may call it, as
+        `evaluator(model, output_path, epoch, steps)`: these are without effect.
         """
         start = time.perf_counter()
         metrics: dict[str, float] = {}

@@ -136,8 +136,11 @@ class DenseFeatureMixin(Native):
         tokenizer: Any = None,
         batch_size: int = 32,
         max_length: int | None = None,
-        show_progress: bool = False,
+        show_progress_bar: bool = False,
         head: bool = True,
+        *,
+        convert_to_numpy: bool = False,
+        normalize_embeddings: bool = False,
     ) -> Tensor:
         """Embeddings (N, d), float32 on the CPU, row i of text i; without dropout, whatever mode the model is in.
 
@@ -148,14 +151,18 @@ class DenseFeatureMixin(Native):
             tokenizer: by default that of the folder or repository that the model was loaded from.
             batch_size: rows of a forward; texts are sorted by length first, so that little is padded.
             max_length: tokens kept of a text; by default `max_length` of the model.
-            show_progress: show a progress bar.
+            show_progress_bar: show a progress bar.
             head: apply `dense_head`, if the model has one; False for the embeddings below it.
+            convert_to_numpy: an array in the place of a tensor, as of sentence-transformers.
+            normalize_embeddings: rows of length 1, as of sentence-transformers.
         """
-        z = self._encode(texts, tokenizer, batch_size, max_length, show_progress)
-        return self.dense_head(z) if head and self.dense_head is not None else z
+        z = self._encode(texts, tokenizer, batch_size, max_length, show_progress_bar)
+        z = self.dense_head(z) if head and self.dense_head is not None else z
+        z = torch.nn.functional.normalize(z, dim=1) if normalize_embeddings else z
+        return z.numpy() if convert_to_numpy else z  # type: ignore[return-value]
 
     def _encode(
-        self, texts: Any, tokenizer: Any, batch_size: int, max_length: int | None, show_progress: bool
+        self, texts: Any, tokenizer: Any, batch_size: int, max_length: int | None, show_progress_bar: bool
     ) -> Tensor:
         training = [module for module in self.modules() if module.training]
         self.eval()
@@ -175,7 +182,7 @@ class DenseFeatureMixin(Native):
             order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
             parts = []
             for start in tqdm(
-                range(0, len(order), batch_size), desc="Encoding", disable=None if show_progress else True
+                range(0, len(order), batch_size), desc="Encoding", disable=None if show_progress_bar else True
             ):
                 rows = order[start : start + batch_size]
                 batch = {name: [values[i] for i in rows] for name, values in tokens.items()}

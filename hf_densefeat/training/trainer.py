@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_densefeat.data.inputs import PairDataset, ReadingStats
 from hf_densefeat.data.streaming import PairStream
 from hf_densefeat.models.adapters import without_adapter
+from hf_densefeat.models.sentence_transformers import evaluated
 from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.reporting.comparison import Measured
@@ -65,7 +66,8 @@ class DenseTrainer(ResumableTrainer):
         processing_class: the tokenizer, or the `PairProcessor` of another kind of input; by default that of the model.
         peft_config: train this adapter (LoRA and its kin) and freeze the rest. What is saved is the encoder with the adapter
             merged in, and in `adapter/` the adapter, from which a run resumes. A `PeftModel` as `model` does the same.
-        evaluator: called as `evaluator(model, tokenizer)` at each evaluation, on every rank; its dict of numbers joins
+        evaluator: called as `evaluator(model, tokenizer)` at each evaluation, on every rank, or as those of
+            sentence-transformers are, `evaluator(SentenceTransformer)`; its dict of numbers joins
             the metrics, where `metric_for_best_model` and early stopping see them.
         kwargs: as for `Trainer`.
 
@@ -346,6 +348,6 @@ class DenseTrainer(ResumableTrainer):
             center=self.args.center,
         )
         if self.evaluator is not None:
-            metrics |= self.evaluator(self.dense_model, self.processing_class)
+            metrics |= evaluated(self.evaluator, self.dense_model, self.processing_class)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]
