@@ -32,10 +32,11 @@ prints what the held-out patients' notes look like before and after."""
 ROLES = {"patient_id": "patient_column", "time": "time_column", "text": "text_column"}
 
 
-def columns_of(arguments: Any) -> dict[str, str] | str:
-    """What `load_notes` takes as `columns`: the columns that the command line names, or "auto"."""
+def reading_of(arguments: Any) -> dict[str, Any]:
+    """What `load_notes` takes beside the source: the columns that the command line names, and how times are written."""
     named = {role: getattr(arguments, option) for role, option in ROLES.items()}
-    return {role: name for role, name in named.items() if name} or "auto"
+    columns = {role: name for role, name in named.items() if name} or "auto"
+    return {"columns": columns, "time_unit": arguments.time_unit, "time_format": arguments.time_format}
 
 
 def error_line(error: Exception) -> str:
@@ -92,3 +93,5 @@ def _add_notes(found: argparse.ArgumentParser) -> None:
     found.add_argument("--notes", required=True, help="table of notes: a file, a folder or a Hub name")
     for role, option in ROLES.items():
         found.add_argument(f"--{option}", help=f"column of the {role.removesuffix('_id')}; default: found by its name")
+    found.add_argument("--time_unit", help="what numbers of time count: days, seconds, milliseconds or yyyymmdd")
+    found.add_argument("--time_format", help="how times are written, such as %%d/%%m/%%Y")

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from transformers.utils import cached_file
 
-from hf_densefeat.commands.command_lines import columns_of
+from hf_densefeat.commands.command_lines import reading_of
 from hf_densefeat.commands.loading import loading
 from hf_densefeat.commands.measure import similarity_tasks
+from hf_densefeat.data.layouts import Layout
 from hf_densefeat.data.notes import load_notes
 from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.data.readers import read_files
 from hf_densefeat.data.splits import SplitRecord, split_by_patient
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles, spectrum
@@ -133,11 +135,13 @@ def parse_similarity(
 
 
 def read_table(path: str) -> datasets.Dataset:
-    """A parquet, csv or jsonl file."""
-    kinds = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
-    if Path(path).suffix not in kinds:
-        raise ValueError(f"Expected a table with a name ending in {', '.join(kinds)} but got {Path(path).name!r}.")
-    return datasets.load_dataset(kinds[Path(path).suffix], data_files=path, split="train")
+    """A table of texts and labels, in any format that notes may have; `patient_id` is the column of that name, if any."""
+
+    def layout(names: Sequence[str]) -> Layout:
+        wanted = [name for name in ("text", "patient_id", "subject_id") if name in names]
+        return Layout("a probe's table", {name: name for name in wanted})
+
+    return read_files(Path(path), layout).data
 
 
 def truncated_share(encoder: Encoder, texts: Sequence[str]) -> float:
@@ -173,7 +177,7 @@ class Reading:
     def of(cls, arguments: argparse.Namespace) -> "Reading":
         """Read everything that the command names, before anything is encoded."""
         split = recorded_split(arguments.model)  # first: a model that is not there is said before the notes are read
-        notes = load_notes(arguments.notes, columns=columns_of(arguments))
+        notes = load_notes(arguments.notes, **reading_of(arguments))
         options = {"bootstraps": arguments.bootstraps, "cache": False, "seed": arguments.seed}
         tasks = parse_tasks(arguments.task, notes)
         probes = ProbeEvaluator(tasks, shots=arguments.shots, split=split, **options) if tasks else None

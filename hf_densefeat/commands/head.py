@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.commands.command_lines import columns_of, head_parser
+from hf_densefeat.commands.command_lines import head_parser, reading_of
 from hf_densefeat.commands.loading import loading
 from hf_densefeat.commands.measure import similarity_tasks
 from hf_densefeat.data.notes import describe_notes, load_notes
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.model, pooling=arguments.pooling, max_length=arguments.max_length
         ).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(arguments.model)
-    notes = load_notes(arguments.notes, columns=columns_of(arguments))
+    notes = load_notes(arguments.notes, **reading_of(arguments))
     print(f"notes      {describe_notes(notes)}")
     parts = split_by_patient(notes, seed=arguments.seed)
     model.dense_head = None

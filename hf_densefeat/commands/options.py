@@ -27,6 +27,10 @@ class RecipeArguments:
     patient_column: str | None = field(default=None, metadata={"help": "Default: found by its name."})
     time_column: str | None = field(default=None, metadata={"help": "Default: found by its name."})
     text_column: str | None = field(default=None, metadata={"help": "Default: found by its name."})
+    time_unit: str | None = field(
+        default=None, metadata={"help": "What numbers of time count: days, seconds, milliseconds or yyyymmdd."}
+    )
+    time_format: str | None = field(default=None, metadata={"help": "How times are written, such as %%d/%%m/%%Y."})
     sections: bool = field(
         default=False, metadata={"help": "Pair the sections of each note, for one long note a stay."}
     )

@@ -20,7 +20,7 @@ from datasets import disable_progress_bars
 from transformers import AutoConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.commands.command_lines import columns_of, error_line
+from hf_densefeat.commands.command_lines import error_line, reading_of
 from hf_densefeat.commands.head import described, fit_on_parts
 from hf_densefeat.commands.loading import loading
 from hf_densefeat.commands.measure import Measurement
@@ -111,7 +111,7 @@ def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Dens
     with loading(recipe.tokenizer_name or source):  # first: a name that is wrong is said before the notes are read
         tokenizer = load_tokenizer(recipe.tokenizer_name or source)
     with args.main_process_first(desc="reading notes"):
-        notes = load_notes(recipe.notes, columns=columns_of(recipe))
+        notes = load_notes(recipe.notes, **reading_of(recipe))
         if recipe.sections:
             notes = split_into_sections(notes)
     say(args, f"notes      {notes.info.description}\n           {describe_notes(notes)}")

@@ -4,54 +4,63 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_densefeat.data.columns import close_names, column, dense_codes, order_of_notes, shown, time_ticks
-from hf_densefeat.data.readers import FORMATS, SourceTable, read_files
-from hf_densefeat.data.times import read_times, stripped
+from hf_densefeat.data.columns import column, dense_codes, order_of_notes, shown, time_ticks
+from hf_densefeat.data.layouts import FLAGGED, PRESETS, match_columns
+from hf_densefeat.data.readers import SourceTable
+from hf_densefeat.data.sources import open_source
+from hf_densefeat.data.times import TIME_UNITS, read_times, stripped
 
 logger = logging.getLogger(__name__)
 
-PRESETS = {
-    "plain": {"patient_id": "patient_id", "time": "time", "text": "text"},
-    "MIMIC-IV-Note": {"patient_id": "subject_id", "time": "charttime", "text": "text"},
-    "MEDS": {"patient_id": "subject_id", "time": "time", "text": "text_value"},
-}
+NONE_WORDS = ("null", "nan", "none", "[null]", "\\n", "<na>")  # what exports write for a missing text, in any case
+PLACEHOLDERS = ("0001-01-01", "1900-01-01", "9999-12-31")  # what they write for a missing date
 
 
 def load_notes(
-    source: str | os.PathLike | datasets.Dataset,
+    source: Any,
     columns: str | Mapping[str, str] = "auto",
     split: str | None = None,
     on_missing: Literal["error", "drop"] = "error",
+    *,
+    time_unit: str | None = None,
+    time_format: str | None = None,
 ) -> datasets.Dataset:
     """Read notes from any table, check them, and sort them by (patient, time, `note_seq`), stably.
 
     Args:
-        source: A parquet, csv, tsv, jsonl or json file (csv, tsv and jsonl also as .gz), a folder of such files, a
-            folder written by `datasets` (`save_to_disk`), a MEDS folder (`data/`, `metadata/`), the name of a data
-            set on the Hub, or a `datasets.Dataset`. Files are converted once into the `datasets` cache (under
-            `HF_HOME`; it then holds patient text) and read memory-mapped.
-        columns: "auto", a preset ("plain", "MIMIC-IV-Note", "MEDS"), or the names of your columns, such as
-            `{"patient_id": "mrn", "time": "date", "text": "note"}`.
+        source: A parquet, csv, tsv, txt, jsonl, ndjson or json file (but parquet also packed as .gz, .zst, .bz2, or as a
+            .zip of one file; UTF-8 or UTF-16; cells separated by commas, semicolons, pipes or tabs), a folder of such
+            files, a folder written by `datasets` (`save_to_disk`), a MEDS folder (`data/`, `metadata/`), the name of a
+            data set on the Hub, a `datasets.Dataset`, a pandas or polars frame, an Arrow table, a dict of columns or a
+            list of dicts. Files are converted once into the `datasets` cache (under `HF_HOME`; it then holds patient
+            text) and read memory-mapped.
+        columns: "auto", a preset (one of `PRESETS`), or the names of your columns, such as
+            `{"patient_id": "mrn", "time": "date", "text": "note"}`. Case and spaces around names do not matter.
         split: Which split of a `datasets` folder or Hub data set; may be left out where there is only one.
         on_missing: What to do with rows without a patient or a time: refuse the table, or drop and count the rows.
+            Events of a MEDS folder without a time are static, and are always dropped and counted.
+        time_unit: What numbers in the column of times count: "days", "seconds" or "milliseconds" since 1970, or
+            "yyyymmdd" (also with HHMMSS). Without it they are days, and numbers that look like anything else are refused.
+        time_format: How strings in the column of times are written, as for `strptime`: "%d/%m/%Y".
 
     Returns:
         A dataset with `patient_id` (integers or strings), `time` (timestamps in UTC, or numbers, read as days),
         `text`, and every other column of the table under its own name. Rows without text and exact duplicates
         (patient, time, text) are dropped and counted in a warning. `notes.info.description` holds what was read.
+
+        Two ids are one patient if they are equal: numbers as numbers (floats must be whole and below 2^53; 64 bits and
+        more are fine as integers or strings), strings letter by letter, without spaces around them. So `007` and `7` are
+        two patients where any id of the column is no plain number, and a UUID in another case is another patient.
 
     Raises:
         ValueError: If the source cannot be read, has no rows, lacks a column, has times that cannot be read, rows
@@ -61,9 +70,16 @@ def load_notes(
         raise ValueError(f'Expected `columns` "auto", one of {list(PRESETS)}, or a mapping, got "{columns}".')
     if on_missing not in ("error", "drop"):
         raise ValueError(f'Expected `on_missing` "error" or "drop", got {on_missing!r}.')
-    opened = _open(source, columns, split)
-    preset, roles = _match_columns(opened.data.column_names, columns, opened.meds)
-    return _checked(replace(opened, data=_renamed(opened.data, roles)), preset, on_missing)
+    if time_unit not in (None, *TIME_UNITS):
+        raise ValueError(f"Expected `time_unit` to be one of {', '.join(TIME_UNITS)}, got {time_unit!r}.")
+    opened = open_source(source, columns, split)
+    layout = match_columns(opened.data.column_names, columns, opened.meds)
+    opened = replace(opened, data=_renamed(opened.data, layout.roles))
+    time, unit = read_times(column(opened.data, "time"), opened, unit=time_unit, pattern=time_format)
+    if layout.fallback:  # a time of day where there is one, else the date
+        date, other = read_times(column(opened.data, layout.fallback), opened, unit=time_unit, pattern=time_format)
+        time, unit = (pc.coalesce(time, date), unit) if time.null_count < len(time) else (date, other)
+    return _checked(opened, layout.preset, on_missing, time, unit)
 
 
 def describe_notes(notes: datasets.Dataset) -> str:
@@ -72,70 +88,6 @@ def describe_notes(notes: datasets.Dataset) -> str:
     return (
         f"{len(notes):,} notes of {len(counts):,} patients (median {np.median(counts):g}, most {counts.max():,} a "
         f"patient), {len(notes) - len(counts):,} adjacent pairs"
-    )
-
-
-def _open(source: object, columns: str | Mapping[str, str], split: str | None) -> SourceTable:
-    """Return the rows of any source."""
-    if isinstance(source, datasets.DatasetDict):
-        source = _one_split(source, split)
-    if isinstance(source, datasets.Dataset):
-        return SourceTable(source.with_format(None))
-    if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"Expected a path, a Hub name or a datasets.Dataset, got {type(source).__name__}.")
-    path = Path(source)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        try:
-            return _open(datasets.load_from_disk(str(path)), columns, split)
-        except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path.name} was written by `save_to_disk`, but cannot be read ({type(error).__name__}): write it "
-                "anew."
-            ) from None
-    if path.exists():
-        meds = (path / "data").is_dir() and (path / "metadata").is_dir()
-        return read_files(path, lambda names: _match_columns(names, columns, meds)[1])
-    if path.name.endswith(FORMATS) or path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
-        raise ValueError(f"{path.name}: no such file or folder. Expected {', '.join(FORMATS)}, or a folder of these.")
-    try:
-        return _open(datasets.load_dataset(str(source)), columns, split)
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f'"{source}" is no file or folder here, and could not be loaded from the Hub ({type(error).__name__}). '
-            "Check the name, the network (HF_HUB_OFFLINE) and your login, or pass a path."
-        ) from None
-
-
-def _one_split(parts: datasets.DatasetDict, split: str | None) -> datasets.Dataset:
-    """Return the split asked for, or the only one."""
-    if split is None and len(parts) == 1:
-        split = next(iter(parts))
-    if split not in parts:
-        raise ValueError(f"Expected `split` to be one of {list(parts)}, got {split!r}.")
-    return parts[split]
-
-
-def _match_columns(
-    names: Sequence[str], columns: str | Mapping[str, str], meds: bool = False
-) -> tuple[str, dict[str, str]]:
-    """Return (preset, {our name: the table's name}), or say which columns were found and which come close."""
-    if isinstance(columns, Mapping):
-        unknown = sorted(set(columns) - set(PRESETS["plain"]))
-        if unknown:
-            raise ValueError(f"Expected `columns` to name {list(PRESETS['plain'])}, got {unknown}.")
-        tried = {"your columns": PRESETS["MEDS" if meds else "plain"] | dict(columns)}
-    elif columns == "auto":
-        tried = {"MEDS": PRESETS["MEDS"]} if meds else PRESETS
-    else:
-        tried = {columns: PRESETS[columns]}
-    for preset, roles in tried.items():
-        if set(roles.values()) <= set(names):
-            return preset, roles
-    nearest = min(tried.values(), key=lambda roles: len(set(roles.values()) - set(names)))
-    lacking = [f"`{theirs}`{close_names(theirs, names)}" for theirs in nearest.values() if theirs not in names]
-    raise ValueError(
-        f"Missing column {', '.join(lacking)}: the table has {shown(names)}. Name yours with "
-        '`columns={"patient_id": ..., "time": ..., "text": ...}`.'
     )
 
 
@@ -150,22 +102,27 @@ def _renamed(table: datasets.Dataset, roles: Mapping[str, str]) -> datasets.Data
     return table.rename_columns(names)
 
 
-def _checked(source: SourceTable, preset: str, on_missing: str) -> datasets.Dataset:
+def _checked(source: SourceTable, preset: str, on_missing: str, time: pa.ChunkedArray, unit: str) -> datasets.Dataset:
     """Refuse or drop what is no note, give times one type, and sort."""
     table, total = source.data, len(source.data)
     if total == 0:
         raise ValueError("The table has no rows: expected notes, one a row.")
     patient = _patients(column(table, "patient_id"), source)
-    time, unit = read_times(column(table, "time"), source)
-    dropped = {"other codes": _other_codes(table, preset), "no text": _no_text(column(table, "text"))}
+    dropped = {
+        "other codes": _other_codes(table, preset),
+        "a mark that they are errors": _flagged(table, preset),
+        "no text": _no_text(column(table, "text")),
+        "a word for no text (NULL, nan, None)": _none_words(column(table, "text")),
+    }
     if dropped["no text"].all():
         raise ValueError(
             f"All {total:,} texts are empty. Which column holds the text? The table has {shown(table.column_names)}."
         )
     for name, values in {"no patient": patient, "no time": time}.items():
         dropped[name] = values.is_null().to_numpy()
-        missing = dropped[name] & ~dropped["no text"] & ~dropped["other codes"]
-        if missing.any() and on_missing == "error":
+        missing = dropped[name] & ~np.logical_or.reduce([mask for reason, mask in dropped.items() if reason != name])
+        static = preset == "MEDS" and name == "no time"
+        if missing.any() and on_missing == "error" and not static:
             raise ValueError(
                 f"{int(missing.sum()):,} of {total:,} rows have {name}, first {source.place(int(missing.argmax()))}. "
                 'Fill them in, or pass `on_missing="drop"` to leave them out.'
@@ -204,8 +161,17 @@ def _other_codes(table: datasets.Dataset, preset: str) -> np.ndarray:
     """Mark the events of a MEDS table that have text but are no notes, where codes tell: NOTE//… beside others."""
     if preset != "MEDS" or "code" not in table.column_names:
         return np.zeros(len(table), dtype=bool)
-    notes = pc.starts_with(column(table, "code"), "NOTE").fill_null(False).to_numpy()
+    notes: np.ndarray = pc.starts_with(column(table, "code"), pattern="NOTE").fill_null(False).to_numpy()
     return ~notes if notes.any() else notes
+
+
+def _flagged(table: datasets.Dataset, preset: str) -> np.ndarray:
+    """Mark the rows that MIMIC-III calls errors, ISERROR = 1."""
+    flag = next((name for name in table.column_names if name.strip().lower() == FLAGGED.get(preset)), None)
+    if flag is None:
+        return np.zeros(len(table), dtype=bool)
+    marks: np.ndarray = pc.equal(column(table, flag).cast(pa.string()), "1").fill_null(False).to_numpy()
+    return marks
 
 
 def _oddities(table: datasets.Dataset, rows: np.ndarray) -> dict[str, tuple[int, int]]:
@@ -213,13 +179,33 @@ def _oddities(table: datasets.Dataset, rows: np.ndarray) -> dict[str, tuple[int,
     ticks, per_day = time_ticks(table)
     if per_day > 1:
         low, high = np.array(["1800", "2300"], dtype="datetime64[us]").astype(np.int64)
-        found = {"a time before 1800 or after 2300": (ticks < low) | (ticks > high)}
+        none = np.isin(ticks // int(per_day), np.array(PLACEHOLDERS, dtype="datetime64[D]").astype(np.int64))
+        found = {
+            f'a date that often stands for none ({", ".join(PLACEHOLDERS)}; make it null, and pass on_missing="drop")': none,
+            "a time before 1800 or after 2300": ((ticks < low) | (ticks > high)) & ~none,
+        }
     else:
         found = {"a negative time": ticks < 0, "a time beyond 1,000,000 days": ticks > 1e6}
     if "note_id" in table.column_names and pc.count_distinct(column(table, "note_id")).as_py() < len(table):
         codes = dense_codes(table, "note_id")
         found["a note_id that another note has too"] = np.bincount(codes)[codes] > 1
+    found |= _copies(table)
     return {name: (int(mask.sum()), int(rows[mask].min())) for name, mask in found.items() if mask.any()}
+
+
+def _copies(table: datasets.Dataset) -> dict[str, np.ndarray]:
+    """Mark texts that stand in the table more than once: copied forward in one patient, or in two patients' names."""
+    texts = column(table, "text")
+    hashes = np.array([hash(text) for chunk in texts.chunks for text in chunk.to_pylist()], dtype=np.int64)
+    _, code, count = np.unique(hashes, return_inverse=True, return_counts=True)
+    patient = dense_codes(table, "patient_id")
+    own = np.unique(np.stack([code, patient]), axis=1, return_inverse=True, return_counts=True)
+    within = own[2][own[1].ravel()] > 1
+    patients = np.bincount(own[0][0], minlength=len(count))
+    return {
+        "a text that the same patient has at another time": within,
+        "a text that another patient has too": patients[code] > 1,
+    }
 
 
 def _patients(values: pa.ChunkedArray, source: SourceTable) -> pa.ChunkedArray:
@@ -257,7 +243,18 @@ def _no_text(values: pa.ChunkedArray) -> np.ndarray:
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValueError(f"Column text holds {kind}: expected strings. Which column holds the text?")
     blank = [pc.or_(pc.equal(pc.binary_length(chunk), 0), pc.utf8_is_space(chunk)) for chunk in values.chunks]
-    return pa.chunked_array(blank, pa.bool_()).fill_null(True).to_numpy()
+    marks: np.ndarray = pa.chunked_array(blank, pa.bool_()).fill_null(True).to_numpy()
+    return marks
+
+
+def _none_words(values: pa.ChunkedArray) -> np.ndarray:
+    """Mark texts that are nothing but a word that exports write for none."""
+    if pa.types.is_null(values.type):
+        return np.zeros(len(values), dtype=bool)
+    short = pc.if_else(pc.less(pc.binary_length(values), 12), values, None)  # so that no long text is copied
+    words = pc.utf8_lower(pc.utf8_trim_whitespace(short))
+    marks: np.ndarray = pc.is_in(words, value_set=pa.array(NONE_WORDS, words.type)).fill_null(False).to_numpy()
+    return marks
 
 
 def _repeated(table: datasets.Dataset, order: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -267,7 +264,7 @@ def _repeated(table: datasets.Dataset, order: np.ndarray, codes: np.ndarray) -> 
     group = np.cumsum(np.r_[True, ~same])
     suspects = np.flatnonzero(np.r_[False, same] | np.r_[same, False])
     repeated = np.zeros(len(order), dtype=bool)
-    seen: set = set()
+    seen: set[tuple[int, bytes]] = set()
     for start in range(0, len(suspects), 1000):
         some = suspects[start : start + 1000]
         for place, text in zip(some, table.select(order[some])["text"], strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import logging
 import os
@@ -22,13 +21,14 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from hf_densefeat.data.columns import shown
+from hf_densefeat.data.files import EXPECTED, delimiter_of, header_of, kind_of, opened, refuse_spreadsheet
+from hf_densefeat.data.layouts import Layout
 
 logger = logging.getLogger(__name__)
 
-FORMATS = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".json")
 BATCH_ROWS = 1000
 BLOCK_BYTES = 1 << 25  # a row of text must fit in a block
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 JSON_TIME = pa.timestamp("s")
 READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error, ValueError, OverflowError)
 
@@ -61,7 +61,7 @@ class SourceTable:
         return f"{'event with text' if self.meds else 'row'} {inside:,} of {self.files[file][0]}"
 
 
-def read_files(path: Path, resolve: Callable[[Sequence[str]], Mapping[str, str]]) -> SourceTable:
+def read_files(path: Path, resolve: Callable[[Sequence[str]], Layout]) -> SourceTable:
     """Convert a file, or a folder of files of one format, to one Arrow file in the `datasets` cache, and map it.
 
     A file that was converted before, and has not changed since, is only mapped. The cache (under `HF_HOME`) then holds
@@ -69,7 +69,7 @@ def read_files(path: Path, resolve: Callable[[Sequence[str]], Mapping[str, str]]
 
     Args:
         path: The file or folder. A folder with `data/` and `metadata/` is read as MEDS.
-        resolve: Given the names of the columns, returns which of them are patient, time and text, or raises.
+        resolve: Given the names of the columns, returns their layout, or raises.
 
     Raises:
         ValueError: If there is nothing to read, or a file is damaged; it names file and row, and quotes no text.
@@ -77,15 +77,21 @@ def read_files(path: Path, resolve: Callable[[Sequence[str]], Mapping[str, str]]
     meds = path.is_dir() and (path / "data").is_dir() and (path / "metadata").is_dir()
     root = path / "data" if meds else path if path.is_dir() else path.parent
     found = [file for file in sorted(root.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-    files = [file for file in found if _format(file)]
+    if path.is_file():
+        refuse_spreadsheet(path)
+    files = [file for file in found if kind_of(file)]
     details = [file for file in files if len(files) > 1 and "_detail." in file.name]
     if details:
         logger.info("Left out %s: MIMIC's side tables hold no notes.", ", ".join(file.name for file in details))
         files = [file for file in files if file not in details]
-    kinds = sorted({_format(file).removesuffix(".gz") for file in files})
-    if len(kinds) != 1:
-        got = ", ".join(kinds) or f"{len(found):,} files of other kinds"
-        raise ValueError(f"{path.name}: expected files of one of the kinds {', '.join(FORMATS)}, by name; got {got}.")
+    kinds = sorted({kind_of(file) for file in files})
+    if not kinds:
+        raise ValueError(f"{path.name}: expected files named {EXPECTED}; got {len(found):,} files of other kinds.")
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{path.name} holds {' and '.join(kinds)} files, which may be the same notes twice: pass one of them, or move "
+            "the others elsewhere."
+        )
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     for (_, size, _), file in zip(stats, files, strict=True):
         if size == 0:
@@ -97,7 +103,8 @@ def read_files(path: Path, resolve: Callable[[Sequence[str]], Mapping[str, str]]
         names = max(names, _column_names(file), key=lambda found: "text_value" in found)
     if len(set(names)) < len(names):
         raise ValueError(f"{files[0].name} has two columns of one name: {shown(names)}. Rename one.")
-    roles = resolve(names)
+    layout = resolve(names)
+    roles = layout.roles | ({"fallback": layout.fallback} if layout.fallback else {})
     key = hashlib.sha256(json.dumps([CACHE_VERSION, stats, sorted(roles.items()), meds]).encode()).hexdigest()[:32]
     arrow = Path(datasets.config.HF_DATASETS_CACHE) / "hf_densefeat" / f"{key}.arrow"
     ledger = arrow.with_suffix(".json")
@@ -106,17 +113,10 @@ def read_files(path: Path, resolve: Callable[[Sequence[str]], Mapping[str, str]]
         ledger.write_text(json.dumps(_convert(files, root, arrow, roles, names, meds)))
     record = json.loads(ledger.read_text())
     data = datasets.Dataset.from_file(str(arrow))
-    if meds:
-        data = _with_meds_splits(data, path, roles["patient_id"])
-    return SourceTable(data, record["files"], record["repaired"], meds, untyped=kinds[0] in (".csv", ".tsv"))
+    return SourceTable(data, record["files"], record["repaired"], meds, untyped=kinds[0] == "csv")
 
 
-def _format(file: Path) -> str:
-    """Return the format by the file's name, or an empty string."""
-    return next((end for end in sorted(FORMATS, key=len, reverse=True) if file.name.lower().endswith(end)), "")
-
-
-def _damaged(name: str, rows: int, error: Exception) -> ValueError:
+def damaged(name: str, rows: int, error: Exception) -> ValueError:
     """Say where reading stopped. Arrow's own message is left out: it quotes the row, and the row is patient text."""
     return ValueError(
         f"{name} could not be read after row {rows:,} ({type(error).__name__}): the file is cut short, damaged or not "
@@ -128,19 +128,15 @@ def _damaged(name: str, rows: int, error: Exception) -> ValueError:
 def _column_names(file: Path) -> list[str]:
     """Read the names of the columns, and as little else as possible."""
     try:
-        if _format(file) == ".parquet":
-            return pq.read_schema(file).names
-        if _delimiter(file):
-            with io.TextIOWrapper(pa.input_stream(str(file)), "utf-8-sig", errors="replace", newline="") as lines:
-                names = next(row for row in csv.reader(lines, delimiter=_delimiter(file)) if row)
-            if "\ufffd" in "".join(names):
-                raise UnicodeError
-            return names
-        return next(_batches(file, (), {})).schema.names
+        if kind_of(file) == "parquet":
+            return [str(name) for name in pq.read_schema(file).names]
+        if kind_of(file) == "csv":
+            return header_of(file, delimiter_of(file))
+        return [str(name) for name in next(_batches(file, (), {})).schema.names]
     except StopIteration:
         raise ValueError(f"{file.name} has no rows: expected a table of notes.") from None
     except READ_ERRORS as error:
-        raise _damaged(file.name, 0, error) from None
+        raise damaged(file.name, 0, error) from None
 
 
 def _convert(
@@ -175,7 +171,8 @@ def _write(
     infer: bool,
 ) -> dict[str, object]:
     """Write all rows once, with the types of csv columns inferred or all of them strings."""
-    counts, repaired, total, schema = [], {}, 0, None
+    counts, total, schema = [], 0, None
+    repaired: dict[str, tuple[int, int]] = {}
     with pa.OSFile(str(target), "wb") as sink:
         for file in files:
             name, rows = str(file.relative_to(root)), 0
@@ -192,7 +189,7 @@ def _write(
                 except READ_ERRORS as error:
                     if infer and "conversion error" in str(error):
                         raise _TypeChanged from None
-                    raise _damaged(name, rows, error) from None
+                    raise damaged(name, rows, error) from None
                 if batch is None:
                     break
                 if meds and roles["text"] not in found:
@@ -229,38 +226,38 @@ def _write(
     return {"files": counts, "repaired": repaired}
 
 
-def _delimiter(file: Path) -> str:
-    """Return what separates the cells of a csv or tsv file, by its name; nothing for other files."""
-    return {".csv": ",", ".tsv": "\t"}.get(_format(file).removesuffix(".gz"), "")
-
-
 def _batches(
     file: Path, names: Sequence[str], roles: Mapping[str, str], infer: bool = True
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of one file; of a file without rows an empty batch, or nothing."""
-    kind = _format(file).removesuffix(".gz")
-    if kind == ".parquet":
+    kind = kind_of(file)
+    if kind == "parquet":
         yield from pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
-    elif _delimiter(file):
+    elif kind == "csv":
         yield from _csv_batches(file, names, roles, infer)
-    elif kind == ".json" and _first_character(file) == "[":
-        rows = json.loads(file.read_text(encoding="utf-8"))
+    elif kind == "json" and _first_character(file) == "[":
+        rows = json.loads(_all_text(file))
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("Expected a list of objects.")
-        names = dict.fromkeys(name for row in rows for name in row)
-        table = pa.table({name: [row.get(name) for row in rows] for name in names})
+        keys = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({name: [row.get(name) for row in rows] for name in keys})
         yield from table.to_batches(max_chunksize=BATCH_ROWS)
     else:
         read = pa_json.ReadOptions(block_size=BLOCK_BYTES)
-        schema = pa_json.open_json(str(file), read).schema
+        schema = pa_json.open_json(pa.PythonFile(opened(file), "r"), read).schema
         # Arrow takes a string for a time as long as it looks like one; the first that does not would end the reading.
         strings = [(name, pa.string()) for name, of in zip(schema.names, schema.types, strict=True) if of == JSON_TIME]
-        yield from pa_json.open_json(str(file), read, pa_json.ParseOptions(explicit_schema=pa.schema(strings)))
+        parse = pa_json.ParseOptions(explicit_schema=pa.schema(strings))
+        yield from pa_json.open_json(pa.PythonFile(opened(file), "r"), read, parse)
+
+
+def _all_text(file: Path) -> str:
+    stream = opened(file)
+    return b"".join(iter(lambda: stream.read(BLOCK_BYTES), b"")).decode("utf-8-sig")
 
 
 def _first_character(file: Path) -> str:
-    with file.open(encoding="utf-8") as lines:
-        return next((line.strip()[0] for line in lines if line.strip()), "")
+    return bytes(opened(file).read(1000)).decode("utf-8-sig", errors="ignore").lstrip()[:1]
 
 
 class _UnclosedQuote(Exception):
@@ -271,10 +268,10 @@ class _QuoteCounter:
     """Counts the quotes of a stream as they pass: Arrow does not notice that the last one is missing."""
 
     def __init__(self, file: Path):
-        self.stream, self.quotes, self.closed = pa.input_stream(str(file)), 0, False
+        self.stream, self.quotes, self.closed = opened(file), 0, False
 
     def read(self, size: int = -1) -> bytes:
-        block = self.stream.read(size)
+        block: bytes = self.stream.read(size)
         self.quotes += block.count(b'"')
         return block
 
@@ -284,7 +281,7 @@ def _csv_batches(file: Path, names: Sequence[str], roles: Mapping[str, str], inf
     # Bytes, not strings: one row that is not UTF-8 must not lose the file. And 007 is a patient, not the number 7.
     types |= dict.fromkeys(roles.values(), pa.binary())
     read = pa_csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
-    parse = pa_csv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=True)
+    parse = pa_csv.ParseOptions(delimiter=delimiter_of(file), newlines_in_values=True)
     convert = pa_csv.ConvertOptions(column_types=types)
     counter, last = _QuoteCounter(file), None
     with pa_csv.open_csv(pa.PythonFile(counter, "r"), read, parse, convert) as reader:
@@ -303,7 +300,9 @@ def _is_text(kind: pa.DataType) -> bool:
     return str(kind).removeprefix("large_").removesuffix("_view") in ("string", "binary")
 
 
-def _mended(batch: pa.RecordBatch, roles: Mapping[str, str], offset: int, repaired: dict) -> pa.RecordBatch:
+def _mended(
+    batch: pa.RecordBatch, roles: Mapping[str, str], offset: int, repaired: dict[str, tuple[int, int]]
+) -> pa.RecordBatch:
     """Make every column of text a plain string, without NUL, and count in which rows that changed something."""
     columns = []
     for name, values in zip(batch.schema.names, batch.columns, strict=True):
@@ -341,20 +340,7 @@ def _decoded(cell: bytes | None) -> tuple[str | None, bool]:
         return cell.decode("cp1252", errors="replace"), True
 
 
-def _count(repaired: dict, name: str, rows: list[bool], offset: int) -> None:
+def _count(repaired: dict[str, tuple[int, int]], name: str, rows: list[bool], offset: int) -> None:
     if any(rows):
         count, first = repaired.get(name, (0, offset + rows.index(True)))
         repaired[name] = (count + sum(rows), first)
-
-
-def _with_meds_splits(data: datasets.Dataset, path: Path, patient: str) -> datasets.Dataset:
-    """Add the splits that a MEDS folder brings as column `split`; subjects it does not list get none."""
-    file = path / "metadata" / "subject_splits.parquet"
-    if not file.exists() or "split" in data.column_names:
-        return data
-    try:
-        splits = pq.read_table(file, columns=["subject_id", "split"])
-        place = pc.index_in(data.data.column(patient), value_set=splits["subject_id"].combine_chunks())
-    except READ_ERRORS as error:
-        raise _damaged(file.name, 0, error) from None
-    return data.add_column("split", splits["split"].cast(pa.string()).combine_chunks().take(place.combine_chunks()))

@@ -2,45 +2,163 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from hf_densefeat.data.readers import SourceTable
 
 MICROSECONDS = pa.timestamp("us")
+TIME_UNITS = ("days", "seconds", "milliseconds", "yyyymmdd")
+DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}  # of dates without separators
+# 31/12/2020, 12-31-20 3:04 PM; 01-JAN-2020
+NUMBERS = re.compile(r"(\d{1,2})([/.-])(\d{1,2})\2(\d{4}|\d{2})( .*)?$")
+MONTHS = re.compile(r"\d{1,2}([ -])[A-Za-z]{3}\1(\d{4}|\d{2})( .*)?$")
 
 
-def read_times(values: pa.ChunkedArray, source: SourceTable) -> tuple[pa.ChunkedArray, str]:
-    """Return times as timestamps in UTC or as numbers of days, none of them odd, and a word for which."""
-    kind, days = values.type, "numbers of days"
-    if pa.types.is_integer(kind):
-        return _parsed(values, lambda some: some.cast(pa.int64()), source), days
-    if pa.types.is_floating(kind):
-        return pc.if_else(pc.is_finite(values), values.cast(pa.float64()), None), days
+def read_times(
+    values: pa.ChunkedArray, source: SourceTable, *, unit: str | None = None, pattern: str | None = None
+) -> tuple[pa.ChunkedArray, str]:
+    """Times as timestamps in UTC or as numbers of days, none of them odd, and a word for which.
+
+    Args:
+        values: the column.
+        source: to name rows.
+        unit: what numbers count: one of `TIME_UNITS`; "yyyymmdd" also with the time of day, or without the day.
+        pattern: how strings are written, as for `strptime`.
+
+    Raises:
+        ValueError: for a value that cannot be read, and for numbers that look like dates, where no unit is given.
+    """
+    kind = values.type
     if pa.types.is_date(kind):
         return _parsed(values, lambda some: some.cast(MICROSECONDS), source), "dates"
     if pa.types.is_timestamp(kind):
         zoned = pa.timestamp("us", kind.tz)
         safe = kind.unit in ("s", "ms")  # nanoseconds lose digits, seconds must not overflow
         return _parsed(values, lambda some: some.cast(zoned, safe=safe).cast(MICROSECONDS), source), "timestamps"
+    if pa.types.is_integer(kind):
+        return _numbers(_parsed(values, lambda some: some.cast(pa.int64()), source), source, unit)
+    if pa.types.is_floating(kind):
+        return _numbers(pc.if_else(pc.is_finite(values), values.cast(pa.float64()), None), source, unit)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise ValueError(
             f"Column time holds {kind}: expected timestamps, dates, ISO 8601 strings, or days as integers."
         )
     values = stripped(values)
+    if pattern:
+        return _parsed(values, lambda some: pc.strptime(some, pattern, "us"), source, f"{pattern!r}"), "timestamps"
     first = next((value.as_py() for value in values if value.is_valid), "")
     if first.lstrip("+-").replace(".", "", 1).isdigit():
         whole = pc.all(pc.match_substring_regex(values, r"^-?\d+$")).as_py()
-        return _parsed(values, lambda some: some.cast(pa.int64() if whole else pa.float64()), source), days
+        number = pa.int64() if whole else pa.float64()
+        return _numbers(_parsed(values, lambda some: some.cast(number), source), source, unit)
+    if NUMBERS.match(first) or MONTHS.match(first):
+        raise ValueError(_how_to_say(values, source))
     return _parsed(values, _from_iso, source), "timestamps"
 
 
+def _numbers(values: pa.ChunkedArray, source: SourceTable, unit: str | None) -> tuple[pa.ChunkedArray, str]:
+    """Numbers as what the unit says; without one they are days, unless all of them look like dates."""
+    if unit is None:
+        looks = _disguise(values.drop_null().to_numpy())
+        if looks:
+            raise ValueError(
+                f"Column time holds numbers that look like {looks}, first {source.place(0)}, not like numbers of days. Say "
+                f"what they are: `time_unit=` (`--time_unit`) one of {', '.join(TIME_UNITS)}."
+            )
+    if unit in (None, "days"):
+        return values, "numbers of days"
+    if unit == "yyyymmdd":
+        return _parsed(values, _from_digits, source, "YYYYMMDD, with or without HHMMSS"), "timestamps"
+    scale = 1e6 if unit == "seconds" else 1e3
+    micros = np.round(values.cast(pa.float64()).fill_null(0).to_numpy() * scale).astype(np.int64)
+    found = pa.array(micros, pa.int64(), mask=values.is_null().to_numpy()).cast(MICROSECONDS)
+    return pa.chunked_array([found]), "timestamps"
+
+
+def _disguise(numbers: np.ndarray) -> str:
+    """What all numbers look like, if they do not look like days; 43831, a spreadsheet's serial, counts days."""
+    if not len(numbers) or (numbers != np.floor(numbers)).any() or numbers.min() < 0:
+        return ""
+    low, high = numbers.min(), numbers.max()
+    for zeros, what in (
+        (1e6, "dates with a time, YYYYMMDDHHMMSS"),
+        (1e4, "dates with a time, YYYYMMDDHHMM"),
+        (1, "dates, YYYYMMDD"),
+    ):
+        year, month, day = numbers // (1e4 * zeros), numbers // (100 * zeros) % 100, numbers // zeros % 100
+        if _years(year) and (month >= 1).all() and (month <= 12).all() and (day >= 1).all() and (day <= 31).all():
+            return what
+    if _years(numbers // 100) and (numbers % 100 >= 1).all() and (numbers % 100 <= 12).all():
+        return "months, YYYYMM"
+    if low >= 1900 and high <= 2100:
+        return "years, YYYY"
+    for scale, what in ((1, "seconds"), (1e3, "milliseconds"), (1e6, "microseconds")):
+        if low >= 3e8 * scale and high <= 5e9 * scale:  # 1979 to 2128
+            return f"{what} since 1970"
+    return ""
+
+
+def _years(year: np.ndarray) -> bool:
+    return bool((year >= 1800).all() and (year <= 2300).all())
+
+
+def _from_digits(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Dates without separators, all of one length."""
+    text = values.cast(pa.int64()).cast(pa.string())
+    lengths = pc.unique(pc.utf8_length(text.drop_null())).to_pylist()
+    if len(lengths) > 1 or (lengths and lengths[0] not in DIGITS):
+        raise pa.ArrowInvalid("dates of several lengths")
+    return pc.strptime(text, DIGITS[lengths[0]] if lengths else "%Y%m%d", "us")
+
+
+def _how_to_say(values: pa.ChunkedArray, source: SourceTable) -> str:
+    """The sentence for dates such as 31/12/2020: which format, and whether day and month can be told apart."""
+    row = int(values.is_valid().to_numpy().argmax())
+    first = values[row].as_py()
+    found = NUMBERS.match(first)
+    clock = _clock(first)
+    if not found:
+        [separator, year] = MONTHS.match(first).groups()[:2]  # type: ignore[union-attr]
+        formats = [f"%d{separator}%b{separator}%{'Y' if len(year) == 4 else 'y'}{clock}"]
+    else:
+        separator, year = found.group(2), f"%{'Y' if len(found.group(4)) == 4 else 'y'}"
+        both = [f"%d{separator}%m{separator}{year}{clock}", f"%m{separator}%d{separator}{year}{clock}"]
+        formats = [one for one in both if _reads(values, one)] or both
+    said = " or ".join(f'`time_format="{one}"`' for one in formats)
+    unclear = ": day and month cannot be told apart by these rows" if len(formats) > 1 else ""
+    return f"Column time is not ISO 8601, first in {source.place(row)}. Say how it is written{unclear}: {said}."
+
+
+def _clock(first: str) -> str:
+    """The strptime format of a time of day at the end of a date, with its space, or nothing."""
+    time = re.search(r" \d{1,2}:\d\d(:\d\d)?( ?[AaPp][Mm])?$", first)
+    if not time:
+        return ""
+    seconds, half = time.groups()
+    space = " " if half and half.startswith(" ") else ""
+    return f" %{'I' if half else 'H'}:%M{':%S' if seconds else ''}{f'{space}%p' if half else ''}"
+
+
+def _reads(values: pa.ChunkedArray, pattern: str) -> bool:
+    try:
+        pc.strptime(values, pattern, "us")
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
 def _parsed(
-    values: pa.ChunkedArray, parse: Callable[[pa.ChunkedArray], pa.ChunkedArray], source: SourceTable
+    values: pa.ChunkedArray,
+    parse: Callable[[pa.ChunkedArray], pa.ChunkedArray],
+    source: SourceTable,
+    expected: str = "ISO 8601 (2024-05-31 or 2024-05-31 08:15:00, with or without a zone), or a number of days",
 ) -> pa.ChunkedArray:
-    """Return the parsed times, or name the first row that cannot be parsed, found by bisection."""
+    """The parsed times; ValueError names the first row that cannot be parsed, found by bisection."""
     try:
         return parse(values)
     except pa.ArrowInvalid:
@@ -53,8 +171,8 @@ def _parsed(
             except pa.ArrowInvalid:
                 bad = middle
         raise ValueError(
-            f"Column time cannot be read as a time in {source.place(good)}. Expected the same in every row: ISO 8601 "
-            "(2024-05-31 or 2024-05-31 08:15:00, with or without a zone), or a number of days. Rewrite the column."
+            f"Column time cannot be read as a time in {source.place(good)}. Expected the same in every row: {expected}. "
+            'Say how yours is written with `time_format="%d/%m/%Y"` or `time_unit="yyyymmdd"`, or rewrite the column.'
         ) from None
 
 

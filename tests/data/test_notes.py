@@ -223,7 +223,7 @@ def test_options_are_checked(tmp_path):
         load_notes(plain().add_column("when", [0, 1, 2, 3]), columns={"time": "when"})
     with pytest.raises(ValueError, match="no such file"):
         load_notes(tmp_path / "none.csv")
-    with pytest.raises(ValueError, match="one of the kinds"):
+    with pytest.raises(ValueError, match="expected files named"):
         load_notes(tmp_path)
     with pytest.raises(ValueError, match=r"one of \['a', 'b'\]"):
         load_notes(datasets.DatasetDict(a=plain(), b=plain()))
@@ -319,7 +319,6 @@ GOOD = b"".join(b"%d,%d,%s %d\n" % (i // 3, i, SENTINEL.encode(), i * i * 7919) 
         ("n.csv", HEAD + b"1,2,a,b\n", ["n.csv", "damaged"]),
         ("n.csv", HEAD + GOOD + b'1,2,"' + SENTINEL.encode() + b"\n1,2,x\n", ["never closed", "row 3,001"]),
         ("n.csv", b"text,text,time,patient_id\na,b,1,2\n", ["two columns of one name"]),
-        ("n.csv", (HEAD + GOOD).decode().encode("utf-16"), ["n.csv", "UTF-8"]),
         ("n.csv", b"1,5,%s\n" % SENTINEL.encode() + GOOD, ["Missing column", "is the first row a header"]),
         ("n.csv.gz", gzip.compress(HEAD + GOOD)[:-2000], ["n.csv.gz", "cut short"]),
         ("n.csv.gz", HEAD + GOOD, ["n.csv.gz", "not what its name says"]),
@@ -328,7 +327,7 @@ GOOD = b"".join(b"%d,%d,%s %d\n" % (i // 3, i, SENTINEL.encode(), i * i * 7919) 
         ("n.jsonl", b'{"patient_id": 1, "time": 2, "text": "%s"}\n[1]\n' % SENTINEL.encode(), ["n.jsonl", "jsonl"]),
         ("n.json", b'[{"patient_id": 1}, 2]', ["n.json"]),
         ("n.json", b"[]", ["n.json", "no rows"]),
-        ("n.xlsx", b"PK", ["one of the kinds"]),
+        ("n.xlsx", b"PK", ["n.xlsx is a spreadsheet", "csv"]),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, words):
@@ -357,7 +356,7 @@ def test_shards_must_agree(tmp_path):
     with pytest.raises(ValueError, match=r"1\.csv has the columns"):
         load_notes(tmp_path)
     write(tmp_path / "1.parquet", TABLE)
-    with pytest.raises(ValueError, match=r"got \.csv, \.parquet"):
+    with pytest.raises(ValueError, match="holds csv and parquet files"):
         load_notes(tmp_path)
 
 

@@ -1,0 +1,120 @@
+"""Whatever holds notes, a file, a folder, a Hub name, a frame or a list, to one table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hf_densefeat.data.files import EXPECTED, FORMATS, PACKED
+from hf_densefeat.data.layouts import match_columns
+from hf_densefeat.data.readers import READ_ERRORS, SourceTable, damaged, read_files
+
+
+@runtime_checkable
+class Frame(Protocol):
+    """What pandas, polars, pyarrow and DuckDB call their tables: anything that gives an Arrow stream."""
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+        """The Arrow PyCapsule interface."""
+        ...
+
+
+def open_source(source: Any, columns: str | Mapping[str, str], split: str | None) -> SourceTable:
+    """The rows of any source; see `load_notes` for what there is.
+
+    Raises:
+        ValueError: for what is none, cannot be read, or has several splits of which none is named.
+    """
+    if isinstance(source, datasets.DatasetDict):
+        source = _one_split(source, split)
+    if isinstance(source, datasets.Dataset):
+        return SourceTable(source.with_format(None))
+    if isinstance(source, Frame):
+        return SourceTable(datasets.Dataset(_plain_table(pa.RecordBatchReader.from_stream(source).read_all())))
+    try:
+        if isinstance(source, Mapping):
+            return SourceTable(datasets.Dataset.from_dict(dict(source)))
+        if isinstance(source, list):
+            return SourceTable(datasets.Dataset.from_list(source))
+    except (pa.ArrowException, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"The {type(source).__name__} is no table ({type(error).__name__}): expected columns of one length and type each, "
+            "or a list of dicts with the same keys."
+        ) from None
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            "Expected a path, a Hub name, a datasets.Dataset, a frame (pandas, polars, Arrow), a dict of columns or a list of "
+            f"dicts, got {type(source).__name__}."
+        )
+    return _from_path(source, columns, split)
+
+
+def _from_path(source: str | os.PathLike[str], columns: str | Mapping[str, str], split: str | None) -> SourceTable:
+    path = Path(source)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        try:
+            return open_source(datasets.load_from_disk(str(path)), columns, split)
+        except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path.name} was written by `save_to_disk`, but cannot be read ({type(error).__name__}): write it "
+                "anew."
+            ) from None
+    if path.exists():
+        meds = (path / "data").is_dir() and (path / "metadata").is_dir()
+        table = read_files(path, lambda names: match_columns(names, columns, meds))
+        return replace(table, data=_with_meds_splits(table.data, path, columns)) if meds else table
+    ends = (*FORMATS, *PACKED)
+    if path.name.endswith(ends) or path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
+        raise ValueError(f"{path.name}: no such file or folder. Expected {EXPECTED}, or a folder of these.")
+    try:
+        return open_source(datasets.load_dataset(str(source)), columns, split)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f'"{source}" is no file or folder here, and could not be loaded from the Hub ({type(error).__name__}). '
+            "Check the name, the network (HF_HUB_OFFLINE) and your login, or pass a path."
+        ) from None
+
+
+def _one_split(parts: datasets.DatasetDict, split: str | None) -> datasets.Dataset:
+    """The split asked for, or the only one."""
+    if split is None and len(parts) == 1:
+        split = next(iter(parts))
+    if split not in parts:
+        raise ValueError(f"Expected `split` to be one of {list(parts)}, got {split!r}.")
+    return parts[split]
+
+
+def _plain_table(table: pa.Table) -> pa.Table:
+    """Without a frame's index, and with types that `datasets` knows: no dictionaries, no views."""
+    table = table.select([name for name in table.column_names if not name.startswith("__index_level_")])
+    columns = []
+    for values in table.columns:
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        if str(values.type) == "string_view":
+            values = values.cast(pa.large_string())
+        columns.append(values)
+    return pa.table(columns, names=table.column_names)
+
+
+def _with_meds_splits(data: datasets.Dataset, path: Path, columns: str | Mapping[str, str]) -> datasets.Dataset:
+    """Add the splits that a MEDS folder brings as column `split`; subjects it does not list get none."""
+    file = path / "metadata" / "subject_splits.parquet"
+    if not file.exists() or "split" in data.column_names:
+        return data
+    patient = match_columns(data.column_names, columns, meds=True).roles["patient_id"]
+    try:
+        splits = pq.read_table(file, columns=["subject_id", "split"])
+        place = pc.index_in(data.data.column(patient), value_set=splits["subject_id"].combine_chunks())
+    except READ_ERRORS as error:
+        raise damaged(file.name, 0, error) from None
+    return data.add_column("split", splits["split"].cast(pa.string()).combine_chunks().take(place.combine_chunks()))
