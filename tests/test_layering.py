@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,57 @@ def test_public_names_are_there():
     assert sorted(hf_densefeat.__all__) == hf_densefeat.__all__
     for name in hf_densefeat.__all__:
         assert getattr(hf_densefeat, name).__doc__, name
+
+
+# Methods with an underscore that a class of ours overrides though they are another package's, or another floor's.
+OVERRIDDEN = {
+    "training.resumable.ResumableTrainer": {
+        "_get_output_dir",
+        "_init_training_state",
+        "_issue_warnings_after_load",
+        "_load_best_model",
+        "_load_from_checkpoint",
+        "_push_from_checkpoint",
+        "_save",
+        "_save_checkpoint",
+    },
+    "training.trainer.DenseTrainer": {
+        "_get_grad_norm",
+        "_load_optimizer_and_scheduler",
+        "_save_optimizer_and_scheduler",
+    },
+    "data.collator._Masking": {"_calc_word_ids_and_prob_mask", "_whole_word_mask"},
+    # what a module of `evaluate` is made of
+    "evaluation.condition_number.condition_number.ConditionNumber": {"_compute", "_info"},
+    "evaluation.effective_rank.effective_rank.EffectiveRank": {"_compute", "_info"},
+    "evaluation.subspace_distance.subspace_distance.SubspaceDistance": {"_compute", "_info"},
+    # how a model of another input kind reads: the mixin's own contract for its subclasses
+    "events.modeling_event.EpisodeModel": {"_padded", "_rows"},
+    "events.modeling_event.EventPreTrainedModel": {"_default_tokenizer", "_init_weights"},
+    "events.modeling_multimodal.MultimodalPreTrainedModel": {"_default_tokenizer"},
+}
+
+
+def overridden(cls):
+    """Names with one underscore that a class defines and a base outside its floor has too."""
+    floor = cls.__module__.split(".")[1]
+    found = set()
+    for name in vars(cls):
+        bases = [base for base in cls.__mro__[1:] if name in vars(base)]
+        private = name.startswith("_") and not name.startswith("__")
+        if private and inspect.isroutine(inspect.getattr_static(cls, name)):
+            found |= {name for base in bases if base.__module__.split(".")[:2] != ["hf_densefeat", floor]}
+    return found
+
+
+def test_private_methods_of_others_are_overridden_by_name():
+    """The table names every one, nobody else overrides any, and those of the Trainer say what they mend."""
+    found = {}
+    for module in MODULES:
+        imported = importlib.import_module(f"hf_densefeat.{module}".removesuffix(".__init__"))
+        for name, cls in inspect.getmembers(imported, inspect.isclass):
+            if cls.__module__ == imported.__name__ and overridden(cls):
+                found[f"{module}.{name}"] = overridden(cls)
+                for method in overridden(cls) if module.startswith("training") else ():
+                    assert vars(cls)[method].__doc__, (name, method)
+    assert found == OVERRIDDEN

@@ -161,6 +161,14 @@ class _TypeChanged(Exception):
     """A csv column looked like numbers at first, and was not."""
 
 
+def _check_same(found: list[str], names: list[str], name: str, first: str) -> None:
+    if sorted(found) != sorted(names):
+        raise ValueError(
+            f"{name} has the columns {shown(found)}, but {first} has {shown(names)}: expected the same in every file of a "
+            "folder. Pass the file that holds the notes, or move the other tables elsewhere."
+        )
+
+
 def _write(
     files: list[Path],
     root: Path,
@@ -194,12 +202,7 @@ def _write(
                     break
                 if meds and roles["text"] not in found:
                     break
-                if sorted(found) != sorted(names):
-                    raise ValueError(
-                        f"{name} has the columns {shown(found)}, but {files[0].name} has {shown(names)}: "
-                        "expected the same in every file of a folder. Pass the file that holds the notes, or move the "
-                        "other tables elsewhere."
-                    )
+                _check_same(found, names, name, files[0].name)
                 if meds:
                     batch = batch.filter(pc.is_valid(batch[roles["text"]]))
                 batch = _mended(batch.select(names), roles, total, repaired)

@@ -56,20 +56,11 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         spread_patients: bool = False,
     ):
         lengths = np.asarray(lengths, dtype=np.int64)
+        _check(batch_size, ranks, rank, accumulation, pairs_per_patient)
         if len(lengths) != pairs.num_notes:
             raise ValueError(
                 f"Expected one length per note, {pairs.num_notes:,}, got {len(lengths):,}. Pass the `length` column of "
                 "the tokenised notes the pairs were made from."
-            )
-        for name, value in {"batch_size": batch_size, "ranks": ranks, "accumulation": accumulation}.items():
-            if value < 1:
-                raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
-        if not 0 <= rank < ranks:
-            raise ValueError(f"Expected `rank` in [0, {ranks}), got {rank}.")
-        if pairs_per_patient < 1 or pairs_per_patient > batch_size * ranks * accumulation:
-            raise ValueError(
-                f"Expected `pairs_per_patient` between 1 and the {batch_size * ranks * accumulation} pairs of an "
-                f"optimiser step, got {pairs_per_patient}. Lower it, or raise `batch_size` or `accumulation`."
             )
         self.length = np.maximum(lengths[pairs.earlier], lengths[pairs.later])
         self.patient = pairs.patient
@@ -138,6 +129,20 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
                 micro_step = batch[start : start + self.batch_size * self.ranks]
                 mine = np.array_split(micro_step, self.ranks)[self.rank]
                 yield list(zip(mine.tolist(), mask_seeds[mine].tolist(), strict=True))
+
+
+def _check(batch_size: int, ranks: int, rank: int, accumulation: int, pairs_per_patient: int) -> None:
+    """ValueError for numbers that cut no step batch."""
+    for name, value in {"batch_size": batch_size, "ranks": ranks, "accumulation": accumulation}.items():
+        if value < 1:
+            raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"Expected `rank` in [0, {ranks}), got {rank}.")
+    if pairs_per_patient < 1 or pairs_per_patient > batch_size * ranks * accumulation:
+        raise ValueError(
+            f"Expected `pairs_per_patient` between 1 and the {batch_size * ranks * accumulation} pairs of an "
+            f"optimiser step, got {pairs_per_patient}. Lower it, or raise `batch_size` or `accumulation`."
+        )
 
 
 def _runs(patient: np.ndarray, maximum: int) -> tuple[np.ndarray, np.ndarray]:

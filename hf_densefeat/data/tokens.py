@@ -42,6 +42,21 @@ class TokenStats:
     max_length: int | None
     chunked: int = 0
 
+    @classmethod
+    def of(cls, tokens: datasets.Dataset, max_length: int | None, chunk: bool) -> TokenStats:
+        """Return the counts of tokens with the columns `length` and `cut`."""
+        length, cut = column(tokens, "length").to_numpy(), column(tokens, "cut").to_numpy()
+        return cls(
+            notes=len(tokens),
+            tokens=int(length.sum()),
+            truncated=int((cut > 0).sum()),
+            cut=int(cut.sum()),
+            median=float(np.median(length)),
+            longest=int(length.max()),
+            max_length=max_length,
+            chunked=int((length > max_length).sum()) if chunk else 0,
+        )
+
     def counts(self) -> dict[str, int]:
         """Return what the model card says."""
         return {"tokens": self.tokens, f"notes cut to {self.max_length} tokens": self.truncated}
@@ -110,18 +125,7 @@ def tokenize_notes(
         num_proc=num_proc,
         desc="Tokenising notes",
     )
-    length, cut = column(tokens, "length").to_numpy(), column(tokens, "cut").to_numpy()
-    stats = TokenStats(
-        notes=len(tokens),
-        tokens=int(length.sum()),
-        truncated=int((cut > 0).sum()),
-        cut=int(cut.sum()),
-        median=float(np.median(length)),
-        longest=int(length.max()),
-        max_length=max_length,
-        chunked=int((length > max_length).sum()) if chunk else 0,
-    )
-    return tokens.remove_columns("cut"), stats
+    return tokens.remove_columns("cut"), TokenStats.of(tokens, max_length, chunk)
 
 
 def tokenize_texts(

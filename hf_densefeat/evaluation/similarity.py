@@ -197,6 +197,9 @@ class SimilarityEvaluator:
         self.codes, self.divisors = tuple(codes), tuple(divisors)
         self.batch_size, self.max_length, self.cache, self.seed = batch_size, max_length, cache, seed
         self.rows = {task.name: similarity_rows(task) for task in tasks}
+        self._say_left_out()
+
+    def _say_left_out(self) -> None:
         for name, rows in self.rows.items():
             left_out = {reason: count for reason, count in rows.left_out.items() if count}
             if left_out:

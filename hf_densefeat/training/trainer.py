@@ -125,14 +125,12 @@ class DenseTrainer(ResumableTrainer):
         self.by_position = check_run(self)
 
     def _pairs(self, notes, name: str, model, args: DenseTrainingArguments):
-        return pair_datasets(
-            notes,
-            name,
-            processor=self.processor,
-            max_length=model.max_length,
-            max_gap=args.max_gap,
-            stats=self.reading_stats,
-        )
+        options: dict[str, Any] = {
+            "processor": self.processor,
+            "max_length": model.max_length,
+            "max_gap": args.max_gap,
+        }
+        return pair_datasets(notes, name, stats=self.reading_stats, **options)
 
     def predict(self, *args, **kwargs):
         """Refused: evaluation keeps moments, not predictions."""

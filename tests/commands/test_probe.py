@@ -178,5 +178,5 @@ def test_state_of_the_geometry(z, state):
 @pytest.mark.parametrize("task", ["sick", "sick:ordinal", "sick:binary:letters.docx"])
 def test_bad_tasks_are_named(task):
     """What was expected is said before anything is encoded."""
-    with pytest.raises(ValueError, match="[Ee]xpected"):
+    with pytest.raises(ValueError, match=r"[Ee]xpected"):
         parse_tasks([task], sick_notes(3))

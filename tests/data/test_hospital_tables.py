@@ -122,7 +122,7 @@ def frames():
     yield "list", [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
 
 
-@pytest.mark.parametrize(("kind", "source"), frames(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("kind", "source"), list(frames()), ids=lambda value: value if isinstance(value, str) else "")
 def test_frames_and_lists(kind, source):
     notes = load_notes(source)
     assert notes["text"][:] == ["first", "second", "third"]
