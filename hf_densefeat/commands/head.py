@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from hf_densefeat.commands.command_lines import head_parser, reading_of
@@ -50,8 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     head = fit_on_parts(encode, parts, arguments.epsilon, arguments.seed)
     model.dense_head = head
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(arguments.output)
-    tokenizer.save_pretrained(arguments.output)
+    try:
+        model.save_pretrained(arguments.output)
+        tokenizer.save_pretrained(arguments.output)
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{arguments.output} could not be written: {error}") from error
     print(described(head, parts))
     measured = compared(parts["test"], encode(list(parts["test"]["text"])), head, arguments)
     print(f"\n{terminal(before_after_table(measured))}\n")

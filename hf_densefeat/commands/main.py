@@ -28,7 +28,14 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
         argv: words of the command line, the command first.
         default_config: what `pretrain` reads where neither --config nor --notes is given.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        hand_on(list(sys.argv[1:] if argv is None else argv), default_config)
+    except KeyboardInterrupt:
+        sys.exit("\ndensefeat: stopped. Nothing is kept but checkpoints and cached embeddings.")
+
+
+def hand_on(words: list[str], default_config: Path | None) -> None:
+    """The command that the first word names, with the words after it."""
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     if name in ("--version", "-V"):
         print(hf_densefeat.__version__)
@@ -67,8 +74,6 @@ def measure_or_fit(name: str, words: list[str]) -> None:
         importlib.import_module(f"hf_densefeat.commands.{name}").main(words)
     except (ValueError, OSError) as error:
         sys.exit(f"densefeat {name}: error: {error_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(f"\ndensefeat {name}: stopped, and nothing is kept of it but the embeddings that are cached.")
 
 
 if __name__ == "__main__":

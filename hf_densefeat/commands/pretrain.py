@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from datasets import disable_progress_bars
+from safetensors import SafetensorError
 from transformers import AutoConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +26,7 @@ from hf_densefeat.commands.head import described, fit_on_parts
 from hf_densefeat.commands.loading import loading
 from hf_densefeat.commands.measure import Measurement
 from hf_densefeat.commands.options import RecipeArguments, parse
+from hf_densefeat.commands.progress import line, show
 from hf_densefeat.data.notes import describe_notes, load_notes
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.sections import split_into_sections
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
         run(recipe, args)
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. {how_to_resume(args)}")
+    except SafetensorError as error:
+        sys.exit(f"pretrain: error: {args.output_dir} could not be written: {error}")
 
 
 def run(recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
@@ -65,7 +69,7 @@ def run(recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
     model, tokenizer = trainer.model, trainer.processing_class
     before = measure("start", model, tokenizer) if args.should_save else None
     if head_is_new and args.mlm_weight and recipe.head_warmup_steps and not args.resume_from_checkpoint:
-        say(args, f"lm head    new: it is trained alone first, for {recipe.head_warmup_steps} updates")
+        say(args, line("lm head", f"new: it is trained alone first, for {recipe.head_warmup_steps} updates"))
         warm_up_head(model, recipe, args, trainer.train_dataset, tokenizer)
     try:
         result = trainer.train(resume_from_checkpoint=last_checkpoint(args))
@@ -76,6 +80,8 @@ def run(recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
     if trainer.stopped:
         say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(args)}")
         sys.exit(128 + signal.SIGTERM)
+    seconds = result.metrics.get("train_runtime", 0.0)
+    say(args, line("trained", f"{trainer.state.global_step:,} updates in {seconds:,.0f} s"))
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if recipe.head != "none":
@@ -114,7 +120,7 @@ def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Dens
         notes = load_notes(recipe.notes, **reading_of(recipe))
         if recipe.sections:
             notes = split_into_sections(notes)
-    say(args, f"notes      {notes.info.description}\n           {describe_notes(notes)}")
+    say(args, line("notes", str(notes.info.description)), line("", describe_notes(notes)))
     adjacent_pairs(notes, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     parts = split_by_patient(notes, seed=args.seed)
 
@@ -122,7 +128,8 @@ def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Dens
         model, head_is_new = load_model(recipe, args)
     model.config.densefeat["split"] = split_record(notes, seed=args.seed).to_dict()
     model.dense_head = None  # that of another run: it is fitted anew
-    say(args, f"model      {type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling")
+    words = f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling"
+    say(args, line("model", words))
 
     measure = Measurement(recipe, parts, args)
     place = where_to(args)
@@ -132,9 +139,12 @@ def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Dens
     )
     say(
         args,
-        f"pairs      {cast(TokenPairs, trainer.train_dataset).pairs}\ntokens     {trainer.reading_stats['train']}",
+        line("pairs", str(cast(TokenPairs, trainer.train_dataset).pairs)),
+        line("tokens", str(trainer.reading_stats["train"])),
+        line("objective", objective_in_words(args)),
+        line("output", place),
     )
-    say(args, f"objective  {objective_in_words(args)}\noutput     {place}")
+    show(trainer)
     return trainer, measure, parts, head_is_new
 
 
@@ -181,9 +191,11 @@ def warm_up_head(model: Any, recipe: RecipeArguments, args: DenseTrainingArgumen
     }
     values = {name: value for name, value in args.to_dict().items() if name in args.__dataclass_fields__} | changed
     values = {name: value for name, value in values.items() if args.__dataclass_fields__[name].init}
-    DenseTrainer(
+    trainer = DenseTrainer(
         model, DenseTrainingArguments(**values), train_dataset=train_dataset, processing_class=tokenizer
-    ).train()
+    )
+    show(trainer)
+    trainer.train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
@@ -239,10 +251,10 @@ def next_steps(args: DenseTrainingArguments) -> str:
     )
 
 
-def say(args: DenseTrainingArguments, text: str) -> None:
+def say(args: DenseTrainingArguments, *lines: str) -> None:
     """Print once, not once a process."""
     if args.should_save:
-        print(text, flush=True)
+        print(*lines, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import datetime
 import importlib.metadata
 import json
 import logging
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -129,7 +130,7 @@ def run(arguments: argparse.Namespace) -> dict:
     measured = report["measured"]
     print(
         terminal(before_after_table(measured)),
-        *(f"\n{one['sentence']}" for one in report["verdicts"].values()),
+        *("\n" + textwrap.fill(one["sentence"], 80) for one in report["verdicts"].values()),
         sep="\n",
     )
     print(f"\nWritten to {arguments.output}: report.html, one file that can be sent, report.md and report.json.")

@@ -71,8 +71,11 @@ def test_a_run_reads_measures_trains_and_writes_a_folder_that_opens(run, encoder
         "effective rank",
         "old: AUROC",
         "words: RMSE",
+        "trained 3 updates in",
     ):
-        assert words in out
+        assert words in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80 or str(tmp_path) in max(out.splitlines(), key=len)
+    assert sum(line.startswith("update ") for line in out.splitlines()) == 3
     folder = tmp_path / "out"
     numbers = json.loads((folder / "report.json").read_text())
     assert numbers["updates"] == 3
