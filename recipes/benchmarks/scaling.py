@@ -108,7 +108,7 @@ def step_of_two_ranks(repeats: int) -> dict:
 def timed_updates(rank: int, ranks: int, repeats: int) -> dict:
     """Seconds of updates with and without the dense terms, alternating."""
     updates = {
-        name: one_update(make_trainer(weight, 128, 16 // ranks, 1, False))
+        name: one_update(make_trainer(weight, 128, 16 // ranks, 1, cuda=False))
         for name, weight in (("MLM", 0.0), ("MLM + dense", 1.0))
     }
     seconds = {name: [] for name in updates}

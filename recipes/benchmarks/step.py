@@ -1,7 +1,6 @@
 """A training step with the dense terms against the same step without."""
 
 from itertools import cycle, islice
-from statistics import median
 
 import datasets
 import numpy as np
@@ -14,44 +13,61 @@ from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments
 
 
 def step(args) -> dict:
-    """The same batch through the Trainer: MLM alone and MLM + dense, whole and accumulated."""
+    """The same batches: the stock Trainer's MLM step, ours, and ours with the dense terms; whole, accumulated, mixed lengths.
+
+    On a CPU seconds are those of the processor.
+    """
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     cuda = args.device == "cuda"
     # MiniLM size on a CPU, ModernBERT-base on a GPU: random weights, the published shapes
     length, pairs, cut = (512, 128, 8) if cuda else (128, 32, 4)
-    results = {}
-    for accumulation in (1, cut):
-        trainers = {
-            name: make_trainer(weight, length, pairs // accumulation, accumulation, cuda)
-            for name, weight in (("MLM", 0.0), ("MLM + dense", 1.0))
-        }
-        seconds, memory = {}, {}
-        for trainer in trainers.values():
-            trainer.run = one_update(trainer)
-        seconds = alternate({name: trainer.run for name, trainer in trainers.items()}, args.repeats, args.device)
-        if cuda:
-            for name, trainer in trainers.items():
-                torch.cuda.reset_peak_memory_stats()
-                trainer.run()
-                memory[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        tokens = 2 * pairs * length
-        results["whole batch" if accumulation == 1 else f"accumulated x {accumulation}"] = {
-            "seconds": {name: spread(values) for name, values in seconds.items()},
-            "tokens per second": {name: round(tokens / median(values)) for name, values in seconds.items()},
-            "MLM + dense / MLM": spread(seconds["MLM + dense"] / seconds["MLM"]),
-            **({"peak GiB": memory} if memory else {}),
-        }
-        del trainers
+    cases = {
+        "whole batch": (length, pairs, 1, False),
+        f"accumulated x {cut}": (length, pairs, cut, False),
+        "mixed lengths up to 512": (512, pairs if cuda else 8, 1, True),
+    }
+    results = {name: _case(args, *case, cuda=cuda) for name, case in cases.items()}
     return {"device": args.device, "rows": 2 * pairs, "tokens a row": length, **results}
 
 
-def make_trainer(dense_weight, length, batch_size, accumulation, cuda) -> DenseTrainer:
-    """A trainer on notes that all have `length` tokens."""
+def _case(args, length: int, pairs: int, accumulation: int, mixed: bool, cuda: bool) -> dict:
+    options = {"length": length, "batch_size": pairs // accumulation, "accumulation": accumulation, "mixed": mixed}
+    trainers = {
+        name: make_trainer(weight, cuda=cuda, **options) for name, weight in (("MLM", 0.0), ("MLM + dense", 3.0))
+    }
+    steps = {name: one_update(trainer) for name, trainer in trainers.items()}
+    if accumulation == 1:
+        steps = {"stock MLM": stock_update(make_trainer(0.0, cuda=cuda, **options))} | steps
+    else:
+        trainers["kept graphs"] = make_trainer(3.0, cuda=cuda, keep_graphs=True, **options)
+        steps["MLM + dense, kept graphs"] = one_update(trainers["kept graphs"])
+    seconds = alternate(steps, args.repeats, args.device)
+    base = next(iter(steps))
+    sums = trainers["MLM + dense"]._update.sums
+    found = {
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        f"/ {base}": {name: spread(values / seconds[base]) for name, values in seconds.items() if name != base},
+        "MLM + dense / MLM": spread(seconds["MLM + dense"] / seconds["MLM"]),
+        "padding": round(1 - (sums["tokens"] / sums["slots"]).item(), 4),
+    }
+    if cuda:
+        for name, run in steps.items():
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            found.setdefault("peak GiB", {})[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
+
+
+def make_trainer(dense_weight, length, batch_size, accumulation, cuda, mixed=False, keep_graphs=False) -> DenseTrainer:
+    """A trainer on notes that all have `length` tokens, or whose lengths are log-normal, a few of them cut there."""
     config = ModernBertConfig() if cuda else minilm()
     tokenizer = number_tokenizer(config.vocab_size, config.pad_token_id, length)
     rng = np.random.default_rng(0)
-    texts = [" ".join(map(str, rng.integers(10, config.vocab_size, length - 2))) for _ in range(600)]
+    lengths = np.full(600, length - 2)
+    if mixed:
+        lengths = np.clip(rng.lognormal(np.log(0.35 * length), 0.8, 600), 8, length - 2).astype(int)
+    texts = [" ".join(map(str, rng.integers(10, config.vocab_size, n))) for n in lengths]
     notes = datasets.Dataset.from_dict(
         {"patient_id": np.repeat(np.arange(200), 3), "time": list(range(3)) * 200, "text": texts}
     )
@@ -60,6 +76,7 @@ def make_trainer(dense_weight, length, batch_size, accumulation, cuda) -> DenseT
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         dense_weight=dense_weight,
+        keep_graphs=keep_graphs,
         max_length=length,
         bf16=cuda,
         use_cpu=not cuda,
@@ -68,6 +85,14 @@ def make_trainer(dense_weight, length, batch_size, accumulation, cuda) -> DenseT
         max_steps=10**6,
     )
     return DenseTrainer(AutoDenseModel.from_config(config), args, train_dataset=notes, processing_class=tokenizer)
+
+
+def stock_update(trainer: DenseTrainer):
+    """As `one_update`, with the model's own loss on the padded batch, as transformers' Trainer has it."""
+    trainer.compute_loss = lambda model, inputs, **_: (
+        model(**{name: value for name, value in inputs.items() if name not in ("num_pairs", "lengths")}).loss
+    )
+    return one_update(trainer)
 
 
 def minilm(**kwargs) -> BertConfig:

@@ -38,16 +38,20 @@ def processor() -> str:
 
 
 def alternate(functions: dict, repeats: int, device: str = "cpu") -> dict[str, np.ndarray]:
-    """Seconds of each function, the functions in turn, so that a drifting machine drifts for all."""
+    """Seconds of each function, the functions in turn, so that a drifting machine drifts for all.
+
+    On a CPU these are the processor's, which other processes of the machine do not lengthen.
+    """
     seconds = {name: [] for name in functions}
+    clock = time.process_time if device == "cpu" else time.perf_counter
     for i in tqdm(range(repeats + 2), desc="measuring", leave=False):
         for name, function in functions.items():
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             function()
             synchronise(device)
             if i >= 2:  # the first two warm up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: np.array(values) for name, values in seconds.items()}
 
 
