@@ -16,10 +16,10 @@ from transformers.utils import cached_file
 
 from hf_densefeat.commands.command_lines import reading_of
 from hf_densefeat.commands.loading import loading
-from hf_densefeat.commands.measure import similarity_tasks
+from hf_densefeat.commands.measure import pairs_if_any, similarity_tasks
 from hf_densefeat.data.layouts import Layout
 from hf_densefeat.data.notes import load_notes
-from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.data.readers import read_files
 from hf_densefeat.data.splits import SplitRecord, split_by_patient
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
@@ -130,7 +130,7 @@ def parse_similarity(
     """Uses by cosine, on the notes of held-out patients; without words a patient's own notes, where any has two."""
     test = split_by_patient(notes, seed=seed, record=split)["test"]
     if arguments is None:
-        return similarity_tasks(["same_patient"], test) if len(adjacent_pairs(test)) else []
+        return similarity_tasks(["same_patient"], test) if len(pairs_if_any(test)) else []
     return similarity_tasks(arguments, test)
 
 
@@ -190,7 +190,7 @@ class Reading:
             asked = {text for one in similarity.rows.values() for text in (*one.texts, *one.queries)}
             others = sorted({*others, *asked} - own)
         patients = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
-        return cls(notes, adjacent_pairs(notes), patients, probes, similarity, others)
+        return cls(notes, pairs_if_any(notes), patients, probes, similarity, others)
 
 
 @dataclass(frozen=True)

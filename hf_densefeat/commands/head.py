@@ -15,13 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from hf_densefeat.commands.command_lines import head_parser, reading_of
 from hf_densefeat.commands.loading import loading
-from hf_densefeat.commands.measure import similarity_tasks
+from hf_densefeat.commands.measure import pairs_if_any, similarity_tasks
 from hf_densefeat.data.notes import describe_notes, load_notes
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.splits import split_by_patient
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
 from hf_densefeat.evaluation.similarity import SimilarityResult, similarity_of
-from hf_densefeat.evaluation.similarity_tasks import similarity_rows
+from hf_densefeat.evaluation.similarity_tasks import SimilarityRows, similarity_rows
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.head import SAMPLE, DenseHead, epsilon_of, fit_head
 from hf_densefeat.models.tokenizers import load_tokenizer
@@ -44,20 +44,21 @@ def run(arguments: argparse.Namespace) -> None:
     notes = load_notes(arguments.notes, **reading_of(arguments))
     print(f"notes      {describe_notes(notes)}")
     parts = split_by_patient(notes, seed=arguments.seed)
+    asked = asked_of(arguments.similarity, parts["test"])
+    Path(arguments.output).mkdir(parents=True, exist_ok=True)  # what cannot be done is said before all is encoded
     model.dense_head = None
     encode = partial(
         model.encode, tokenizer=tokenizer, batch_size=arguments.batch_size, show_progress_bar=True, head=False
     )
     head = fit_on_parts(encode, parts, arguments.epsilon, arguments.seed)
     model.dense_head = head
-    Path(arguments.output).mkdir(parents=True, exist_ok=True)
     try:
         model.save_pretrained(arguments.output)
         tokenizer.save_pretrained(arguments.output)
     except SafetensorError as error:  # a full disk
         raise OSError(f"{arguments.output} could not be written: {error}") from error
     print(described(head, parts))
-    measured = compared(parts["test"], encode(list(parts["test"]["text"])), head, arguments)
+    measured = compared(parts["test"], encode(list(parts["test"]["text"])), head, asked, arguments.seed)
     print(f"\n{terminal(before_after_table(measured))}\n")
     print(f"Saved to {arguments.output}: SentenceTransformer and AutoDenseModel apply the head, AutoModel does not.")
 
@@ -85,27 +86,35 @@ def described(head: DenseHead, parts: Mapping) -> str:
     return f"head       {how}, fitted on {min(len(parts['train']), SAMPLE):,} notes of training patients"
 
 
+def asked_of(words: Sequence[str] | None, notes: datasets.Dataset) -> dict[str, SimilarityRows]:
+    """Uses by cosine of held-out notes; without words a patient's own notes, where any patient has two."""
+    default = ["same_patient"] if len(pairs_if_any(notes)) else []
+    asked = {task.name: similarity_rows(task) for task in similarity_tasks(words or default, notes)}
+    if any(rows.queries for rows in asked.values()):
+        raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
+    return asked
+
+
 def compared(
-    notes: datasets.Dataset, z: torch.Tensor, head: DenseHead, arguments: argparse.Namespace
+    notes: datasets.Dataset, z: torch.Tensor, head: DenseHead, asked: Mapping[str, SimilarityRows], seed: int
 ) -> list[Measured]:
     """Held-out notes without and with the head, in the form of `before_after_table`."""
-    pairs = adjacent_pairs(notes)
-    tasks = similarity_tasks(arguments.similarity or ["same_patient"], notes)
+    pairs = pairs_if_any(notes)
     text_row = {text: i for i, text in enumerate(notes["text"][:])}
     measured: list[Measured] = []
     first: dict[str, SimilarityResult] | None = None
     for name, rows in (("as it is", z), ("with the head", head(z))):
-        uses = {}
-        for task in tasks:
-            asked = similarity_rows(task)
-            if asked.queries:
-                raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
-            places = [text_row[text] for text in asked.texts]
-            uses[task.name] = similarity_of(rows[places], asked, codes=("float",), divisors=(1,), seed=arguments.seed)
+        uses = {
+            task: similarity_of(
+                rows[[text_row[text] for text in one.texts]], one, codes=("float",), divisors=(1,), seed=seed
+            )
+            for task, one in asked.items()
+        }
+        earlier, later = (rows[pairs.earlier], rows[pairs.later]) if len(pairs) else (rows, None)
         measured.append(
             {
                 "name": name,
-                "geometry": geometry_report(rows[pairs.earlier], rows[pairs.later], k=20),
+                "geometry": geometry_report(earlier, later, k=20),
                 "spectrum": spectrum(rows, center=True).tolist(),
                 "similarity": triples(uses),
                 "probes": {},

@@ -12,5 +12,5 @@ def loading(source: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        where = "The folder" if Path(source).is_dir() else "There is no such folder, and from the Hub"
+        where = "In the folder" if Path(source).is_dir() else "There is no such folder, and from the Hub"
         raise ValueError(f"the model {source!r} cannot be loaded. {where}: {reason}.") from error

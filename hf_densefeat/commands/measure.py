@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hf_densefeat.commands.options import RecipeArguments
-from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
 from hf_densefeat.evaluation.probes import ProbeEvaluator, ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
@@ -49,6 +49,15 @@ def similarity_tasks(arguments: Sequence[str], notes: Any) -> list[SimilarityTas
                 f"{argument!r}, as in --similarity diagnosis:neighbours."
             )
     return tasks
+
+
+def pairs_if_any(notes: Any) -> NotePairs:
+    """Adjacent pairs, or none where no patient has two notes: then there is less to measure, and no mistake."""
+    patients = len(np.unique(np.asarray(notes["patient_id"])))
+    if patients < len(notes):
+        return adjacent_pairs(notes)
+    none = np.empty(0, dtype=np.int64)
+    return NotePairs(none, none, none, len(notes), patients)
 
 
 class Measurement:

@@ -138,3 +138,22 @@ def test_a_model_without_a_tokenizer_and_one_that_is_not_there_are_named(tokeniz
         main.main([*words, str(tmp_path / "bare")])
     with pytest.raises(SystemExit, match=r"the model '.*absent' cannot be loaded\. There is no such folder"):
         main.main([*words, str(tmp_path / "absent")])
+
+
+@pytest.mark.slow
+def test_head_of_patients_with_one_note_each(tokenizer, tmp_path, capsys):
+    """No note follows another: the shape of the embeddings is measured, and no use of them by patient."""
+    make_model("bert", tokenizer).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    notes = make_notes(40)
+    notes = notes.remove_columns("patient_id").add_column("patient_id", list(range(len(notes))))
+    notes.to_parquet(tmp_path / "notes.parquet")
+    words = ["head", "--model", str(tmp_path / "encoder"), "--notes", str(tmp_path / "notes.parquet")]
+    main.main([*words, "--output", str(tmp_path / "out")])
+    assert "mean cosine" in capsys.readouterr().out
+    small = ["--k", "2", "--no_cache", "--output", str(tmp_path / "report")]
+    main.main(["probe", *words[1:], *small])
+    assert (tmp_path / "report" / "report.html").is_file()
+    with pytest.raises(SystemExit, match="kind one of query, same"):
+        main.main([*words, "--output", str(tmp_path / "none"), "--similarity", "text:wrong"])
+    assert not (tmp_path / "none").exists()
