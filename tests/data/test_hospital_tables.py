@@ -354,6 +354,7 @@ def test_one_patient_with_many_notes_and_many_with_one():
         adjacent_pairs(alone)
 
 
+@pytest.mark.slow
 def test_two_thousand_files_and_ten_thousand_columns(tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
