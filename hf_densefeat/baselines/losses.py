@@ -61,9 +61,11 @@ def von_neumann_entropy(z: Tensor) -> Tensor:
     rounding count as 0, without gradient, which the authors' code leaves NaN. All zeros: 0.
     """
     rows = F.normalize(z, dim=1)
+    # the smaller of both: they have the same non-zero eigenvalues
     gram = (rows @ rows.mT if len(z) < z.shape[1] else rows.mT @ rows) / len(z)
     values = torch.linalg.eigvalsh(gram)
     resolved = values > len(gram) * torch.finfo(values.dtype).eps
+    # entr(1) = 0, with a finite gradient, which entr(0) has not
     return torch.special.entr(torch.where(resolved, values, 1)).sum()
 
 
@@ -90,9 +92,11 @@ def sigreg(z: Tensor, directions: Tensor, knots: int = 17, most: float = 3.0) ->
     """
     t = torch.linspace(0, most, knots, device=z.device, dtype=z.dtype)
     normal = torch.exp(-t.square() / 2)
+    # the trapezoidal rule on [0, most], doubled for the negative half
     weights = torch.full_like(t, 2 * most / (knots - 1))
     weights[0] = weights[-1] = most / (knots - 1)
     angles = (z @ directions).unsqueeze(-1) * t
+    # the characteristic function of the projections against the normal one, whose imaginary part is 0
     error = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()
     return len(z) * (error @ (weights * normal)).mean()
 
@@ -115,6 +119,7 @@ def unshared_variance(z_a: Tensor, z_b: Tensor) -> Tensor:
     """
     a, b = z_a - z_a.mean(0), z_b - z_b.mean(0)
     total = a.square().sum() + b.square().sum()
+    # a variance that is rounding of the raw values is none
     varies = total > torch.finfo(total.dtype).eps ** 2 * (z_a.square().sum() + z_b.square().sum())
     return 1 - 2 * (a * b).sum() / torch.where(varies, total, torch.inf)
 

@@ -71,6 +71,7 @@ def adjacent_pairs(
     order, patient = order_of_notes(notes)
     patients = int(patient.max()) + 1 if len(patient) else 0
     sorted_patient = patient[order]
+    # a note and the next one in the order are a pair where they are of one patient
     first = np.flatnonzero(sorted_patient[1:] == sorted_patient[:-1])
     earlier, later = order[first], order[first + 1]
     adjacent, removed = len(first), {}

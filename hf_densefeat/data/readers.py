@@ -145,6 +145,7 @@ def _convert(
     """Write the rows of all files to `arrow`; return how many came from each, and what was mended."""
     unfinished = arrow.with_suffix(f".{os.getpid()}.tmp")
     try:
+        # types that Arrow infers from the first block may not hold for a later one: then all is read again as strings
         for infer in (True, False):
             try:
                 record = _write(files, root, unfinished, roles, names, meds, infer)

@@ -95,6 +95,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         full, rest = n // size * size, n % size
         if self.shuffle:
             rng = np.random.default_rng((self.seed, self.epoch))
+            # whole runs are shuffled, so that what is to stay together does
             start, count = _runs(self.patient, self.pairs_per_patient)
             order = rng.permutation(len(start))
             # A bucket holds a quarter of the pairs at most: a small data set too has other batches every epoch.
@@ -102,6 +103,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
             capacities = [bucket] * (full // bucket) + [full % bucket] * (full % bucket > 0)
             start, count = _pack(start[order], count[order], capacities + [rest] * (rest > 0))
             ends = np.cumsum(count)
+            # within a bucket, runs of like length share a step batch: little is padded
             longest = np.maximum.reduceat(self.length[_expand(start, count)], ends - count)
             batches, pieces = [], np.searchsorted(ends, np.cumsum(capacities, dtype=np.int64)) + 1
             for piece in np.split(np.arange(len(start)), pieces):
@@ -111,6 +113,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
                 if self.spread_patients:
                     filled = _spread(filled, self.patient[filled], size)
                 batches += [filled[cut : cut + size] for cut in range(0, inside, size)]
+            # the step batches in random order, or the longest would come first in every bucket
             order = rng.permutation(full // size)
             batches = [batches[i] for i in order] + batches[full // size :]
         else:
@@ -118,15 +121,18 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
             batches = [longest_first[cut : cut + size] for cut in range(0, n, size)]
         if self.drop_last and rest:
             batches.pop()
+        # longest first, ties by number: a step batch does not depend on how it was filled
         return [batch[np.lexsort((batch, -self.length[batch]))] for batch in batches]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield this rank's micro-batches of `(pair, mask_seed)`."""
+        # of all pairs, also of other ranks': a pair's seed does not depend on who trains on it
         rng = np.random.default_rng((self.seed, self.epoch if self.shuffle else 0, 1))
         mask_seeds = rng.integers(2**31, size=len(self.length))
         for batch in self.step_batches():
             for start in range(0, len(batch), self.batch_size * self.ranks):
                 micro_step = batch[start : start + self.batch_size * self.ranks]
+                # slices that differ by one pair at most, empty for some ranks in the last, short batch
                 mine = np.array_split(micro_step, self.ranks)[self.rank]
                 yield list(zip(mine.tolist(), mask_seeds[mine].tolist(), strict=True))
 
@@ -147,6 +153,7 @@ def _check(batch_size: int, ranks: int, rank: int, accumulation: int, pairs_per_
 
 def _runs(patient: np.ndarray, maximum: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut each patient's consecutive pairs into runs of up to `maximum`: first pair and size of every run."""
+    # pairs of a patient stand together, because pairs are sorted by patient
     begins = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
     place = np.arange(len(patient)) - np.repeat(begins, np.diff(np.r_[begins, len(patient)]))
     start = np.flatnonzero(place % maximum == 0)
@@ -164,6 +171,7 @@ def _pack(start: np.ndarray, count: np.ndarray, capacities: list[int]) -> tuple[
 
     Greedy: the first run in the given order that still fits goes in; only where none fits is one cut in two.
     """
+    # every capacity ends where a run ends, as with runs of one: nothing to do
     if np.isin(np.cumsum(capacities), np.cumsum(count)).all():
         return start, count
     waiting: dict[int, deque[tuple[int, int]]] = {size: deque() for size in range(1, int(count.max()) + 1)}
@@ -172,10 +180,12 @@ def _pack(start: np.ndarray, count: np.ndarray, capacities: list[int]) -> tuple[
     packed = []
     for capacity in [*capacities, int(count.sum()) - sum(capacities)]:
         while capacity > 0:
+            # of the runs that fit, the one that comes first in the given order
             size = min((s for s in waiting if s <= capacity and waiting[s]), key=lambda s: waiting[s][0], default=0)
             if size == 0:
                 size = min((s for s in waiting if waiting[s]), key=lambda s: waiting[s][0])
                 rank, first = waiting[size].popleft()
+                # the rest of the cut run keeps its place in the order
                 waiting[size - capacity].appendleft((rank, first + capacity))
                 packed.append((first, capacity))
                 break

@@ -38,6 +38,7 @@ def open_source(source: Any, columns: str | Mapping[str, str], split: str | None
         source = _one_split(source, split)
     if isinstance(source, datasets.Dataset):
         return SourceTable(source.with_format(None))
+    # before Mapping: a frame may look like a mapping of its columns
     if isinstance(source, Frame):
         return SourceTable(datasets.Dataset(_plain_table(pa.RecordBatchReader.from_stream(source).read_all())))
     try:
@@ -72,6 +73,7 @@ def _from_path(source: str | os.PathLike[str], columns: str | Mapping[str, str],
         meds = (path / "data").is_dir() and (path / "metadata").is_dir()
         table = read_files(path, lambda names: match_columns(names, columns, meds))
         return replace(table, data=_with_meds_splits(table.data, path, columns)) if meds else table
+    # what looks like a path is not looked up on the Hub: a typing error would be sent there
     ends = (*FORMATS, *PACKED)
     if path.name.endswith(ends) or path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
         raise ValueError(f"{path.name}: no such file or folder. Expected {EXPECTED}, or a folder of these.")

@@ -86,6 +86,7 @@ def split_patients(
     place, shares = _places(ids, seed), tuple(float(share) for share in shares)
     if stratum is not None:
         return _stratified(place, shares, stratum), SplitRecord(seed, shares, "stratified")
+    # every part gets a patient; what the rounding takes is taken from the largest
     sizes = [max(1, round(len(ids) * share)) for share in shares[1:]]
     while sum(sizes) >= len(ids):
         sizes[int(np.argmax(sizes))] -= 1
@@ -141,6 +142,7 @@ def split_by_patient(
         return _own_splits(notes, patient, split_column)
     ids = sorted(column(notes, "patient_id").unique().to_pylist())
     known = None if record is None else record.parts_of(ids)
+    # a record that cannot be told from its rule (stratified, or a column) is split anew
     group = split_patients(ids, fractions, seed)[0] if known is None else known
     names = list(SPLITS)[: len(fractions if known is None or record is None else record.shares)]
     parts = {name: notes.select(np.flatnonzero(group[patient] == number)) for number, name in enumerate(names)}

@@ -117,9 +117,11 @@ class PairStream(IterableDataset[dict[str, Any]]):
             indices = NotePairs(rows[: len(held)], rows[len(held) :], runs, len(rows), len(np.unique(runs)))
             lengths = [len(text) for text in texts]
             sampler = PairBatchSampler(indices, lengths, **self.cut, **self.grouping)
+            # the number of the buffer stands for the epoch: each is mixed in its own way
             sampler.set_epoch(number)
             for micro_step, items in enumerate(sampler):
                 steps, rest = divmod(micro_step + 1, self.cut["accumulation"])
+                # what was trained on before the checkpoint is drawn again, and left out
                 if steps + (rest > 0) > done:
                     state = {"position": position, "number": number, "steps": steps}
                     yield self._batch(items, texts) | {"stream": json.dumps(state)}

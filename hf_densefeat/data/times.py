@@ -75,6 +75,7 @@ def _numbers(values: pa.ChunkedArray, source: SourceTable, unit: str | None) -> 
     if unit == "yyyymmdd":
         return _parsed(values, _from_digits, source, "YYYYMMDD, with or without HHMMSS"), "timestamps"
     scale = 1e6 if unit == "seconds" else 1e3
+    # to whole microseconds, which a float of seconds holds exactly until 2255
     micros = np.round(values.cast(pa.float64()).fill_null(0).to_numpy() * scale).astype(np.int64)
     found = pa.array(micros, pa.int64(), mask=values.is_null().to_numpy()).cast(MICROSECONDS)
     return pa.chunked_array([found]), "timestamps"
@@ -97,6 +98,7 @@ def _disguise(numbers: np.ndarray) -> str:
         return "months, YYYYMM"
     if low >= 1900 and high <= 2100:
         return "years, YYYY"
+    # 3e8 days are 800,000 years: such a number counts something shorter
     for scale, what in ((1, "seconds"), (1e3, "milliseconds"), (1e6, "microseconds")):
         if low >= 3e8 * scale and high <= 5e9 * scale:  # 1979 to 2128
             return f"{what} since 1970"

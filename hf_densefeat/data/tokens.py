@@ -104,6 +104,7 @@ def tokenize_notes(
     """
     if word_ids and not tokenizer.is_fast:
         raise ValueError("Whole-word masking needs a fast tokenizer, got a slow one. Load it with AutoTokenizer.")
+    # tokenizers without a limit say 10^30
     if max_length is None and tokenizer.model_max_length < 10**9:
         max_length = tokenizer.model_max_length
     if max_length is None:
@@ -136,6 +137,7 @@ def tokenize_texts(
     A tokenizer that truncates also changes its own state, and with it the key under which `datasets` caches.
     """
     encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    # how many special tokens stand before and after the text, whatever the family
     special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     opening, closing = special.index(0), special[::-1].index(0)
 
@@ -146,6 +148,7 @@ def tokenize_texts(
             first, inner, last = row[:opening], row[opening : len(row) - closing], row[len(row) - closing :]
             step = max_length - opening - closing
             return [token for i in range(0, len(inner), step) for token in (*first, *inner[i : i + step], *last)]
+        # the closing token stays: the model has never seen a text without it
         return row[: max_length - closing] + row[len(row) - closing :]
 
     input_ids = [kept(ids) for ids in encoded["input_ids"]]

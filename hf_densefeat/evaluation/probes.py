@@ -75,7 +75,9 @@ def _chosen(features: np.ndarray, path: np.ndarray, y: np.ndarray, kind: Kind) -
         return int(np.argmin([np.mean((y - output) ** 2) for output in outputs]))
     one, rows = np.ones((1, len(y))), np.arange(len(y))
     area = [np.nan_to_num(class_auroc(y, output, one)[0]) for output in outputs]
+    # probabilities of 0 would make the loss of one row decide
     loss = [-np.log(np.maximum(output[rows, y], 1e-12)).mean() for output in outputs]
+    # areas that differ by rounding are equal
     return int(np.lexsort((loss, -np.round(area, 9)))[0])
 
 
@@ -178,6 +180,7 @@ def probe(
         fitted = _Fitted(np.arange(len(y)), clusters)
     else:
         fitted = _fitted(z, y, split, kind, int(y.max()) + 1 if kind != "regression" else 0)
+    # weight 1 for the value itself, and a row of weights for each redraw of the patients
     ours, owners, one = y[fitted.test], patient[fitted.test], np.ones((1, len(fitted.test)))
     weights = patient_weights(owners, bootstraps, seed) if bootstraps else np.empty((0, len(ours)))
     metrics = metrics_of(kind, fitted.threshold)
@@ -298,6 +301,7 @@ class ProbeEvaluator:
         rows = self.rows[name]
         result = probe(z, rows.y, rows.patient, rows.split, kind, bootstraps=bootstraps, shots=shots, seed=self.seed)
         result.rows["unlabelled"] = rows.unlabelled
+        # from rows that have a label to rows of the table
         result.test_index[:] = rows.index[result.test_index]
         return result
 

@@ -231,6 +231,7 @@ class MultimodalModel(MultimodalPreTrainedModel):
         self, input_ids: Tensor, event_ids: Tensor, quantiles: Tensor, hours: Tensor, attention_mask: Tensor, **_
     ):
         """Tokens (B, T), events (B, E), mask (B, T + E) -> `last_hidden_state` (B, T + E, d)."""
+        # positions of the note first, then those of the events
         note_mask, event_mask = attention_mask.tensor_split([input_ids.shape[1]], dim=1)
         note = self.text(input_ids=input_ids, attention_mask=_never_empty(note_mask)).last_hidden_state
         events = self.events(event_ids, quantiles, hours, _never_empty(event_mask)).last_hidden_state
@@ -271,6 +272,7 @@ class MultimodalModelForMaskedPrediction(MultimodalPreTrainedModel):
         words: Any = self.get_input_embeddings()
         sides = [F.linear(self.text_head(note), words.weight), self.event_head(events)]
         classes = max(side.shape[-1] for side in sides)
+        # as good as -inf, and no NaN where a row has no label
         never = torch.finfo(sides[0].dtype).min
         return MaskedLMOutput(logits=torch.cat([F.pad(x, (0, classes - x.shape[-1]), value=never) for x in sides], 1))
 

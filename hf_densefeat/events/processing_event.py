@@ -97,6 +97,7 @@ class EventProcessor(FeatureExtractionMixin):
         known, values, levels = [], [], []
         for i in sorted(np.flatnonzero(count >= min_count), key=codes.__getitem__):
             quantiles = np.quantile(value[number == i], grid)
+            # a value that is frequent stands at several quantiles: its level is their mean, its mid-rank
             distinct, of = np.unique(quantiles, return_inverse=True)
             known.append(codes[i])
             values.append(distinct.tolist())
@@ -140,6 +141,7 @@ class EventProcessor(FeatureExtractionMixin):
         number = np.array([vocabulary.get(name, 0) for name in names], dtype=np.int64)
         known = number > 0
         episode, number, value, hours = episode[known], number[known], value[known], hours[known]
+        # the sorting below is for episodes that are too long alone
         if np.bincount(episode, minlength=1).max() > limit:
             kept = latest_of_each(episode, number, hours, limit)
             episode, number, value, hours = episode[kept], number[kept], value[kept], hours[kept]
@@ -150,6 +152,7 @@ class EventProcessor(FeatureExtractionMixin):
             "quantiles": self._quantiles(number, value).astype(np.float32),
             "hours": hours.astype(np.float32),
         }
+        # an episode without events is an empty slice between two equal cuts
         cuts = np.searchsorted(episode, np.arange(1, len(episodes)))
         split = {name: np.split(column, cuts) for name, column in columns.items()}
         rows = [{name: split[name][i] for name in split} for i in range(len(episodes))]

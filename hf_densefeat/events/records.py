@@ -49,6 +49,7 @@ def pack_episodes(episode, code, value, hours, texts: Sequence[str | None] | int
             )
     if len(episode) and (episode.min() < 0 or episode.max() >= len(texts)):
         raise ValueError(f"Expected episodes 0 to {len(texts) - 1}, got {episode.min()} to {episode.max()}.")
+    # sorted by episode, so that each episode's events are one slice
     order = np.lexsort((hours, episode))
     ends = np.searchsorted(episode[order], np.arange(len(texts)), side="right")
     events = list(zip(code[order].tolist(), value[order].tolist(), np.round(hours[order], 4).tolist(), strict=True))
@@ -73,6 +74,7 @@ def latest_of_each(episode: np.ndarray, code: np.ndarray, hours: np.ndarray, lim
     """
     order = np.lexsort((-hours, code, episode))
     rank = np.empty(len(episode), dtype=np.int64)
+    # 0 for the latest event of each code in the episode, 1 for the one before it, ...
     rank[order] = _place(episode[order], code[order])
     order = np.lexsort((-hours, rank, episode))
     return order[_place(episode[order]) < limit]
@@ -100,11 +102,13 @@ def event_episodes(events: datasets.Dataset, every: float = 24.0) -> datasets.Da
     if not len(rows):
         raise ValueError("Expected rows with a value, got none.")
     patient, code, value, ticks = (part[rows] for part in (patient, code, value.to_numpy(), ticks))
+    # the first event of each patient, from which episodes are counted
     first = np.full(patient.max() + 1, ticks.max())
     np.minimum.at(first, patient, ticks)
     hours = (ticks - first[patient]) / ticks_per_day * 24
     place = (hours // every).astype(np.int64)
     keys, episode = np.unique(np.stack([patient, place], 1), axis=0, return_inverse=True)
+    # the row of each episode's last event, whose patient and time the episode has
     last = rows[np.lexsort((ticks, episode))][np.cumsum(np.bincount(episode)) - 1]
     texts = pack_episodes(episode, code, value, hours - place * every, len(keys))
     return events.select(last).select_columns(["patient_id", "time"]).flatten_indices().add_column("text", texts)
@@ -129,6 +133,7 @@ def events_of(episodes: Sequence[str]) -> tuple[np.ndarray, list[str], np.ndarra
         code, *numbers = zip(*events, strict=True) if events else ((), (), ())
         value, hours = (np.array(column, np.float64) for column in numbers)
     except (TypeError, ValueError) as error:
+        # numpy does not say which event it could not take
         bad = next(i for i, event in zip(number, events, strict=True) if not _is_event(event))
         message = f"Episode {bad}: expected events of code, value and hours, the last two numbers, got another."
         raise ValueError(message) from error

@@ -73,6 +73,7 @@ class Moments:
     def about(self, shift: Tensor) -> Moments:
         """The same rows about another shift: y' = y + delta, expanded."""
         with torch.autocast(shift.device.type, enabled=False):
+            # |y + delta|^2 = |y|^2 + 2 y.delta + |delta|^2, summed with each power that a field holds
             n, delta = self.count, self.shift - shift
             length = delta @ delta
             along, trace = self.first @ delta, self.second.trace()
@@ -96,6 +97,7 @@ class Moments:
             return self.quartic_sum + 4 * mixed + length * (2 * trace + 4 * along + n * length)
 
     def __add__(self, other: Moments) -> Moments:
+        # the same tensor is the usual case, and costs nothing; an equal one would have to be compared
         if other.shift is not self.shift:
             other = other.about(self.shift)
         return Moments(self.shift, *(x + y for x, y in zip(self.sums, other.sums, strict=True)))
@@ -113,6 +115,7 @@ class Moments:
     def covariance(self, center: bool) -> Tensor:
         """Sigma (d, d): Z^T Z / N as the paper writes it (section 3), or about the mean. Equals `np.cov(z.T, ddof=0)`."""
         n = self.count.clamp(min=1)
+        # the mean about the shift is small, so that the difference of squares loses no digits
         mean = self.first / n
         centred = torch.addr(self.second / n, mean, mean, alpha=-1)
         if center:
@@ -150,6 +153,7 @@ class Moments:
         else:
             q = self.quartic_sum_about(torch.zeros_like(self.shift))
             unbiased = (n.square() * square - q) / (n * (n - 1)).clamp(min=1)
+        # below that many rows the U-statistic has no denominator: all of it is noise
         return torch.where(n >= (4 if center else 2), square - unbiased, square)
 
     def detached(self, requires_grad: bool = False) -> Moments:
@@ -217,6 +221,7 @@ class PairMoments:
             return cls(a, b, (full_precision(z_a) - a.shift).mT @ (full_precision(z_b) - b.shift))
 
     def __add__(self, other: PairMoments) -> PairMoments:
+        # a missing moment is not zero: adding it would be silently wrong
         if (self.cross is None) != (other.cross is None):
             raise ValueError(
                 "Only one of these moments of pairs has the cross moment: pass `cross` to both or neither."

@@ -119,6 +119,7 @@ class RunningCovariance:
         """Weight of this step's covariance in the average, and the new drift."""
         if self.covariance is None or self.noise is None or self.drift is None:
             self.covariance, self.noise = torch.zeros_like(seen.normalised), torch.zeros_like(seen.noise)
+            # NaN marks the first step, whose drift has no past to be averaged with
             self.drift = torch.full_like(seen.noise, torch.nan)
         past, noise = self.covariance, seen.noise
         empty = past.trace() == 0
@@ -127,6 +128,7 @@ class RunningCovariance:
         drift = torch.where(self.drift.isnan(), distance, self.drift.lerp(distance, 0.1))
         uncertain = 4 * drift.clamp(min=0) + self.noise
         gain = uncertain / (uncertain + noise.clamp(min=0)).clamp(min=torch.finfo(noise.dtype).tiny)
+        # at least the share of a window that this step is, and never more than ten steps of memory
         gain = torch.maximum(gain, seen.moments.count / averaging_window).clamp(0.1, 1)
         return torch.where(empty, 1, gain), torch.where(empty, self.drift, drift)
 
@@ -137,6 +139,7 @@ class RunningCovariance:
         assert self.noise is not None
         assert self.drift is not None
         average = self.covariance.lerp(seen.normalised, gain)
+        # variances of independent parts add with the squares of their weights
         variance = (1 - gain).square() * self.noise + gain.square() * seen.noise
         keep = usable & seen.square.isfinite()
         if keep:  # on a GPU this waits, as the small eigendecomposition of the next step does anyway

@@ -137,8 +137,10 @@ class Statistics:
         """
         if self.average_cross is None:
             return self.batch_cross_covariance
+        # the geometric mean: what the joint covariance of both normalised sides has off its diagonal
         scale = (self.a.scale * self.b.scale).sqrt()
         batch = self.batch_cross_covariance / scale
+        # the value of the average, the gradient of this update at full strength
         return (self.average_cross + (batch - batch.detach())) * scale
 
     def columns(self) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,7 @@ class SavedState(TrainerState):
 
 def seal(folder: Path) -> None:
     """Write the manifest: size and SHA-256 of every file in the folder, by its path there."""
+    # also those in folders: an adapter's, and the shards of FSDP and DeepSpeed
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     entries = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files

@@ -65,6 +65,7 @@ def forward_pairs(
             part = {name: value[index, :width] for name, value in rows.items()}
             wanted = labels[index, :width]
         predicted = wanted.ne(-100)
+        # without a loss the head sees no position at all; it is still called, for sharded weights
         chosen = (predicted if predict else torch.zeros_like(predicted)) if by_position else None
         with dense.capture_hidden(chosen):
             outputs = model(**part)
@@ -103,6 +104,7 @@ def length_groups(lengths: Sequence[int]) -> list[np.ndarray]:
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     sizes = np.asarray(lengths)[order]
+    # 32 places, because a search over every row would cost as much as a small forward
     ends = np.unique(np.linspace(0, len(sizes), CUTS + 1).round().astype(int))
     # slots[i, j]: of one group from cut i to cut j
     slots = np.where(

@@ -43,6 +43,7 @@ def held_out_terms(
     sums = torch.zeros(2, dtype=torch.float64)
     for inputs in batches:
         made = forward(inputs)
+        # one shift for all batches and ranks, near the mean, so that sums add and lose no digits
         shift = mean_over_ranks(made.rows()) if pair is None else pair.a.shift
         moments = PairMoments.of(made.z_a, made.z_b, shift, cross=objective.needs_cross_moment)
         pair = moments if pair is None else pair + moments

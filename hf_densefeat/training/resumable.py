@@ -148,6 +148,7 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        # from here to `finally`, `_get_output_dir` and `_push_from_checkpoint` know that it is not whole
         self._being_written = True
         try:
             super()._save_checkpoint(model, trial)

@@ -159,6 +159,7 @@ class UpdateLog:
         """Count one that was not; RuntimeError for the 50th in a row."""
         self.skipped += 1
         self._in_a_row += 1
+        # float16's loss scale needs some; more is a run that trains nothing
         if self._in_a_row == MAXIMUM_SKIPPED:
             raise RuntimeError(
                 f"{MAXIMUM_SKIPPED} updates in a row had a gradient that is not finite, up to step {step}: nothing is being "
@@ -173,6 +174,7 @@ class UpdateLog:
         Args:
             reduce: the mean over ranks of each number.
         """
+        # all ranks come here at the same update, so that the collective below is in step
         sums, updates = self._sums, self._updates
         self._sums, self._updates = {}, 0
         if not updates:
