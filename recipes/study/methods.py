@@ -97,6 +97,7 @@ CANDIDATES = {
     "information": Method(
         "weight 3, mutual information 1 in place of pairing", PAPER | {"terms": {"mutual_information": 1.0}}
     ),
+    "pair 0.3, alone": Method("lambda_pair 0.3, without MLM", ALONE),
     "pair 1": Method("weight 3, lambda_pair 1", {"lambda_pair": 1.0}),
     "pair 0.03": Method("weight 3, lambda_pair 0.03", {"lambda_pair": 0.03}),
 }
