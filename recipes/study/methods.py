@@ -89,15 +89,15 @@ METHODS = {
 CANDIDATES = {
     "mlm+infonce": Method("MLM + InfoNCE", {"dense_weight": 0.3}, lambda width: b.info_nce),
     "paper 10": Method("the paper's terms, weight 10", PAPER | {"dense_weight": 10.0}),
-    "pair 0.1, weight 10": Method("weight 10, lambda_pair 0.1", {"dense_weight": 10.0, "lambda_pair": 0.1}),
-    "pair 0.3, weight 10": Method("weight 10, lambda_pair 0.3", {"dense_weight": 10.0}),
-    "pair 0.1, weight 10, unmasked": Method(
+    "pair 0.1 weight 10": Method("weight 10, lambda_pair 0.1", {"dense_weight": 10.0, "lambda_pair": 0.1}),
+    "pair 0.3 weight 10": Method("weight 10, lambda_pair 0.3", {"dense_weight": 10.0}),
+    "pair 0.1 weight 10 unmasked": Method(
         "weight 10, lambda_pair 0.1, unmasked input", {"dense_weight": 10.0, "lambda_pair": 0.1}, clean=True
     ),
     "information": Method(
         "weight 3, mutual information 1 in place of pairing", PAPER | {"terms": {"mutual_information": 1.0}}
     ),
-    "pair 0.3, alone": Method("lambda_pair 0.3, without MLM", ALONE),
+    "pair 0.3 alone": Method("lambda_pair 0.3, without MLM", ALONE),
     "pair 1": Method("weight 3, lambda_pair 1", {"lambda_pair": 1.0}),
     "pair 0.03": Method("weight 3, lambda_pair 0.03", {"lambda_pair": 0.03}),
 }
