@@ -11,6 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     DebertaV2Config,
     ElectraConfig,
@@ -28,6 +29,7 @@ from transformers import (
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, adjacent_pairs
 from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 from hf_densefeat.models.dense import as_dense
+from hf_densefeat.training.checkpoints import seal
 
 pytestmark = pytest.mark.slow
 
@@ -210,7 +212,7 @@ def test_what_cannot_work_says_so_by_name(tokenizer):
     ).shape == (2, 8)
     with pytest.raises(ValueError, match="cls pooling takes the first token, which in LlamaForCausalLM"):
         as_dense(build("llama", tokenizer), "cls")
-    model = build("llama", tokenizer)
+    model = AutoModelForCausalLM.from_config(build("llama", tokenizer).config)
     model.base_model_prefix = "nothing"
     with pytest.raises(ValueError, match="LlamaForCausalLM has no body apart from its head"):
         as_dense(model)
@@ -293,5 +295,6 @@ def test_a_base_with_legacy_key_names_resumes_with_the_trained_weights(tokenizer
     )
 
     save_file(old, tmp_path / "a" / "checkpoint-2" / "model.safetensors", metadata={"format": "pt"})
+    seal(tmp_path / "a" / "checkpoint-2")
     with pytest.raises(ValueError, match=r"Missing: .*LayerNorm\.bias.*unexpected: .*LayerNorm\.beta"):
         resumed_weights(tmp_path / "c", str(base), tokenizer, str(tmp_path / "a" / "checkpoint-2"))
