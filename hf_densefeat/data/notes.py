@@ -114,6 +114,7 @@ def _checked(source: SourceTable, preset: str, on_missing: str, time: pa.Chunked
         "no text": _no_text(column(table, "text")),
         "a word for no text (NULL, nan, None)": _none_words(column(table, "text")),
     }
+    hashes = _hashes(column(table, "text"))  # before rows are selected, which would copy the texts
     if dropped["no text"].all():
         raise ValueError(
             f"All {total:,} texts are empty. Which column holds the text? The table has {shown(table.column_names)}."
@@ -141,7 +142,9 @@ def _checked(source: SourceTable, preset: str, on_missing: str, time: pa.Chunked
     if len(order) < len(table) or (np.diff(order) != 1).any():
         table = table.select(order)
     table = copy.deepcopy(table)  # shares the data; the description belongs to this one alone
-    kept = {f"text with {what}": place for what, place in source.repaired.items()} | _oddities(table, rows[order])
+    kept = {f"text with {what}": place for what, place in source.repaired.items()} | _oddities(
+        table, rows[order], hashes[rows[order]]
+    )
     lines = [f"{len(table):,} notes, columns taken as {preset}, times as {unit}"]
     for verb, reasons in {
         "dropped": {name: (int(mask.sum()), int(mask.argmax())) for name, mask in dropped.items() if mask.any()},
@@ -174,7 +177,7 @@ def _flagged(table: datasets.Dataset, preset: str) -> np.ndarray:
     return marks
 
 
-def _oddities(table: datasets.Dataset, rows: np.ndarray) -> dict[str, tuple[int, int]]:
+def _oddities(table: datasets.Dataset, rows: np.ndarray, hashes: np.ndarray) -> dict[str, tuple[int, int]]:
     """Count, of the notes that are kept, those a person may want to look at; with the first row in the source."""
     ticks, per_day = time_ticks(table)
     if per_day > 1:
@@ -189,17 +192,18 @@ def _oddities(table: datasets.Dataset, rows: np.ndarray) -> dict[str, tuple[int,
     if "note_id" in table.column_names and pc.count_distinct(column(table, "note_id")).as_py() < len(table):
         codes = dense_codes(table, "note_id")
         found["a note_id that another note has too"] = np.bincount(codes)[codes] > 1
-    found |= _copies(table)
+    found |= _copies(hashes, dense_codes(table, "patient_id"))
     return {name: (int(mask.sum()), int(rows[mask].min())) for name, mask in found.items() if mask.any()}
 
 
-def _copies(table: datasets.Dataset) -> dict[str, np.ndarray]:
+def _hashes(texts: pa.ChunkedArray) -> np.ndarray:
+    """A 64-bit hash of each text, chunk by chunk: of 10^7 notes, two different ones agree once in 10^5 tables."""
+    return np.array([hash(text) for chunk in texts.chunks for text in chunk.to_pylist()], dtype=np.int64)
+
+
+def _copies(hashes: np.ndarray, patient: np.ndarray) -> dict[str, np.ndarray]:
     """Mark texts that stand in the table more than once: copied forward in one patient, or in two patients' names."""
-    texts = column(table, "text")
-    # 64-bit hashes: of 10^7 notes, two different ones agree once in 10^5 tables
-    hashes = np.array([hash(text) for chunk in texts.chunks for text in chunk.to_pylist()], dtype=np.int64)
     _, code, count = np.unique(hashes, return_inverse=True, return_counts=True)
-    patient = dense_codes(table, "patient_id")
     # (text, patient) pairs: how often each occurs, and in how many patients' names a text stands
     own = np.unique(np.stack([code, patient]), axis=1, return_inverse=True, return_counts=True)
     within = own[2][own[1].ravel()] > 1
@@ -253,10 +257,12 @@ def _none_words(values: pa.ChunkedArray) -> np.ndarray:
     """Mark texts that are nothing but a word that exports write for none."""
     if pa.types.is_null(values.type):
         return np.zeros(len(values), dtype=bool)
-    short = pc.if_else(pc.less(pc.binary_length(values), 12), values, None)  # so that no long text is copied
-    words = pc.utf8_lower(pc.utf8_trim_whitespace(short))
-    marks: np.ndarray = pc.is_in(words, value_set=pa.array(NONE_WORDS, words.type)).fill_null(False).to_numpy()
-    return marks
+    marks = []
+    for chunk in values.chunks:  # one after another, so that no long text is copied
+        words = pc.utf8_lower(pc.utf8_trim_whitespace(pc.if_else(pc.less(pc.binary_length(chunk), 12), chunk, None)))
+        marks.append(pc.is_in(words, value_set=pa.array(NONE_WORDS, words.type)))
+    found: np.ndarray = pa.chunked_array(marks, pa.bool_()).fill_null(False).to_numpy()
+    return found
 
 
 def _repeated(table: datasets.Dataset, order: np.ndarray, codes: np.ndarray) -> np.ndarray:
