@@ -111,6 +111,7 @@ def auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.nd
     codes = np.unique(score, return_inverse=True)[1]
     everyone, ours = _sums(weights, codes)[0], _sums(weights * positive, codes)[0]
     others = everyone - ours
+    # negatives below each cell, and half of those in it: a tie is half a win
     below = np.cumsum(others, axis=1) - 0.5 * others
     return _ratio((ours * below).sum(1), ours.sum(1) * others.sum(1))
 
@@ -120,6 +121,7 @@ def average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarr
     codes = np.unique(-score, return_inverse=True)[1]
     everyone, ours = np.cumsum(_sums(weights, codes)[0], axis=1), _sums(weights * positive, codes)[0]
     hits = np.cumsum(ours, axis=1)
+    # a cell without weight has no precision, and adds nothing
     precision = np.divide(hits, everyone, out=np.zeros_like(hits), where=everyone > 0)
     return _ratio((ours * precision).sum(1), hits[:, -1])
 
@@ -129,6 +131,7 @@ def _tables(y: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray
     shape = int(y.max()) + 1, int(other.max()) + 1
     sums, present = _sums(weights, y * shape[1] + other)
     tables = np.zeros((len(weights), shape[0] * shape[1]))
+    # labels and others that do not occur together have weight 0
     tables[:, present] = sums
     return tables.reshape(len(weights), *shape)
 
@@ -165,6 +168,7 @@ def adjusted_rand(y: np.ndarray, cluster: np.ndarray, weights: np.ndarray) -> np
 
     both, everything = pairs(table, squares), pairs(table.sum((1, 2)), squares.sum((1, 2)))
     labels, clusters = pairs(table.sum(2), squares.sum(2)), pairs(table.sum(1), squares.sum(1))
+    # of two random partitions with the same sizes
     expected = labels * clusters / np.maximum(everything, 1)
     return _ratio(both - expected, 0.5 * (labels + clusters) - expected)
 
@@ -172,6 +176,7 @@ def adjusted_rand(y: np.ndarray, cluster: np.ndarray, weights: np.ndarray) -> np
 def mutual_information(y: np.ndarray, cluster: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Normalised mutual information, arithmetic mean of the entropies, (B,). Equals sklearn's default."""
     table = _tables(y, cluster, weights)
+    # joint shares; their margins are those of labels and clusters
     p = table / table.sum((1, 2), keepdims=True)
 
     def entropy(q: np.ndarray) -> np.ndarray:

@@ -70,6 +70,7 @@ def _expected_relevance(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
 
 def _first_rank(scores: Tensor, relevant: Tensor) -> Tensor:
     """Expected rank of the first relevant document, (queries,)."""
+    # tied documents stand in random order: the first relevant of m among n is at (n + 1) / (m + 1) on average
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
     tied = (scores - best).abs() <= TIE
     above = (scores > best + TIE).count_nonzero(1)
@@ -104,6 +105,7 @@ def ranking(
         raise ValueError(f"Expected queries of width {documents.shape[1]} but got {queries.shape[1]}.")
     names, k = ("mrr", f"recall_at_{k}", f"ndcg_at_{k}", f"precision_at_{k}"), min(k, len(documents))
     discount = 1 / torch.log2(torch.arange(k) + 2.0)
+    # of a ranking with all relevant documents first, by their number
     ideal = torch.cat([torch.zeros(1), discount.cumsum(0)])
     parts: list[Tensor] = []
     step = max(1, _CHUNK // max(1, len(documents)))
@@ -114,6 +116,7 @@ def ranking(
         searched = torch.full((len(scores),), len(documents))
         if allowed is not None:
             mask = allowed(rows)
+            # what is not searched ranks last and is not relevant
             scores, wanted, searched = scores.masked_fill(~mask, -torch.inf), wanted & mask, mask.count_nonzero(1)
         expected, count = _expected_relevance(scores, wanted, k), wanted.count_nonzero(1)
         values = torch.stack(

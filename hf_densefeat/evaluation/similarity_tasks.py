@@ -131,6 +131,7 @@ def _following(task: SimilarityTask, group: np.ndarray) -> np.ndarray:
         order = np.argsort(times, kind="stable")
     # Stable sorts, the last key first: by patient, within the patient by time.
     order = order[np.argsort(group[order], kind="stable")]
+    # the last note of each patient keeps -1: nothing follows it
     following = np.full(len(group), -1)
     same = group[order[:-1]] == group[order[1:]]
     following[order[:-1][same]] = order[1:][same]
@@ -150,6 +151,7 @@ def _beir(task: SimilarityTask) -> SimilarityRows:
     scored = [name for name in ("score", "relevance") if name in _columns(task.relevance)]
     score = _column(task, task.relevance, scored[0]) if scored else [1] * len(asked)
     query_of, document_of = ({name: i for i, name in enumerate(side)} for side in (ids, names))
+    # BEIR lists documents that were judged and found irrelevant, with a score of 0
     pairs = [(str(q), str(d)) for q, d, s in zip(asked, found, score, strict=True) if s > 0]
     unknown = sum(q not in query_of or d not in document_of for q, d in pairs)
     if unknown or len(query_of) < len(ids) or len(document_of) < len(names):
@@ -160,6 +162,7 @@ def _beir(task: SimilarityTask) -> SimilarityRows:
         )
     named = np.array([(query_of[q], document_of[d]) for q, d in pairs], dtype=np.int64).reshape(-1, 2)
     relevant = np.unique(named, axis=0)
+    # a query without a relevant document has no rank
     kept = np.unique(relevant[:, 0])
     queries = _texts(task, _column(task, task.queries, "text", "query"), "text")
     group = _group_codes(task, task.queries, required=False)[kept]
@@ -192,6 +195,7 @@ def _labelled(task: SimilarityTask) -> SimilarityRows:
             "labelled rows, at least two are needed."
         )
     group = _group_codes(task, task.notes, required=True)[kept]
+    # for neighbours a patient's own notes would be found for their template, not their label
     apart = task.kind == "neighbours" if task.apart is None else task.apart
     chosen = _texts(task, [texts[i] for i in kept], task.text)
     left_out = {"unlabelled": len(texts) - len(kept)}

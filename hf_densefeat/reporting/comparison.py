@@ -128,6 +128,7 @@ class Comparison:
 
     def gain(self, name: str) -> float:
         """Its difference relative to the first encoder's value, above 0 where it is better."""
+        # relative, so that gains of metrics with other units can be put in one order
         base = abs(next(iter(self.values.values())).value)
         sign = 1 if metric_named(self.metric).higher_is_better else -1
         return sign * self.differences[name].value / max(base, 1e-9)
@@ -152,10 +153,12 @@ def comparisons(measured: Sequence[Measured], *, variants: bool = False) -> list
         gaps = {one["name"]: _part(one, "differences") for one in measured[1:]}
         for key in sides[measured[-1]["name"]]:
             task, metric = key.rsplit(" ", 1)
+            # a variant is named by its metric and what was done to the embeddings: mrr_binary
             if not variants and metric not in METRICS:
                 continue
             values = {name: estimate_of(side[key]) for name, side in sides.items() if key in side}
             differences = {name: estimate_of(side[key]) for name, side in gaps.items() if key in side}
+            # k-means over all rows is no held-out probe, and is counted apart from them
             group = "clusterings" if part == "probes" and metric in METRICS_OF["clustering"] else part
             found.append(Comparison(group, task, metric, values, differences))
     return sorted(found, key=lambda one: list(GROUPS).index(one.group))
@@ -224,6 +227,7 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
         group = counts.setdefault(row.group, {"better": 0, "equal": 0, "worse": 0})
         group[row.direction(name)] += 1
     better, worse = (sum(one[word] for one in counts.values()) for word in ("better", "worse"))
+    # one visible loss is enough to say so, whatever the number of gains
     against = ("mixed" if worse else "better") if better else ("worse" if worse else "equal")
     evidence = "; ".join(f"{GROUPS[group]}: {_counted(one)}" for group, one in counts.items())
     advice = f"{_advice(name, base['name'], against, counts)}."

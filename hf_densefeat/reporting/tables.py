@@ -52,6 +52,7 @@ def terminal(table: Table, width: int = 80) -> str:
         widths = [max(7, *(len(line[i]) for line in table[1:])) for i in columns]  # the heads are broken
     first = max(12, min(max(len(line[0]) for line in table), width - sum(widths) - gap * len(widths)))
 
+    # the last column gives way where all of it together is still too wide
     widths[-1] = max(8, min(widths[-1], width - first - sum(widths[:-1]) - gap * len(widths)))
 
     def line(cells: Sequence[str]) -> list[str]:
@@ -141,6 +142,7 @@ def _resolved(report: Report) -> str:
 
 
 def _condition(report: Report, name: str) -> str:
+    # at the floor the smallest eigenvalue is rounding: the number is a bound, and is shown as one
     singular = report[name] >= 0.999 / report["condition_floor"]
     return f"≥ {1 / report['condition_floor']:.0e} (floor)" if singular else number(report[name])
 

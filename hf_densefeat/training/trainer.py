@@ -66,9 +66,8 @@ class DenseTrainer(ResumableTrainer):
         processing_class: the tokenizer, or the `PairProcessor` of another kind of input; by default that of the model.
         peft_config: train this adapter (LoRA and its kin) and freeze the rest. What is saved is the encoder with the adapter
             merged in, and in `adapter/` the adapter, from which a run resumes. A `PeftModel` as `model` does the same.
-        evaluator: called as `evaluator(model, tokenizer)` at each evaluation, on every rank, or as those of
-            sentence-transformers are, `evaluator(SentenceTransformer)`; its dict of numbers joins
-            the metrics, where `metric_for_best_model` and early stopping see them.
+        evaluator: called as `evaluator(model, tokenizer)` at each evaluation, on every rank, or as sentence-transformers'
+            are, `evaluator(SentenceTransformer)`; its numbers join the metrics, where `metric_for_best_model` sees them.
         kwargs: as for `Trainer`.
 
     An update whose gradient is not finite is skipped on all ranks, and counted; 50 in a row are a RuntimeError. Raises
@@ -125,12 +124,8 @@ class DenseTrainer(ResumableTrainer):
         self.by_position = check_run(self)
 
     def _pairs(self, notes, name: str, model, args: DenseTrainingArguments):
-        options: dict[str, Any] = {
-            "processor": self.processor,
-            "max_length": model.max_length,
-            "max_gap": args.max_gap,
-        }
-        return pair_datasets(notes, name, stats=self.reading_stats, **options)
+        limits: dict[str, Any] = {"max_length": model.max_length, "max_gap": args.max_gap}
+        return pair_datasets(notes, name, processor=self.processor, stats=self.reading_stats, **limits)
 
     def predict(self, *args, **kwargs):
         """Refused: evaluation keeps moments, not predictions."""
