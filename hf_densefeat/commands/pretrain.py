@@ -38,7 +38,7 @@ from hf_densefeat.reporting.comparison import Measured, plain_numbers, verdict
 from hf_densefeat.reporting.formats import markdown
 from hf_densefeat.reporting.tables import before_after_table, terminal
 from hf_densefeat.training.arguments import DenseTrainingArguments
-from hf_densefeat.training.checkpoints import check_whole, newest_whole
+from hf_densefeat.training.checkpoints import CheckpointError, newest_whole
 from hf_densefeat.training.trainer import DenseTrainer
 
 
@@ -72,10 +72,11 @@ def run(recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
         say(args, line("lm head", f"new: it is trained alone first, for {recipe.head_warmup_steps} updates"))
         warm_up_head(model, recipe, args, trainer.train_dataset, tokenizer)
     try:
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(args))
+        last = args.resume_from_checkpoint == "last"
+        result = trainer.train(resume_from_checkpoint=True if last else args.resume_from_checkpoint)
     except KeyboardInterrupt:
         sys.exit(f"\nStopped at update {trainer.state.global_step}. {how_to_resume(args)}")
-    except OSError as error:  # a full disk; anything else is a fault of ours, with its traceback
+    except (OSError, CheckpointError) as error:  # anything else is a fault of ours, with its traceback
         sys.exit(f"pretrain: error: {error}")
     if trainer.stopped:
         say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(args)}")
@@ -198,21 +199,6 @@ def warm_up_head(model: Any, recipe: RecipeArguments, args: DenseTrainingArgumen
     trainer.train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-
-
-def last_checkpoint(args: DenseTrainingArguments) -> str | None:
-    """What `--resume_from_checkpoint` names: a folder, or `last` for the newest whole one in output_dir."""
-    if args.resume_from_checkpoint != "last":
-        if args.resume_from_checkpoint:
-            try:
-                check_whole(Path(args.resume_from_checkpoint))
-            except ValueError as error:
-                sys.exit(f"pretrain: error: {error}")
-        return args.resume_from_checkpoint
-    found = newest_whole(Path(str(args.output_dir)))
-    if found is None:
-        raise SystemExit(f"--resume_from_checkpoint last: no whole checkpoint in {args.output_dir}.")
-    return str(found)
 
 
 def how_to_resume(args: DenseTrainingArguments) -> str:

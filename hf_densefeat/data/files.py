@@ -64,13 +64,13 @@ def delimiter_of(file: Path) -> str:
     outside = "".join(first.split('"')[::2])  # a quoted name may hold any of them
     usual = "\t" if ".tsv" in file.name.lower() else ","
     found = max(DELIMITERS, key=lambda mark: (outside.count(mark), mark == usual))
-    if found != usual and outside.count(found):
-        logger.info("%s is separated by %s.", file.name, {"\t": "tabs"}.get(found, found))
     return found if outside.count(found) else usual
 
 
-def header_of(file: Path, delimiter: str) -> list[str]:
+def header_of(file: Path) -> list[str]:
     """The cells of the first line; UnicodeError where it is not UTF-8, StopIteration where there is none."""
+    delimiter = delimiter_of(file)
+    logger.info("%s is separated by %r.", file.name, delimiter)
     with io.TextIOWrapper(io.BufferedReader(_Raw(opened(file))), "utf-8-sig", errors="replace", newline="") as lines:
         names = next(row for row in csv.reader(lines, delimiter=delimiter) if row)
     if "\ufffd" in "".join(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +17,7 @@ from hf_densefeat.data.pairs import NotePairs
 Batch = dict[str, Any]  # tensors, and `num_pairs`, an int
 
 
-class PairDataset(Dataset[dict[str, Any]]):
+class PairDataset(Dataset[dict[str, Any]], ABC):
     """Pairs of rows, looked up by `(pair, mask_seed)` or by pair; a subclass says what a row is.
 
     Attributes:
@@ -35,9 +36,9 @@ class PairDataset(Dataset[dict[str, Any]]):
         """Return one pair."""
         return self.__getitems__([item])[0]
 
+    @abstractmethod
     def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
         """Return the pairs of one micro-batch; an empty list for an empty list."""
-        raise NotImplementedError
 
 
 class ReadingStats(Protocol):

@@ -36,10 +36,6 @@ class Layout:
     roles: dict[str, str]
     fallback: str | None = None
 
-    def columns(self) -> set[str]:
-        """The table's names of all columns that are read as text."""
-        return set(self.roles.values()) | ({self.fallback} if self.fallback else set())
-
 
 def match_columns(names: Sequence[str], columns: str | Mapping[str, str], meds: bool = False) -> Layout:
     """The layout of a table with these names, regardless of case and of spaces around them.

@@ -131,7 +131,7 @@ def _column_names(file: Path) -> list[str]:
         if kind_of(file) == "parquet":
             return [str(name) for name in pq.read_schema(file).names]
         if kind_of(file) == "csv":
-            return header_of(file, delimiter_of(file))
+            return header_of(file)
         return [str(name) for name in next(_batches(file, (), {})).schema.names]
     except StopIteration:
         raise ValueError(f"{file.name} has no rows: expected a table of notes.") from None

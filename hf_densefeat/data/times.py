@@ -66,9 +66,10 @@ def _numbers(values: pa.ChunkedArray, source: SourceTable, unit: str | None) -> 
     if unit is None:
         looks = _disguise(values.drop_null().to_numpy())
         if looks:
+            first = int(values.is_valid().to_numpy().argmax())
             raise ValueError(
-                f"Column time holds numbers that look like {looks}, first {source.place(0)}, not like numbers of days. Say "
-                f"what they are: `time_unit=` (`--time_unit`) one of {', '.join(TIME_UNITS)}."
+                f"Column time holds numbers that look like {looks}, first {source.place(first)}, not like days. Say what "
+                f"they are: `time_unit=` (`--time_unit`) one of {', '.join(TIME_UNITS)}."
             )
     if unit in (None, "days"):
         return values, "numbers of days"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,16 +12,16 @@ from torch import Tensor
 from hf_densefeat.objective.moments import Moments
 
 
-class Variation:
+class Variation(ABC):
     """Whether and how much one side of one update varies; subclasses say from what the trace is taken."""
 
     moments: Moments
     center: bool
 
-    @cached_property
+    @property
+    @abstractmethod
     def trace(self) -> Tensor:
         """Trace of Sigma of this update, ()."""
-        raise NotImplementedError
 
     @cached_property
     def resolution(self) -> Tensor:

@@ -24,6 +24,10 @@ OBJECTIVE_STATE = "densefeat_state.safetensors"
 UNFINISHED = "unfinished"  # the folder in output_dir in which a checkpoint is written, until it is whole
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, or not as it was written: the sentence says which file, and what to do."""
+
+
 class SavedState(TrainerState):
     """Saved without the best checkpoint's folder, a path of this machine: `best_global_step` says which one it is."""
 
@@ -75,14 +79,16 @@ def damage(folder: Path) -> str | None:
 
 
 def check_whole(folder: Path) -> None:
-    """ValueError for a checkpoint that is damaged or not there, before anything of it is loaded."""
+    """CheckpointError for a checkpoint that is damaged or not there, before anything of it is loaded."""
     if not folder.is_dir():
-        raise ValueError(f"There is no checkpoint {folder.name}. Name a folder that a run with save_strategy wrote.")
+        raise CheckpointError(
+            f"There is no checkpoint {folder.name}. Name a folder that a run with save_strategy wrote."
+        )
     wrong = damage(folder)
     if wrong is not None:
         before = newest_whole(folder.parent, below=_step(folder))
         advice = f"Resume from {before.name}." if before else "There is no whole checkpoint before it: begin anew."
-        raise ValueError(
+        raise CheckpointError(
             f"{folder.name} is not whole: {wrong}. {advice} To start from its weights alone, pass it as the model instead."
         )
 

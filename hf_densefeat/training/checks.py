@@ -13,7 +13,6 @@ from hf_densefeat.data.inputs import PairProcessor, StreamProcessor
 from hf_densefeat.objective.batch_loss import BatchLoss
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.training.arguments import DenseTrainingArguments
-from hf_densefeat.training.forward import predicts_by_position
 
 
 def check_functions(kwargs: dict) -> None:
@@ -102,14 +101,11 @@ def check_stream(args: DenseTrainingArguments, processor: PairProcessor) -> None
         )
 
 
-def check_run(trainer: Any) -> bool:
+def check_run(trainer: Any) -> None:
     """What can be refused only when devices, ranks and sharding are known.
 
     Args:
         trainer: the `DenseTrainer`, at the end of its constructor.
-
-    Returns:
-        Whether the model's head takes predicted positions alone (`predicts_by_position`).
     """
     args, model, objective = trainer.args, trainer.dense_model, trainer.objective
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -130,6 +126,3 @@ def check_run(trainer: Any) -> bool:
     elif trainer.train_dataset is not None and args.dense_weight:
         pairs = math.inf if streamed else len(trainer.train_dataset)
         check_subspace(pairs, trainer.get_total_train_batch_size(args), model.config.hidden_size, objective)
-    if not args.mlm_weight or args.torch_compile:  # a compiled model would be compiled anew for each number of tokens
-        return False
-    return predicts_by_position(model, trainer.data_collator([]))

@@ -21,6 +21,7 @@ from hf_densefeat.models.adapters import ADAPTER, load_adapter, merged, save_ada
 from hf_densefeat.models.sentence_transformers import FILES
 from hf_densefeat.training.checkpoints import (
     UNFINISHED,
+    CheckpointError,
     SavedState,
     check_whole,
     newest_whole,
@@ -62,7 +63,7 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError("resume_from_checkpoint is True, but there is no whole checkpoint in output_dir.")
+                raise CheckpointError(f"There is no whole checkpoint in {output_dir.name} to resume from.")
         elif resume_from_checkpoint:
             check_whole(Path(resume_from_checkpoint))
         if resume_from_checkpoint and self._is_finished(Path(resume_from_checkpoint)):
@@ -150,6 +151,8 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         # from here to `finally`, `_get_output_dir` and `_push_from_checkpoint` know that it is not whole
         self._being_written = True
+        # nor does the stock Trainer delete old ones now: it would look for them among the unfinished
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -163,14 +166,10 @@ class ResumableTrainer(Trainer):
             whole = newest_whole(run)
             raise OSError(
                 f"{name} could not be written: {error}. "
-                + (
-                    f"{whole.name} is whole: make room, and resume from it."
-                    if whole
-                    else "There is no checkpoint yet."
-                )
+                + (f"{whole.name} is whole: resume from it." if whole else "There is no checkpoint yet.")
             ) from error
         finally:
-            self._being_written = False
+            self._being_written, self.args.save_total_limit = False, limit
         self.accelerator.wait_for_everyone()
         self._find_best(target)
         if self.args.push_to_hub:
@@ -178,7 +177,7 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
+                save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )

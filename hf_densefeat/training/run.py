@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from hf_densefeat.data.inputs import PairDataset
@@ -46,7 +46,7 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
     }
     if isinstance(adapted, PeftModel):
         [adapter] = adapted.active_adapters
-        settings["adapter"] = f"{adapted.peft_config[adapter].peft_type}, merged".removeprefix("PeftType.")
+        settings["adapter"] = f"{PeftType(adapted.peft_config[adapter].peft_type).value}, merged"
     evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
     return Run(
         mlm_weight=args.mlm_weight,

@@ -24,7 +24,7 @@ from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.checkpoints import read_objective, write_objective
 from hf_densefeat.training.checks import check_functions, check_head, check_objective, check_run, check_trainable
-from hf_densefeat.training.forward import Forward, forward_pairs
+from hf_densefeat.training.forward import Forward, forward_pairs, predicts_by_position
 from hf_densefeat.training.held_out import covariance_rank, evaluation_model, held_out_terms
 from hf_densefeat.training.loaders import pair_loader, pair_stream, stream_loader, train_loader
 from hf_densefeat.training.preparation import (
@@ -36,13 +36,7 @@ from hf_densefeat.training.preparation import (
 )
 from hf_densefeat.training.resumable import ResumableTrainer
 from hf_densefeat.training.run import described_run, write_card
-from hf_densefeat.training.update import (
-    Update,
-    UpdateLog,
-    add_parameters,
-    check_replay,
-    moments_of,
-)
+from hf_densefeat.training.update import Update, UpdateLog, add_parameters, check_replay, moments_of
 
 
 class DenseTrainer(ResumableTrainer):
@@ -97,7 +91,7 @@ class DenseTrainer(ResumableTrainer):
         objective: DenseObjective | BatchLoss | None = None,
         **kwargs,
     ):
-        args = args if args is not None else DenseTrainingArguments()
+        args = args or DenseTrainingArguments()
         check_functions(kwargs)
         model, adapted = prepare_model(model, args, peft_config)
         processing_class = prepare_tokenizer(processing_class, model)
@@ -121,11 +115,17 @@ class DenseTrainer(ResumableTrainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
-        self.by_position = check_run(self)
+        check_run(self)
+        self.by_position = self._takes_positions()
 
     def _pairs(self, notes, name: str, model, args: DenseTrainingArguments):
         limits: dict[str, Any] = {"max_length": model.max_length, "max_gap": args.max_gap}
         return pair_datasets(notes, name, processor=self.processor, stats=self.reading_stats, **limits)
+
+    def _takes_positions(self) -> bool:
+        """Whether the head is given predicted positions alone; a compiled model would be compiled for each number of them."""
+        wanted = self.args.mlm_weight > 0 and not self.args.torch_compile
+        return wanted and predicts_by_position(self.dense_model, self.data_collator([]))
 
     def predict(self, *args, **kwargs):
         """Refused: evaluation keeps moments, not predictions."""

@@ -83,7 +83,7 @@ def test_every_damaged_file_is_named_before_anything_is_loaded(tmp_path, saved, 
 
 def test_no_checkpoint_is_said(tmp_path, tokenizer, pairs):
     trainer = make_trainer(tmp_path, tokenizer, pairs, **STEPS)
-    with pytest.raises(ValueError, match="no whole checkpoint in output_dir"):
+    with pytest.raises(ValueError, match=r"There is no whole checkpoint in .* to resume from"):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="There is no checkpoint checkpoint-9"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
@@ -151,7 +151,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path, 
         publish(folder, target)
 
     monkeypatch.setattr(resumable, "publish", full)
-    sentence = r"checkpoint-4 could not be written: .*No space left on device.*checkpoint-2 is whole: make room"
+    sentence = r"checkpoint-4 could not be written: .*No space left on device.*checkpoint-2 is whole: resume from it"
     with pytest.raises(OSError, match=sentence):
         trainer.train()
     assert sorted(path.name for path in tmp_path.rglob("checkpoint-*")) == ["checkpoint-2"]
@@ -166,7 +166,9 @@ def test_half_written_folders_are_said_and_never_read(tmp_path, tokenizer, pairs
     with pytest.raises(ValueError, match="no whole checkpoint"):
         trainer.train(resume_from_checkpoint=True)
     assert "half-written: checkpoint-6" in caplog.text
+    make_trainer(tmp_path, tokenizer, pairs, save_total_limit=1, **STEPS | {"max_steps": 4}).train()
     assert half.is_dir()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 # ---- Killed from outside ----
