@@ -7,6 +7,7 @@
     python recipes/benchmark.py data [--notes 3000000]     # notes to batches, at the size of MIMIC-IV-Note
     python recipes/benchmark.py probes                     # the path of linear probes, against LogisticRegressionCV
     python recipes/benchmark.py encode                     # embeddings, against SentenceTransformer on the same folder
+    python recipes/benchmark.py marks                      # masked words held out, with masks spent on ___ and without
 
 Timings are ratios of alternating runs in one process: medians, with the 10th and 90th percentile.
 """
@@ -16,6 +17,7 @@ import json
 
 from benchmarks.data import data
 from benchmarks.encode import encode
+from benchmarks.marks import marks
 from benchmarks.objective import objective, running
 from benchmarks.probes import probes
 from benchmarks.scaling import scaling
@@ -46,10 +48,13 @@ def main():
     encode_parser.add_argument("--repeats", type=int, default=10)
     probes_parser = commands.add_parser("probes", help="linear probes at every strength, against scikit-learn")
     probes_parser.add_argument("--repeats", type=int, default=5)
+    marks_parser = commands.add_parser("marks", help="training with masks on de-identification marks and without")
+    marks_parser.add_argument("--steps", type=int, default=150)
+    marks_parser.add_argument("--seeds", type=int, default=3)
     scaling_parser = commands.add_parser("scaling", help="ranks, width and rows")
     scaling_parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode, probes)}
+    commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode, marks, probes)}
     print(json.dumps({"command": args.command, **machine(), **commands[args.command](args)}, indent=1))
 
 

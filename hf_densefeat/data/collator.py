@@ -26,7 +26,8 @@ class DensePairCollator:
 
     Masks are those of `transformers.DataCollatorForLanguageModeling` (80 % mask token, 10 % random token, 10 % left;
     with whole words: all mask token), drawn for each row from (mask_seed, side): they do not depend on the other rows, the
-    padding, the worker or the rank. A short row may get no mask at all.
+    padding, the worker or the rank. A short row may get no mask at all. Tokens of de-identification marks, where
+    `tokenize_notes(marks=True)` kept them, are never predicted, and the share is that of the other tokens.
 
     With `objective="causal"` labels are shifted: `labels[t]` is the token to be predicted at position t, that is
     `input_ids[t + 1]`, and −100 at the last token. Nothing is masked.
@@ -133,18 +134,21 @@ class DensePairCollator:
         if self.masking is None:
             return ids, np.full(len(ids), -100)
         words = pair[f"{side}_word_ids"] if self.whole_word_mask else None
-        return self.masking.row(ids, words, seed=(pair["mask_seed"], int(side == "later")))
+        marked = pair.get(f"{side}_marked", [])
+        return self.masking.row(ids, words, marked, seed=(pair["mask_seed"], int(side == "later")))
 
 
 class _Masking(DataCollatorForLanguageModeling):
     """The library's masks for one row from its own generator, with words given by the tokenizer's word ids."""
 
     def row(
-        self, ids: np.ndarray, words: Sequence[int] | None, seed: tuple[int, int]
+        self, ids: np.ndarray, words: Sequence[int] | None, marked: Sequence[int], seed: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (input ids, labels) of one row of token ids."""
+        """Return (input ids, labels) of one row of token ids, of which the special and the marked are left alone."""
         self.generator = np.random.default_rng(seed)
         special = np.isin(ids, self.tokenizer.all_special_ids)[None]
+        if len(marked):
+            special |= np.array(marked, dtype=bool)
         offsets = None if words is None else np.array(words)[None]
         inputs, labels = self.numpy_mask_tokens(ids[None].copy(), special_tokens_mask=special, offset_mapping=offsets)
         return inputs[0], labels[0]

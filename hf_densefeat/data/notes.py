@@ -203,13 +203,12 @@ def _hashes(texts: pa.ChunkedArray) -> np.ndarray:
 
 def _copies(hashes: np.ndarray, patient: np.ndarray) -> dict[str, np.ndarray]:
     """Mark texts that stand in the table more than once: copied forward in one patient, or in two patients' names."""
-    _, code, count = np.unique(hashes, return_inverse=True, return_counts=True)
-    # (text, patient) pairs: how often each occurs, and in how many patients' names a text stands
-    own = np.unique(np.stack([code, patient]), axis=1, return_inverse=True, return_counts=True)
-    within = own[2][own[1].ravel()] > 1
-    patients = np.bincount(own[0][0], minlength=len(count))
+    code = np.unique(hashes, return_inverse=True)[1]
+    # (text, patient) as one number: how often each occurs, and in how many patients' names a text stands
+    own, which, count = np.unique(code * (patient.max() + 1) + patient, return_inverse=True, return_counts=True)
+    patients = np.bincount(own // (patient.max() + 1))
     return {
-        "a text that the same patient has at another time": within,
+        "a text that the same patient has at another time": count[which] > 1,
         "a text that another patient has too": patients[code] > 1,
     }
 

@@ -27,7 +27,7 @@ from hf_densefeat.data.layouts import Layout
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 1000
-BLOCK_BYTES = 1 << 25  # a row of text must fit in a block
+BLOCK_BYTES = 1 << 23  # a row must fit in a block, and Arrow reads 32 of them ahead
 CACHE_VERSION = 2
 JSON_TIME = pa.timestamp("s")
 READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error, ValueError, OverflowError)
@@ -121,7 +121,7 @@ def damaged(name: str, rows: int, error: Exception) -> ValueError:
     return ValueError(
         f"{name} could not be read after row {rows:,} ({type(error).__name__}): the file is cut short, damaged or not "
         "what its name says. In csv, look for a quote that is never closed; in jsonl, every line must be an object "
-        "whose keys keep their type. Text must be UTF-8."
+        f"whose keys keep their type. Text must be UTF-8, and a row at most {BLOCK_BYTES >> 20} MB."
     )
 
 
@@ -236,7 +236,8 @@ def _batches(
     """Yield the rows of one file; of a file without rows an empty batch, or nothing."""
     kind = kind_of(file)
     if kind == "parquet":
-        yield from pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
+        # Arrow would read a whole row group ahead, which may be the whole file, and keep it
+        yield from pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20).iter_batches(batch_size=BATCH_ROWS)
     elif kind == "csv":
         yield from _csv_batches(file, names, roles, infer)
     elif kind == "json" and _first_character(file) == "[":

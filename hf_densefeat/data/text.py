@@ -22,6 +22,7 @@ class TextProcessor:
         tokenizer: the model's tokenizer.
         chunk: read a note longer than `max_length` in chunks; False: cut it.
         whole_words: mask all tokens of a word or none; needs a fast tokenizer.
+        predict_marks: mask de-identification marks too; False needs a fast tokenizer.
         num_proc: processes that tokenise.
     """
 
@@ -31,9 +32,11 @@ class TextProcessor:
         *,
         chunk: bool = False,
         whole_words: bool = False,
+        predict_marks: bool = True,
         num_proc: int | None = None,
     ):
-        self.tokenizer, self.chunk, self.whole_words, self.num_proc = tokenizer, chunk, whole_words, num_proc
+        self.tokenizer, self.chunk, self.num_proc = tokenizer, chunk, num_proc
+        self.whole_words, self.predict_marks = whole_words, predict_marks
 
     def pairs(
         self, notes: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
@@ -47,6 +50,7 @@ class TextProcessor:
             num_proc=self.num_proc,
             word_ids=self.whole_words,
             chunk=self.chunk,
+            marks=not self.predict_marks,
         )
         return TokenPairs(tokens, pairs), stats
 
@@ -70,9 +74,14 @@ class TextProcessor:
         return dict(self.tokenizer.pad(columns, padding_side="right", return_tensors="pt"))
 
     def columns(self, texts: list[str], *, max_length: int | None = None) -> dict[str, list[Any]]:
-        """See `StreamProcessor`: `input_ids`, `length`, `cut`, and `word_ids` where whole words are masked."""
+        """See `StreamProcessor`: `input_ids`, `length`, `cut`, `marks`, and what masks need of `word_ids` and `marked`."""
         return tokenize_texts(
-            texts, self.tokenizer, max_length=max_length, word_ids=self.whole_words, chunk=self.chunk
+            texts,
+            self.tokenizer,
+            max_length=max_length,
+            word_ids=self.whole_words,
+            chunk=self.chunk,
+            marks=not self.predict_marks,
         )
 
     def save_pretrained(self, save_directory: str | Path) -> Any:

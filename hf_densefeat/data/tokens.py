@@ -13,9 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_densefeat.data.columns import column
 from hf_densefeat.data.inputs import PairDataset
+from hf_densefeat.data.marks import marked_tokens
 from hf_densefeat.data.pairs import NotePairs
 
 logger = logging.getLogger(__name__)
+
+KEPT = ("word_ids", "marked")  # what masks may need of each token
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class TokenStats:
         longest: Largest length in tokens, after truncation.
         max_length: The limit, or None.
         chunked: Notes longer than `max_length` that were cut into chunks instead; they lost nothing.
+        marks: Tokens kept that are part of a de-identification mark, such as MIMIC's ___; 0 with a slow tokenizer.
     """
 
     notes: int
@@ -41,6 +45,7 @@ class TokenStats:
     longest: int
     max_length: int | None
     chunked: int = 0
+    marks: int = 0
 
     @classmethod
     def of(cls, tokens: datasets.Dataset, max_length: int | None, chunk: bool) -> TokenStats:
@@ -55,15 +60,19 @@ class TokenStats:
             longest=int(length.max()),
             max_length=max_length,
             chunked=int((length > max_length).sum()) if chunk else 0,
+            marks=int(column(tokens, "marks").to_numpy().sum()),
         )
 
     def counts(self) -> dict[str, int]:
         """Return what the model card says."""
-        return {"tokens": self.tokens, f"notes cut to {self.max_length} tokens": self.truncated}
+        counts = {"tokens": self.tokens, f"notes cut to {self.max_length} tokens": self.truncated}
+        return counts | ({"tokens of de-identification marks": self.marks} if self.marks else {})
 
     def __str__(self) -> str:
         """Return one line of counts."""
         text = f"{self.tokens:,} tokens in {self.notes:,} notes (median {self.median:.0f}, longest {self.longest:,})"
+        if self.marks:
+            text += f", {self.marks / self.tokens:.1%} of them de-identification marks"
         if self.chunked:
             return f"{text}; {self.chunked:,} notes ({self.chunked / self.notes:.1%}) in chunks of {self.max_length:,} tokens"
         if not self.truncated:
@@ -82,6 +91,7 @@ def tokenize_notes(
     num_proc: int | None = None,
     word_ids: bool = False,
     chunk: bool = False,
+    marks: bool = False,
 ) -> tuple[datasets.Dataset, TokenStats]:
     """Tokenise every note once, memory-mapped and cached by `datasets`; row i of the result is note i.
 
@@ -95,15 +105,21 @@ def tokenize_notes(
         word_ids: Also keep which word each token belongs to, for whole-word masking.
         chunk: Keep all of a longer note, as chunks of `max_length` tokens one after another, each with its special
             tokens; for a `DensePairCollator` with that `chunk_length`.
+        marks: Also keep which tokens are part of a de-identification mark, so that none of them is masked; a fast
+            tokenizer.
 
     Returns:
-        A dataset with `input_ids`, `length` and, if asked for, `word_ids` (−1 for special tokens); and the counts.
+        A dataset with `input_ids`, `length` and, if asked for, `word_ids` (−1 for special tokens) and `marked` (1 for
+        tokens of marks); and the counts.
 
     Raises:
-        ValueError: If `max_length` leaves no room beside the special tokens, or word ids need a fast tokenizer.
+        ValueError: If `max_length` leaves no room beside the special tokens, or word ids or marks need a fast tokenizer.
     """
-    if word_ids and not tokenizer.is_fast:
-        raise ValueError("Whole-word masking needs a fast tokenizer, got a slow one. Load it with AutoTokenizer.")
+    if (word_ids or marks) and not tokenizer.is_fast:
+        raise ValueError(
+            f"{'Whole-word masking' if word_ids else 'predict_marks=False'} needs a fast tokenizer, which says where in the "
+            "text a token stands; got a slow one. Load it with AutoTokenizer."
+        )
     # tokenizers without a limit say 10^30
     if max_length is None and tokenizer.model_max_length < 10**9:
         max_length = tokenizer.model_max_length
@@ -122,15 +138,21 @@ def tokenize_notes(
         batched=True,
         input_columns="text",
         remove_columns=notes.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "word_ids": word_ids, "chunk": chunk},
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length}
+        | {"word_ids": word_ids, "chunk": chunk, "marks": marks},
         num_proc=num_proc,
         desc="Tokenising notes",
     )
-    return tokens.remove_columns("cut"), TokenStats.of(tokens, max_length, chunk)
+    return tokens.remove_columns(["cut", "marks"]), TokenStats.of(tokens, max_length, chunk)
 
 
 def tokenize_texts(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, word_ids: bool, chunk: bool
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    word_ids: bool,
+    chunk: bool,
+    marks: bool = False,
 ) -> dict[str, list[Any]]:
     """Tokenise without a limit and cut afterwards: what a limit cuts is to be counted, in one pass.
 
@@ -160,13 +182,18 @@ def tokenize_texts(
     if word_ids:
         words = [encoded.word_ids(i) for i in range(len(texts))]
         columns["word_ids"] = [kept([-1 if word is None else word for word in row]) for row in words]
+    marked = [marked_tokens(text, encoded[i]) if tokenizer.is_fast else [] for i, text in enumerate(texts)]
+    columns["marks"] = [sum(kept(row)) for row in marked]
+    if marks:
+        columns["marked"] = [kept(row) for row in marked]
     return columns
 
 
 class TokenPairs(PairDataset):
     """Map-style dataset of pairs, looked up by `(pair, mask_seed)` or by pair.
 
-    An item is `{"earlier": ids, "later": ids, "mask_seed": mask_seed}`.
+    An item is `{"earlier": ids, "later": ids, "mask_seed": mask_seed}`, and what else `tokenize_notes` kept of the tokens:
+    `earlier_word_ids`, `earlier_marked`, and the same of the later note.
 
     Args:
         tokens: What `tokenize_notes` returns for the notes the pairs were made from; read memory-mapped.
@@ -178,7 +205,7 @@ class TokenPairs(PairDataset):
             raise ValueError(
                 f"Expected the tokens of the {pairs.num_notes:,} notes the pairs were made from, got {len(tokens):,} rows."
             )
-        columns = [name for name in ("input_ids", "word_ids") if name in tokens.column_names]
+        columns = [name for name in ("input_ids", *KEPT) if name in tokens.column_names]
         self.tokens, self.pairs = tokens.select_columns(columns), pairs
         self.lengths = column(tokens, "length").to_numpy()
 
@@ -196,7 +223,7 @@ def pair_tokens(columns: dict[str, list[Any]], mask_seeds: Sequence[int]) -> lis
     n, batch = len(mask_seeds), []
     for i, mask_seed in enumerate(mask_seeds):
         pair = {"earlier": columns["input_ids"][i], "later": columns["input_ids"][n + i], "mask_seed": int(mask_seed)}
-        if "word_ids" in columns:
-            pair |= {"earlier_word_ids": columns["word_ids"][i], "later_word_ids": columns["word_ids"][n + i]}
+        for name in set(KEPT) & set(columns):
+            pair |= {f"earlier_{name}": columns[name][i], f"later_{name}": columns[name][n + i]}
         batch.append(pair)
     return batch

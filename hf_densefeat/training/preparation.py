@@ -56,6 +56,7 @@ def pair_processor(processing_class: Any, model: Any, args: DenseTrainingArgumen
             processing_class,
             chunk=model.long_notes == "chunk",
             whole_words=args.whole_word_mask,
+            predict_marks=args.predict_marks,
             num_proc=args.preprocessing_num_workers,
         )
     if not isinstance(processing_class, PairProcessor):
