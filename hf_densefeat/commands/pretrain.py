@@ -7,7 +7,6 @@ pictures.
 
 import json
 import os
-import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -76,11 +75,11 @@ def run(recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
         result = trainer.train(resume_from_checkpoint=True if last else args.resume_from_checkpoint)
     except KeyboardInterrupt:
         sys.exit(f"\nStopped at update {trainer.state.global_step}. {how_to_resume(args)}")
+    except SystemExit:
+        say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(args)}")
+        raise
     except (OSError, CheckpointError) as error:  # anything else is a fault of ours, with its traceback
         sys.exit(f"pretrain: error: {error}")
-    if trainer.stopped:
-        say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(args)}")
-        sys.exit(128 + signal.SIGTERM)
     seconds = result.metrics.get("train_runtime", 0.0)
     say(args, line("trained", f"{trainer.state.global_step:,} updates in {seconds:,.0f} s"))
     trainer.save_metrics("train", result.metrics)

@@ -39,7 +39,7 @@ class ResumableTrainer(Trainer):
     * A checkpoint is written in `output_dir/unfinished` and gets its name when all ranks' files and a manifest are there.
     * Resuming checks every file before anything is loaded, and names the one that is missing or damaged.
     * `resume_from_checkpoint=True` takes the newest whole checkpoint, and says which it passes over.
-    * SIGTERM ends the update, saves, and ends the training: `stopped` is then True.
+    * SIGTERM ends the update and saves; `train` then raises SystemExit(143), which ends the process as the signal would.
     * A run that is finished is not trained further when it is resumed.
     * A run with an adapter saves the merged encoder, which opens anywhere, and the adapter, from which it resumes.
 
@@ -69,7 +69,10 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint and self._is_finished(Path(resume_from_checkpoint)):
             return self._loaded(str(resume_from_checkpoint))
         with self._told_by_sigterm():
-            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
+            result = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
+        if self.stopped:  # whoever called would go on with a model that is trained in part, and the process was told to end
+            raise SystemExit(128 + signal.SIGTERM)
+        return result
 
     def agreed_to_stop(self) -> bool:
         """Whether any rank was told to stop, the same on all ranks; a subclass for several ranks has to ask them."""
