@@ -2,11 +2,13 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from hf_densefeat.commands import command_lines, options
+from hf_densefeat.commands import command_lines, main, options
 from hf_densefeat.evaluation import geometry
 
 ROOT = Path(__file__).parents[1]
@@ -56,10 +58,27 @@ def test_python_blocks_run_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes" / "data", tmp_path / "recipes" / "data")
     names = {}
-    for block in blocks(README):
+    for block in blocks(README)[:-1]:
         exec(block.replace("max_steps=100", "max_steps=2"), names)
     assert names["z"].shape == (8, 192)
-    assert len(names["hits"][0]) == 2
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_head_is_searched_without_the_package(tmp_path):
+    """The command of the page makes the folder; its block searches it, in a process of its own, in two ways that agree."""
+    bundled = ROOT / "recipes" / "data" / "medquad"
+    columns = ["--patient_column", "document_id", "--time_column", "order"]
+    argv = ["head", "--model", str(bundled / "encoder"), "--notes", str(bundled / "answers.parquet"), *columns]
+    main.main([*argv, "--max_length", "32", "--output", str(tmp_path / "sharper"), "--epsilon", "auto"])
+    check = """
+import sys
+assert "hf_densefeat" not in sys.modules
+assert [hit["corpus_id"] for hit in hits[0]] == rows[0].tolist()
+assert all(abs(hit["score"] - score) < 1e-5 for hit, score in zip(hits[0], scores[0]))
+"""
+    program = blocks(README)[-1] + check
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_block_of_a_database_runs_as_printed(tmp_path, monkeypatch):
