@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -180,8 +181,7 @@ def _write(
     infer: bool,
 ) -> dict[str, object]:
     """Write all rows once, with the types of csv columns inferred or all of them strings."""
-    counts, total, schema = [], 0, None
-    repaired: dict[str, tuple[int, int]] = {}
+    counts, total, schema, repaired = [], 0, None, dict[str, tuple[int, int]]()
     with pa.OSFile(str(target), "wb") as sink:
         for file in files:
             name, rows = str(file.relative_to(root)), 0
@@ -257,8 +257,7 @@ def _batches(
 
 
 def _all_text(file: Path) -> str:
-    stream = opened(file)
-    return b"".join(iter(lambda: stream.read(BLOCK_BYTES), b"")).decode("utf-8-sig")
+    return b"".join(iter(partial(opened(file).read, BLOCK_BYTES), b"")).decode("utf-8-sig")
 
 
 def _first_character(file: Path) -> str:

@@ -22,7 +22,7 @@ class TextProcessor:
         tokenizer: the model's tokenizer.
         chunk: read a note longer than `max_length` in chunks; False: cut it.
         whole_words: mask all tokens of a word or none; needs a fast tokenizer.
-        predict_marks: mask de-identification marks too; False needs a fast tokenizer.
+        predict_marks: mask de-identification marks too.
         num_proc: processes that tokenise.
     """
 
@@ -32,7 +32,7 @@ class TextProcessor:
         *,
         chunk: bool = False,
         whole_words: bool = False,
-        predict_marks: bool = True,
+        predict_marks: bool = False,
         num_proc: int | None = None,
     ):
         self.tokenizer, self.chunk, self.num_proc = tokenizer, chunk, num_proc
@@ -52,6 +52,8 @@ class TextProcessor:
             chunk=self.chunk,
             marks=not self.predict_marks,
         )
+        if not stats.marks and "marked" in tokens.column_names:
+            tokens = tokens.remove_columns("marked")  # nothing to be left out: no column to be read with every batch
         return TokenPairs(tokens, pairs), stats
 
     def collator(

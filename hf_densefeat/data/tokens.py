@@ -105,21 +105,20 @@ def tokenize_notes(
         word_ids: Also keep which word each token belongs to, for whole-word masking.
         chunk: Keep all of a longer note, as chunks of `max_length` tokens one after another, each with its special
             tokens; for a `DensePairCollator` with that `chunk_length`.
-        marks: Also keep which tokens are part of a de-identification mark, so that none of them is masked; a fast
-            tokenizer.
+        marks: Also keep which tokens are part of a de-identification mark, so that none of them is masked. A slow
+            tokenizer does not say where in the text a token stands: none is marked then, with a warning.
 
     Returns:
         A dataset with `input_ids`, `length` and, if asked for, `word_ids` (−1 for special tokens) and `marked` (1 for
         tokens of marks); and the counts.
 
     Raises:
-        ValueError: If `max_length` leaves no room beside the special tokens, or word ids or marks need a fast tokenizer.
+        ValueError: If `max_length` leaves no room beside the special tokens, or word ids need a fast tokenizer.
     """
-    if (word_ids or marks) and not tokenizer.is_fast:
-        raise ValueError(
-            f"{'Whole-word masking' if word_ids else 'predict_marks=False'} needs a fast tokenizer, which says where in the "
-            "text a token stands; got a slow one. Load it with AutoTokenizer."
-        )
+    if word_ids and not tokenizer.is_fast:
+        raise ValueError("Whole-word masking needs a fast tokenizer, got a slow one. Load it with AutoTokenizer.")
+    if marks and not tokenizer.is_fast:
+        logger.warning("The tokenizer is a slow one: de-identification marks are masked like other tokens.")
     # tokenizers without a limit say 10^30
     if max_length is None and tokenizer.model_max_length < 10**9:
         max_length = tokenizer.model_max_length
@@ -182,7 +181,10 @@ def tokenize_texts(
     if word_ids:
         words = [encoded.word_ids(i) for i in range(len(texts))]
         columns["word_ids"] = [kept([-1 if word is None else word for word in row]) for row in words]
-    marked = [marked_tokens(text, encoded[i]) if tokenizer.is_fast else [] for i, text in enumerate(texts)]
+    marked = [
+        marked_tokens(text, encoded[i]) if tokenizer.is_fast else [0] * len(ids)
+        for i, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True))
+    ]
     columns["marks"] = [sum(kept(row)) for row in marked]
     if marks:
         columns["marked"] = [kept(row) for row in marked]

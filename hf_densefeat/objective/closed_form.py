@@ -1,14 +1,16 @@
-"""The paper's three terms together, in closed form: values, and one gradient of both sides in few passes over d x d.
+"""The paper's terms and the unshared variance together: values, and one gradient of both sides in few passes over d x d.
 
-The functions of `terms.py` and `subspace.py` say what the terms are; a chain of them under autograd writes some forty
-d x d matrices an update. Their gradients by the covariances of both sides share one matrix, the pooled covariance P at
-trace 1: with t the trace of the pooled covariance and o the product entry by entry,
+The functions of `terms.py` and `subspace.py` and `UnsharedVariance` say what the terms are; a chain of them under autograd
+writes some forty d x d matrices an update. Their gradients by the covariances of both sides share one matrix, the pooled
+covariance P at trace 1: with t the trace of the pooled covariance and o the product entry by entry,
 
     dL_spec / dSigma_x = (P - ||P||_F^2 I) / t
     dL_orth / dSigma_x = (w w^T o P - diag(w^2 r)) / t,   w = 1 / diag P,  r = (P o P) w
     dL_sub  / dSigma_x = H_x U_x^T + U_x H_x^T                                              (`subspace.distance_gradients`)
 
-and only the last, of rank 2k, differs between the sides. Tests hold both ways equal.
+and only the last, of rank 2k, differs between the sides. Of the unshared variance 1 - 2 h / T, with h = tr C_ab and T = tr
+Sigma_a + tr Sigma_b of this update, centred, the gradient by Sigma_x is (2 h / T^2) I and that by C_ab is -(2 / T) I, so
+that no cross moment is needed but its trace. Tests hold both ways equal.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from hf_densefeat.objective.running import Average, Observed, inner
 from hf_densefeat.objective.subspace import Eigenspace, distance_gradients, distance_squared
 
 Weight = Tensor | float | None
+CLOSED = ("spectral_spreading", "subspace_consistency", "orthogonality", "unshared_variance")
 
 
 class ClosedForm:
     """What the values and the gradient share, as numbers.
 
     Args:
+        pair: the moments of this update, without gradient.
         sides: both sides of this update.
         averages: of both sides the running average of Sigma / tr Sigma, or None: Sigma is that of this update.
         spaces: eigenspaces of both covariances.
@@ -39,18 +43,25 @@ class ClosedForm:
 
     def __init__(
         self,
+        pair: PairMoments,
         sides: tuple[Observed, Observed],
         averages: tuple[Average | None, Average | None],
         spaces: tuple[Eigenspace, Eigenspace],
         k: int,
         broadening: float,
     ):
-        self.sides, self.averages, self.spaces, self.k, self.broadening = sides, averages, spaces, k, broadening
+        self.pair, self.sides, self.averages, self.spaces = pair, sides, averages, spaces
+        self.k, self.broadening = k, broadening
         self.resolution = (sides[0].resolution + sides[1].resolution) / 2
 
-    def values(self) -> tuple[Tensor, Tensor, Tensor]:
-        """L_spec, L_sub and L_orth; the last is right for centred sides alone."""
-        return self.spectral_spreading(), distance_squared(*self.spaces, self.k), self.orthogonality()
+    def values(self) -> tuple[Tensor, ...]:
+        """The values of `CLOSED`, in that order; L_orth is right for centred sides alone."""
+        return (
+            self.spectral_spreading(),
+            distance_squared(*self.spaces, self.k),
+            self.orthogonality(),
+            self.unshared_variance(),
+        )
 
     def spectral_spreading(self) -> Tensor:
         """L_spec: as `terms.spectral_spreading` of the pooled covariance."""
@@ -61,7 +72,12 @@ class ClosedForm:
         _, inverse, rows = self._standardised
         return inverse @ rows + len(inverse) - 2 * inverse.count_nonzero()
 
-    def gradient(self, spread: Weight, subspace: Weight, orthogonal: Weight) -> PairGradient:
+    def unshared_variance(self) -> Tensor:
+        """As `UnsharedVariance`."""
+        shared, total, varies = self._shared_variance
+        return torch.where(varies, 1 - 2 * shared / total, 1)
+
+    def gradient(self, spread: Weight, subspace: Weight, orthogonal: Weight, unshared: Weight = None) -> PairGradient:
         """Gradient by the moments of the terms weighted by what is given; None and 0 cost nothing."""
         averaged = self.averages[0] is not None
         base = self._shared(spread, None if averaged else orthogonal)
@@ -81,7 +97,19 @@ class ClosedForm:
             # N Sigma = second - first first^T / N; uncentred the terms with the shift: first shift^T + shift first^T
             first = g @ (side.moments.first * (-2 / side.count) if side.center else 2 * side.moments.shift)
             grads.append(MomentsGradient(side.moments.shift, first, g))
-        return PairGradient(grads[0], grads[1])
+        product_sum = None if unshared is None else self._add_unshared(grads, unshared)
+        return PairGradient(grads[0], grads[1], product_sum)
+
+    def _add_unshared(self, grads: list[MomentsGradient], weight: Tensor | float) -> Tensor:
+        """Add the gradient of the unshared variance by either side's moments in place; returns that by `product_sum`."""
+        shared, total, varies = self._shared_variance
+        n = self.sides[0].count
+        by_shared = -2 / total / n * varies * weight
+        by_total = 2 * shared / total.square() / n * varies * weight
+        for own, side, other in zip(grads, self.sides, self.sides[::-1], strict=True):
+            own.second.diagonal().add_(by_total)
+            own.first.sub_((2 * by_total * side.moments.first + by_shared * other.moments.first) / n)
+        return by_shared
 
     @cached_property
     def pooled(self) -> tuple[Tensor, Tensor]:
@@ -97,6 +125,13 @@ class ClosedForm:
     def purity(self) -> Tensor:
         """||P||_F^2, ()."""
         return inner(self.pooled[0], self.pooled[0])
+
+    @cached_property
+    def _shared_variance(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Shared variance tr C_ab, total tr Sigma_a + tr Sigma_b, 1 where nothing varies, and whether anything does."""
+        shared, total = self.pair.shared_variance()
+        varies = total > self.pair.a.resolution(True).sum() + self.pair.b.resolution(True).sum()
+        return shared, torch.where(varies, total, 1), varies
 
     @cached_property
     def _resolved(self) -> Tensor:
@@ -150,7 +185,8 @@ class _ValuesOfMoments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = ctx.form.gradient(*grads)
-        return None, gradient.a.first, gradient.a.second, gradient.b.first, gradient.b.second
+        a, b = gradient.a, gradient.b
+        return None, a.first, a.second, b.first, b.second, gradient.product_sum
 
 
 class _ValuesOfRows(torch.autograd.Function):
@@ -168,14 +204,14 @@ class _ValuesOfRows(torch.autograd.Function):
         return None, g_a.to(z_a.dtype), g_b.to(z_b.dtype)
 
 
-def values_of_moments(form: ClosedForm, pair: PairMoments) -> tuple[Tensor, Tensor, Tensor]:
-    """L_spec, L_sub and L_orth, differentiable in the moments of the pairs behind `form`."""
-    moments = pair.a.first, pair.a.second, pair.b.first, pair.b.second
-    values: tuple[Tensor, Tensor, Tensor] = _ValuesOfMoments.apply(form, *moments)  # type: ignore[no-untyped-call]
+def values_of_moments(form: ClosedForm, pair: PairMoments) -> tuple[Tensor, ...]:
+    """The values of `CLOSED`, differentiable in the moments of the pairs behind `form`."""
+    moments = pair.a.first, pair.a.second, pair.b.first, pair.b.second, pair.product_sum
+    values: tuple[Tensor, ...] = _ValuesOfMoments.apply(form, *moments)  # type: ignore[no-untyped-call]
     return values
 
 
-def values_of_rows(form: ClosedForm, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def values_of_rows(form: ClosedForm, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, ...]:
     """The same, differentiable in the rows behind the moments, without autograd on the way."""
-    values: tuple[Tensor, Tensor, Tensor] = _ValuesOfRows.apply(form, z_a, z_b)  # type: ignore[no-untyped-call]
+    values: tuple[Tensor, ...] = _ValuesOfRows.apply(form, z_a, z_b)  # type: ignore[no-untyped-call]
     return values

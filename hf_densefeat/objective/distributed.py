@@ -12,7 +12,7 @@ from hf_densefeat.objective.precision import full_precision
 def sum_over_ranks(pair: PairMoments, counts: Tensor) -> tuple[PairMoments, Tensor]:
     """Global moments of the pairs and global `counts` (m,): one all-reduce of one packed buffer, without gradient.
 
-    The buffer holds the upper triangles of both sides: d^2 + 5 d + 4 + m numbers whatever the batch, and d^2 more with
+    The buffer holds the upper triangles of both sides: d^2 + 5 d + 5 + m numbers whatever the batch, and d^2 more with
     the cross moment, in the dtype of the moments. All ranks must use the same shifts. A rank without rows takes part
     with zeros. One process: returned as they are.
     """
@@ -24,6 +24,7 @@ def sum_over_ranks(pair: PairMoments, counts: Tensor) -> tuple[PairMoments, Tens
     for side in (pair.a, pair.b):
         parts += [side.count[None], side.first, side.second[upper[0], upper[1]]]
         parts += [side.square_weighted_sum, side.quartic_sum[None]]
+    parts.append(pair.product_sum[None])
     if pair.cross is not None:
         parts.append(pair.cross.flatten())
     buffer = torch.cat(parts)
@@ -37,8 +38,8 @@ def sum_over_ranks(pair: PairMoments, counts: Tensor) -> tuple[PairMoments, Tens
         second[upper[0], upper[1]] = triangle
         second = second + second.triu(1).mT
         sides.append(Moments(side.shift, n[0], first, second, square_weighted, quartic[0]))
-    cross = None if pair.cross is None else sums[10].view(d, d)
-    return PairMoments(sides[0], sides[1], cross), counts
+    cross = None if pair.cross is None else sums[11].view(d, d)
+    return PairMoments(sides[0], sides[1], sums[10][0], cross), counts
 
 
 @torch.no_grad()

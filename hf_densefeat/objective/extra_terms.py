@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_densefeat.objective.moments import Moments
 from hf_densefeat.objective.statistics import Statistics, TermFunction
 from hf_densefeat.objective.terms import spectral_spreading
 
@@ -34,16 +33,10 @@ class UnsharedVariance:
     compares marginal subspaces. Without variance it is 1, without gradient.
     """
 
-    needs_cross_moment: ClassVar[bool] = True
-
     def __call__(self, s: Statistics) -> Tensor:
         """The value, ()."""
-        a, b, cross = s.pair.a, s.pair.b, s.pair.cross
-        assert cross is not None
-        n = a.count.clamp(min=1)
-        shared = cross.trace() / n - (a.first / n) @ (b.first / n)
-        total = _centred_trace(a) + _centred_trace(b)
-        varies = total > a.resolution(True).sum() + b.resolution(True).sum()
+        shared, total = s.pair.shared_variance()
+        varies = total > s.pair.a.resolution(True).sum() + s.pair.b.resolution(True).sum()
         return torch.where(varies, 1 - 2 * shared / torch.where(varies, total, 1), 1)
 
 
@@ -203,11 +196,6 @@ def _normalised(s: Statistics) -> tuple[Tensor, Tensor]:
     trace = s.pooled.trace()
     varies = trace > s.resolution.sum()
     return s.pooled * (s.dimension / torch.where(varies, trace, 1)), varies
-
-
-def _centred_trace(m: Moments) -> Tensor:
-    n = m.count.clamp(min=1)
-    return m.second.trace() / n - (m.first / n).square().sum()
 
 
 def _floor(noise: Tensor, d: int, epsilon: float | str) -> Tensor:

@@ -200,25 +200,26 @@ class MomentsGradient:
 
 @dataclass(frozen=True)
 class PairMoments:
-    """Moments of both sides of pairs, row i of b after row i of a, and where asked for the cross moment.
+    """Moments of both sides of pairs, row i of b after row i of a, what they share, and where asked for the cross moment.
 
-    `cross` (d, d) is sum (z_a - a.shift)(z_b - b.shift)^T over the pairs, or None. `p + q` is that of the pairs of both.
+    `product_sum` () is sum (z_a - a.shift) . (z_b - b.shift) over the pairs, and `cross` (d, d), whose trace it is, sum
+    (z_a - a.shift)(z_b - b.shift)^T, or None. `p + q` is that of the pairs of both.
     """
 
     a: Moments
     b: Moments
+    product_sum: Tensor
     cross: Tensor | None = None
 
     @classmethod
     def of(cls, z_a: Tensor, z_b: Tensor, shift: Tensor | None = None, *, cross: bool = False) -> PairMoments:
         """Moments of the rows of `z_a` and `z_b` (N, d), differentiable in both; `shift` as in `Moments.of`."""
-        a, b = Moments.of(z_a, shift), Moments.of(z_b, shift)
-        if not cross:
-            return cls(a, b)
         if z_a.shape != z_b.shape:
-            raise ValueError(f"A cross moment is of pairs of rows, but the sides are {z_a.shape} and {z_b.shape}.")
+            raise ValueError(f"Expected pairs of rows, but the sides are {tuple(z_a.shape)} and {tuple(z_b.shape)}.")
+        a, b = Moments.of(z_a, shift), Moments.of(z_b, shift)
         with torch.autocast(z_a.device.type, enabled=False):
-            return cls(a, b, (full_precision(z_a) - a.shift).mT @ (full_precision(z_b) - b.shift))
+            y_a, y_b = full_precision(z_a) - a.shift, full_precision(z_b) - b.shift
+            return cls(a, b, (y_a * y_b).sum(), y_a.mT @ y_b if cross else None)
 
     def __add__(self, other: PairMoments) -> PairMoments:
         # a missing moment is not zero: adding it would be silently wrong
@@ -226,19 +227,27 @@ class PairMoments:
             raise ValueError(
                 "Only one of these moments of pairs has the cross moment: pass `cross` to both or neither."
             )
-        a, b = self.a + other.a, self.b + other.b
-        if self.cross is None or other.cross is None:
-            return PairMoments(a, b)
-        return PairMoments(a, b, self.cross + other._cross_about(self.a.shift, self.b.shift))
+        product_sum, cross = other._products_about(self.a.shift, self.b.shift)
+        both = None if self.cross is None or cross is None else self.cross + cross
+        return PairMoments(self.a + other.a, self.b + other.b, self.product_sum + product_sum, both)
 
-    def _cross_about(self, shift_a: Tensor, shift_b: Tensor) -> Tensor:
-        """The cross moment about other shifts: (y_a + delta_a)(y_b + delta_b)^T, expanded."""
-        assert self.cross is not None
+    def _products_about(self, shift_a: Tensor, shift_b: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`product_sum` and `cross` about other shifts: (y_a + delta_a)(y_b + delta_b)^T and its trace, expanded."""
         if shift_a is self.a.shift and shift_b is self.b.shift:
-            return self.cross
+            return self.product_sum, self.cross
         delta_a, delta_b = self.a.shift - shift_a, self.b.shift - shift_b
-        moved = torch.addr(self.cross, self.a.first, delta_b)
-        return torch.addr(moved, delta_a, self.b.first + self.b.count * delta_b)
+        moved_b = self.b.first + self.b.count * delta_b
+        product_sum = self.product_sum + self.a.first @ delta_b + delta_a @ moved_b
+        if self.cross is None:
+            return product_sum, None
+        return product_sum, torch.addr(torch.addr(self.cross, self.a.first, delta_b), delta_a, moved_b)
+
+    def shared_variance(self) -> tuple[Tensor, Tensor]:
+        """(tr C_ab, tr S_a + tr S_b), (), about the means of both sides."""
+        n = self.a.count.clamp(min=1)
+        a, b = self.a.first / n, self.b.first / n
+        total = (self.a.second.trace() + self.b.second.trace()) / n - a @ a - b @ b
+        return self.product_sum / n - a @ b, total
 
     def cross_covariance(self, center: bool) -> Tensor:
         """C_ab (d, d): Z_a^T Z_b / N, or about the means of both sides. ValueError without the cross moment."""
@@ -250,31 +259,36 @@ class PairMoments:
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
-        """All additive fields: five of a, five of b, and the cross moment if there is one."""
+        """All additive fields: five of a, five of b, `product_sum`, and the cross moment if there is one."""
         cross = () if self.cross is None else (self.cross,)
-        return (*self.a.sums, *self.b.sums, *cross)
+        return (*self.a.sums, *self.b.sums, self.product_sum, *cross)
 
     def detached(self, requires_grad: bool = False) -> PairMoments:
         """The same values as leaves of a new graph."""
+        product_sum = self.product_sum.detach().requires_grad_(requires_grad)
         cross = None if self.cross is None else self.cross.detach().requires_grad_(requires_grad)
-        return PairMoments(self.a.detached(requires_grad), self.b.detached(requires_grad), cross)
+        return PairMoments(self.a.detached(requires_grad), self.b.detached(requires_grad), product_sum, cross)
 
 
 @dataclass(frozen=True)
 class PairGradient:
-    """Gradient of a function with respect to the sums of `PairMoments`."""
+    """Gradient of a function with respect to the sums of `PairMoments`, by their names. None stands for zeros."""
 
     a: MomentsGradient
     b: MomentsGradient
+    product_sum: Tensor | None = None
     cross: Tensor | None = None
 
     @torch.no_grad()
     def pullback(self, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients (N, d) with respect to the rows of both sides, any share of the pairs, exact for any cut."""
         g_a, g_b = self.a.pullback(z_a), self.b.pullback(z_b)
-        if self.cross is None:
+        if self.product_sum is None and self.cross is None:
             return g_a, g_b
         with torch.autocast(z_a.device.type, enabled=False):
             y_a, y_b = full_precision(z_a.detach()) - self.a.shift, full_precision(z_b.detach()) - self.b.shift
-            # <G, sum y_a y_b^T>: y_a sees G y_b, y_b sees G^T y_a
-            return g_a + y_b @ self.cross.mT, g_b + y_a @ self.cross
+            if self.product_sum is not None:
+                g_a, g_b = g_a + self.product_sum * y_b, g_b + self.product_sum * y_a
+            if self.cross is not None:  # <G, sum y_a y_b^T>: y_a sees G y_b, y_b sees G^T y_a
+                g_a, g_b = g_a + y_b @ self.cross.mT, g_b + y_a @ self.cross
+            return g_a, g_b

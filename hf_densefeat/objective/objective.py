@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_densefeat.objective.batch_loss import checked_value
-from hf_densefeat.objective.closed_form import ClosedForm, scaled, values_of_moments, values_of_rows
-from hf_densefeat.objective.extra_terms import EXTRA_TERMS
+from hf_densefeat.objective.closed_form import CLOSED, ClosedForm, scaled, values_of_moments, values_of_rows
+from hf_densefeat.objective.extra_terms import EXTRA_TERMS, UnsharedVariance
 from hf_densefeat.objective.moments import MomentsGradient, PairGradient, PairMoments
 from hf_densefeat.objective.running import Average, Observed, RunningCovariance
 from hf_densefeat.objective.statistics import Side, Statistics, Term
@@ -150,14 +150,14 @@ class DenseObjective:
         if self._all_closed:
             pair = PairMoments.of(z_a.detach(), z_b.detach())
             with torch.autocast(z_a.device.type, enabled=False):
-                return self._summed(dict(zip(PAPER, values_of_rows(self._advance(pair), z_a, z_b), strict=True)))
+                return self._summed(dict(zip(CLOSED, values_of_rows(self._advance(pair), z_a, z_b), strict=True)))
         return self.values(PairMoments.of(z_a, z_b, cross=self.needs_cross_moment))
 
     def values(self, pair: PairMoments) -> dict[str, Tensor]:
         """The same from the moments of the pairs, differentiable in them; advances the running state by one step."""
         with torch.autocast(pair.a.shift.device.type, enabled=False):
             form = self._advance(pair)
-            values = dict(zip(PAPER, values_of_moments(form, pair), strict=True))
+            values = dict(zip(CLOSED, values_of_moments(form, pair), strict=True))
             if not self._all_closed:
                 statistics = self._statistics(form, pair)
                 values = {
@@ -171,15 +171,15 @@ class DenseObjective:
         if self._all_closed:
             with torch.no_grad(), torch.autocast(pair.a.shift.device.type, enabled=False):
                 form = self._advance(pair)
-                values = self._summed(dict(zip(PAPER, form.values(), strict=True)))
-                return values, form.gradient(*(self.terms[name][0] or None for name in PAPER))
+                values = self._summed(dict(zip(CLOSED, form.values(), strict=True)))
+                weights = {name: weight or None for name, (weight, _) in self.terms.items()}
+                return values, form.gradient(*(weights.get(name) for name in CLOSED))
         pair = pair.detached(requires_grad=True)
         with torch.enable_grad():
             values = self.values(pair)
         grads = torch.autograd.grad(values["loss"], pair.sums, materialize_grads=True, allow_unused=True)
         a, b = MomentsGradient.of(pair.a.shift, grads[:5]), MomentsGradient.of(pair.b.shift, grads[5:10])
-        cross = grads[10] if len(grads) > 10 else None
-        return {name: value.detach() for name, value in values.items()}, PairGradient(a, b, cross)
+        return {name: value.detach() for name, value in values.items()}, PairGradient(a, b, *grads[10:])
 
     @property
     def covariance(self) -> Tensor | None:
@@ -206,8 +206,10 @@ class DenseObjective:
 
     @property
     def _closed(self) -> set[str]:
-        """Names of the paper's terms that `closed_form` computes; not those that another function has replaced."""
+        """Names of the terms that `closed_form` computes; not those that another function has replaced."""
         closed = {name for name, function in PAPER.items() if self.terms[name][1] is function}
+        if isinstance(self.terms.get("unshared_variance", (0.0, None))[1], UnsharedVariance):
+            closed.add("unshared_variance")
         return (
             closed
             - ({"spectral_spreading"} if self.unbiased else set())
@@ -216,7 +218,7 @@ class DenseObjective:
 
     @property
     def _all_closed(self) -> bool:
-        return len(self.terms) == len(PAPER) == len(self._closed)
+        return self._closed == set(self.terms)
 
     @torch.no_grad()
     def _advance(self, pair: PairMoments) -> ClosedForm:
@@ -228,7 +230,7 @@ class DenseObjective:
         a, b = (
             self._eigenspace(i, side, average) for i, (side, average) in enumerate(zip(seen, averages, strict=True))
         )
-        form = ClosedForm(seen, averages, (a, b), k, self.broadening)
+        form = ClosedForm(pair.detached(), seen, averages, (a, b), k, self.broadening)
         self.diagnostics = {
             "trace": (seen[0].trace + seen[1].trace) / 2,  # of the batch
             "gap": torch.minimum(a.gap(k), b.gap(k)),
@@ -247,6 +249,7 @@ class DenseObjective:
         return Statistics(a, b, pair, self.subspace_dim, self.center, self.unbiased, self.broadening, self._cross)
 
     def _summed(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = {name: values[name] for name in self.terms}
         # a term without weight has no gradient, not 0 times one that may be infinite
         weighted = [weight * values[name] for name, (weight, _) in self.terms.items() if weight]
         loss = sum(weighted[1:], weighted[0]) if weighted else next(iter(values.values())).new_zeros(())

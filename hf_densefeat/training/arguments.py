@@ -65,7 +65,7 @@ class DenseTrainingArguments(TrainingArguments):
     mlm_probability: float = field(default=0.30, metadata={"help": "Share of tokens to predict."})
     whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words."})
     predict_marks: bool = field(
-        default=True, metadata={"help": "Mask and predict de-identification marks, such as ___, as any other token."}
+        default=False, metadata={"help": "Mask de-identification marks, such as ___, like other tokens."}
     )
     pairs_per_patient: int = field(
         default=1, metadata={"help": "Adjacent pairs of a patient kept together in a batch."}

@@ -70,7 +70,9 @@ class ResumableTrainer(Trainer):
             return self._loaded(str(resume_from_checkpoint))
         with self._told_by_sigterm():
             result = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
-        if self.stopped:  # whoever called would go on with a model that is trained in part, and the process was told to end
+        if (
+            self.stopped
+        ):  # whoever called would go on with a model that is trained in part, and the process was told to end
             raise SystemExit(128 + signal.SIGTERM)
         return result
 

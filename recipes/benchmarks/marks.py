@@ -33,7 +33,9 @@ def marks(args) -> dict:
         if rng.random() > 1 / 50:
             return word[0]
         kind, number = rng.integers(3), rng.integers(10, 99)
-        return (f"[**21{number}-7-{number % 28}**]", f"[**Hospital1 {number}**]", f"[**Last Name (un) {number}**]")[kind]
+        return (f"[**21{number}-7-{number % 28}**]", f"[**Hospital1 {number}**]", f"[**Last Name (un) {number}**]")[
+            kind
+        ]
 
     texts = [re.sub(r"\S+", hidden, text) for text in notes["text"][:]]
     notes = notes.remove_columns("text").add_column("text", texts)

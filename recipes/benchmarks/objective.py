@@ -1,5 +1,7 @@
 """The objective alone: against autograd through SVD, against VICReg's loss, and its stability."""
 
+from statistics import median
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -8,37 +10,38 @@ from benchmarks.timing import alternate, spread
 from hf_densefeat import DenseObjective, effective_rank
 from hf_densefeat.baselines.losses import vicreg
 
+WIDTHS, ROWS = (384, 768, 1024), (64, 256, 1024)
+
 
 def objective(args) -> dict:
-    """Forward and backward on (rows, width) embeddings of each side, k = 20."""
+    """Forward and backward on N embeddings of width d of each side, k = 20, for every size; milliseconds of one processor."""
+    torch.set_num_threads(args.threads)
+    return {"threads": args.threads, "sizes": [one_size(d, n, args.repeats) for d in WIDTHS for n in ROWS]}
+
+
+def one_size(d: int, n: int, repeats: int) -> dict:
+    """What trains by default, the paper's terms, VICReg's loss and the paper's formulas through SVD, in turns."""
     torch.manual_seed(0)
-    decay = torch.arange(1, args.width + 1) ** -0.5
-    z_a, z_b = ((torch.randn(args.rows, args.width) * decay).requires_grad_() for _ in range(2))
-    tracked = DenseObjective(subspace_dim=20, center=True, power_iterations=2)
-    windowed = DenseObjective(subspace_dim=20, center=True, window="auto", power_iterations=2)
-    exact = DenseObjective(subspace_dim=20, center=True)
-
-    def run(loss):
-        return lambda: torch.autograd.grad(loss(z_a, z_b), (z_a, z_b))
-
-    seconds = alternate(
-        {
-            "tracked": run(lambda a, b: tracked(a, b)["loss"]),
-            "tracked, running window": run(lambda a, b: windowed(a, b)["loss"]),
-            "exact eigenspaces": run(lambda a, b: exact(a, b)["loss"]),
-            "literal SVD": run(literal_loss),
-            "VICReg": run(vicreg),
-        },
-        args.repeats,
-    )
-    ours = seconds["tracked"]
+    decay = torch.arange(1, d + 1) ** -0.5
+    z_a, z_b = ((torch.randn(n, d) * decay).requires_grad_() for _ in range(2))
+    common = {"subspace_dim": 20, "center": True, "power_iterations": 2}
+    weights = {"lambda_sub": 0.003, "lambda_orth": 0.0, "terms": {"unshared_variance": 0.3}}
+    losses = {
+        "default": DenseObjective(window="auto", **weights, **common),
+        "default, batch alone": DenseObjective(**weights, **common),
+        "paper, running window": DenseObjective(window="auto", **common),
+        "paper, batch alone": DenseObjective(**common),
+    }
+    functions = {name: lambda a, b, loss=loss: loss(a, b)["loss"] for name, loss in losses.items()}
+    functions |= {"VICReg": vicreg, "literal SVD": literal_loss}
+    run = {name: lambda loss=loss: torch.autograd.grad(loss(z_a, z_b), (z_a, z_b)) for name, loss in functions.items()}
+    seconds = alternate(run, repeats)
     return {
-        "rows": args.rows,
-        "width": args.width,
-        "milliseconds": {name: spread(1000 * values) for name, values in seconds.items()},
-        "literal SVD / tracked": spread(seconds["literal SVD"] / ours),
-        "tracked / VICReg": spread(ours / seconds["VICReg"]),
-        "tracked, running window / VICReg": spread(seconds["tracked, running window"] / seconds["VICReg"]),
+        "d": d,
+        "N": n,
+        "milliseconds": {name: round(1000 * float(median(values)), 2) for name, values in seconds.items()},
+        "/ VICReg": {name: spread(seconds[name] / seconds["VICReg"]) for name in losses},
+        "literal SVD / default": spread(seconds["literal SVD"] / seconds["default"]),
     }
 
 

@@ -67,7 +67,7 @@ def wire(rank: int, ranks: int, repeats: int = 20) -> list[dict]:
                     "ranks": ranks,
                     "d": d,
                     "pairs": pairs,
-                    "buffer": 4 * (d * d + 5 * d + 5),
+                    "buffer": 4 * (d * d + 5 * d + 6),
                     "sent by a rank": round(reduce / ranks),
                     "sent by a rank, had the embeddings been gathered": round(gather / ranks),
                 }

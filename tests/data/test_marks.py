@@ -1,14 +1,17 @@
 """De-identification marks: found by their characters, counted in tokens, and left out of the masks where that is asked for."""
 
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
-from hf_densefeat import DensePairCollator, DenseTrainingArguments, adjacent_pairs
+from hf_densefeat import DensePairCollator, DenseTrainingArguments
 from hf_densefeat.data.marks import MARKS
 from hf_densefeat.data.text import TextProcessor
-from hf_densefeat.data.tokens import TokenPairs, tokenize_notes, tokenize_texts
+from hf_densefeat.data.tokens import tokenize_notes, tokenize_texts
+from hf_densefeat.training.preparation import pair_processor
 
 TEXTS = {
     "Admitted on [**2151-7-16**] to Dr. [**Last Name (STitle) 1234**] with chest pain.": [(12, 27), (35, 64)],
@@ -116,13 +119,19 @@ def test_masks_are_the_librarys_own_with_marks_as_special_tokens(tokenizer):
 
 
 def test_a_stream_leaves_them_out_too(tokenizer):
-    columns = TextProcessor(tokenizer, predict_marks=False).columns(list(TEXTS))
+    columns = TextProcessor(tokenizer).columns(list(TEXTS))
     assert [sum(row) for row in columns["marked"]] == columns["marks"]
-    assert "marked" not in TextProcessor(tokenizer).columns(list(TEXTS))
+    assert "marked" not in TextProcessor(tokenizer, predict_marks=True).columns(list(TEXTS))
 
 
-def test_a_slow_tokenizer_cannot_say_where_a_token_stands(tmp_path, tokenizer):
-    """It reads notes as before, counts no marks, and refuses to leave them out in a sentence."""
+def test_notes_without_marks_are_read_as_before(tokenizer):
+    notes = datasets.Dataset.from_dict({"patient_id": [1, 1], "time": [0, 1], "text": ["chest pain", "and cough"]})
+    pairs, _ = TextProcessor(tokenizer).pairs(notes)
+    assert set(pairs[0]) == {"earlier", "later", "mask_seed"}
+
+
+def test_a_slow_tokenizer_cannot_say_where_a_token_stands(tmp_path, tokenizer, caplog):
+    """It reads notes as before, marks no token, and says so."""
 
     class Slow(type(tokenizer)):
         is_fast = False
@@ -130,12 +139,18 @@ def test_a_slow_tokenizer_cannot_say_where_a_token_stands(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     slow = Slow.from_pretrained(tmp_path)
     notes = datasets.Dataset.from_dict({"patient_id": [1, 1], "time": [0, 1], "text": list(TEXTS)[:2]})
-    tokens, stats = tokenize_notes(notes, slow)
+    pairs, stats = TextProcessor(slow).pairs(notes)
     assert stats.marks == 0
-    assert len(TokenPairs(tokens, adjacent_pairs(notes))) == 1
-    with pytest.raises(ValueError, match=r"predict_marks=False needs a fast tokenizer"):
-        TextProcessor(slow, predict_marks=False).pairs(notes)
+    assert set(pairs[0]) == {"earlier", "later", "mask_seed"}
+    assert "marks are masked like other tokens" in caplog.text
 
 
-def test_the_option_reaches_the_trainer(tmp_path):
-    assert DenseTrainingArguments(output_dir=str(tmp_path), predict_marks=False).predict_marks is False
+def test_the_option_reaches_the_processor(tmp_path, tokenizer):
+    """`DenseTrainer` leaves marks out of its masks unless it is told to predict them."""
+    text = "chest pain ___ and cough " * 8
+    notes = datasets.Dataset.from_dict({"patient_id": [1, 1], "time": [0, 1], "text": [text, text + "again"]})
+    for predict in (True, False):
+        args = DenseTrainingArguments(output_dir=str(tmp_path), predict_marks=predict, use_cpu=True)
+        assert (
+            "earlier_marked" in pair_processor(tokenizer, SimpleNamespace(long_notes=None), args).pairs(notes)[0][0]
+        ) != predict

@@ -328,7 +328,7 @@ def test_window_no_longer_than_the_batch_is_the_batch():
 
 @pytest.mark.parametrize("shift", [None, 2.0])
 def test_cross_moment_of_any_cut_is_that_of_the_whole(shift):
-    """However pairs are cut, about whatever shifts, the cross covariance is NumPy's, centred and not."""
+    """However pairs are cut, about whatever shifts, the cross covariance is NumPy's, centred and not, and so is its trace."""
     z_a, z_b = rows(11, 4, mean=1.0), rows(11, 4, seed=1, mean=-2.0)
     a, b = z_a.numpy(), z_b.numpy()
     parts = list(zip(z_a.split([3, 0, 8]), z_b.split([3, 0, 8]), strict=True))
@@ -338,6 +338,11 @@ def test_cross_moment_of_any_cut_is_that_of_the_whole(shift):
     np.testing.assert_allclose(total.cross_covariance(False).numpy(), a.T @ b / 11, rtol=1e-10, atol=1e-10)
     expected = (a - a.mean(0)).T @ (b - b.mean(0)) / 11
     np.testing.assert_allclose(total.cross_covariance(True).numpy(), expected, rtol=1e-10, atol=1e-10)
+    alone = [PairMoments.of(*part, s) for part, s in zip(parts, at, strict=True)]
+    for sums in (total, alone[0] + alone[1] + alone[2]):
+        shared, both = sums.shared_variance()
+        assert shared.item() == pytest.approx(np.trace(expected), rel=1e-10)
+        assert both.item() == pytest.approx(a.var(0).sum() + b.var(0).sum(), rel=1e-10)
     assert PairMoments.of(*parts[1], cross=True).cross_covariance(True).abs().max() == 0
 
 
@@ -352,7 +357,7 @@ def test_pair_pullback_is_autograd():
     expected = torch.autograd.grad(function(PairMoments.of(z_a, z_b, at, cross=True)), (z_a, z_b))
     leaves = PairMoments.of(z_a, z_b, at, cross=True).detached(requires_grad=True)
     grads = torch.autograd.grad(function(leaves), leaves.sums)
-    gradient = PairGradient(MomentsGradient.of(at, grads[:5]), MomentsGradient.of(at, grads[5:10]), grads[10])
+    gradient = PairGradient(MomentsGradient.of(at, grads[:5]), MomentsGradient.of(at, grads[5:10]), *grads[10:])
     for cut in ([9], [2, 0, 7]):
         pulled = [gradient.pullback(*part) for part in zip(z_a.split(cut), z_b.split(cut), strict=True)]
         for found, wanted in zip(map(torch.cat, zip(*pulled, strict=True)), expected, strict=True):
@@ -362,8 +367,8 @@ def test_pair_pullback_is_autograd():
 def test_a_cross_moment_is_of_pairs_and_must_be_asked_for():
     """Sides of different length, sums with and without it, and its covariance where there is none are refused."""
     a, b = rows(4, 3), rows(5, 3)
-    with pytest.raises(ValueError, match="of pairs of rows"):
-        PairMoments.of(a, b, cross=True)
+    with pytest.raises(ValueError, match="Expected pairs of rows"):
+        PairMoments.of(a, b)
     with pytest.raises(ValueError, match="pass `cross` to both or neither"):
         PairMoments.of(a, a) + PairMoments.of(a, a, cross=True)
     with pytest.raises(ValueError, match=r"PairMoments.of\(..., cross=True\)"):

@@ -15,6 +15,7 @@ from hf_densefeat import (
     spectral_spreading_loss,
     subspace_consistency_loss,
 )
+from hf_densefeat.objective.extra_terms import EXTRA_TERMS
 from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.objective.objective import PAPER
 from hf_densefeat.objective.subspace import warn_if_unsupported
@@ -462,7 +463,7 @@ def test_constant_rows_about_a_far_shift_have_no_variance():
     """Constant fp32 rows at 1e3 whose moments are about 0 read as collapsed, not as rounding noise."""
     z = EDGES["constant at 1e3"].float()
     m = Moments.of(z, torch.zeros(D))
-    terms = DenseObjective(subspace_dim=K, center=True).values(PairMoments(m, m))
+    terms = DenseObjective(subspace_dim=K, center=True).values(PairMoments(m, m, m.second.trace()))
     assert [terms[name].item() for name in TERMS[:3]] == pytest.approx([1 - 1 / D, 0, D], abs=1e-5)
 
 
@@ -614,16 +615,19 @@ def test_the_tracked_gradient_is_near_the_exact_one_in_noise():
 @pytest.mark.parametrize("window", [None, "auto"])
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("power_iterations", [None, 2])
-def test_the_closed_form_is_the_chain_of_the_terms(window, center, power_iterations):
-    """Values, gradients and state over updates equal those of the functions of terms.py under autograd."""
+@pytest.mark.parametrize("pairing", [{}, {"unshared_variance": 0.3}])
+def test_the_closed_form_is_the_chain_of_the_terms(window, center, power_iterations, pairing):
+    """Values, gradients and state over updates equal those of the functions of the terms under autograd."""
     options = {"window": window, "center": center, "power_iterations": power_iterations}
-    closed = DenseObjective(lambda_sub=0.3, lambda_orth=0.05, subspace_dim=2, **options)
-    chained = {name: (closed.terms[name][0], lambda s, f=function: f(s)) for name, function in PAPER.items()}
+    closed = DenseObjective(lambda_sub=0.3, lambda_orth=0.05, subspace_dim=2, terms=pairing, **options)
+    assert closed._all_closed == center
+    functions = PAPER | {name: EXTRA_TERMS[name] for name in pairing}
+    chained = {name: (closed.terms[name][0], lambda s, f=function: f(s)) for name, function in functions.items()}
     chain = DenseObjective(subspace_dim=2, terms=chained, **options)
     for seed in range(3):
         z_a, z_b = embeddings(12, 5, seed).requires_grad_(), embeddings(12, 5, 50 + seed).requires_grad_()
         found, expected = closed(z_a, z_b), chain(z_a, z_b)
-        for name in TERMS:
+        for name in (*functions, "loss"):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-12)
             grads = [torch.autograd.grad(v[name], (z_a, z_b), retain_graph=True) for v in (found, expected)]
             for x, y in zip(*grads, strict=True):

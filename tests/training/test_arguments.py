@@ -19,7 +19,7 @@ def test_more_terms_are_given_by_name(tmp_path):
         objective = arguments(tmp_path, terms=terms).dense_objective()
         assert list(objective.terms)[3:] == ["sphericity", "unshared_variance"]
         assert objective.terms["sphericity"][0] == 0.2
-        assert objective.needs_cross_moment
+        assert not objective.needs_cross_moment
     with pytest.raises(ValueError, match="known by name"):
         arguments(tmp_path, terms={"unknown": 1.0})
 

@@ -204,7 +204,7 @@ def test_an_update_costs_one_all_reduce_of_the_moments(run, accumulation):
     d = 24
     for answer in run(2, num_train_epochs=2, logging_steps=1000, **cut(2, accumulation), **AUTO):
         first, *others = answer["collectives"][:6]
-        moments = ("all_reduce", 4 * (d**2 + 5 * d + 4 + 2))  # predicted tokens, ranks that were told to stop
+        moments = ("all_reduce", 4 * (d**2 + 5 * d + 5 + 2))  # predicted tokens, ranks that were told to stop
         assert others == [[moments]] * 5
         assert first[-2:] == [("all_reduce", 4 * (d + 1)), moments]  # the first shift is the mean of the first rows
 
