@@ -132,15 +132,31 @@ class TargetSpectrum:
         """The value, ()."""
         normalised, varies = _normalised(s)
         d, floor = s.dimension, _floor(s.noise, s.dimension, self.epsilon)
-        with torch.no_grad():
-            # LAPACK raises on NaN, where the loss can say NaN and be skipped
-            vectors = torch.linalg.eigh(torch.where(normalised.isfinite().all(), normalised, 0))[1].flip(1)
-        # l_i = u_i^T S u_i with u_i held constant has the value and the gradient of the eigenvalue
-        values = (vectors * (normalised @ vectors)).sum(0).clamp(min=0)
+        values = _eigenvalues(normalised)
         target = torch.arange(1, d + 1, dtype=values.dtype, device=values.device) ** -self.alpha
         target = target / target.sum()
         share = torch.where(varies, (values + floor) / (d * (1 + floor)), 1 / d)
         return (target * (target / share).log()).sum()
+
+
+@dataclass(frozen=True)
+class RankDeficit:
+    """log(d / r), r = exp(-sum_i p_i log p_i) the effective rank (Roy and Vetterli, 2007) of both sides' covariance.
+
+    Of the normalised eigenvalues p it is KL(p || uniform): log d minus the von Neumann entropy that VNE (Kim et al., 2023)
+    maximises, there of the uncentred covariance of unit rows. The gradient by log p_i is p_i (log p_i - sum_j p_j log p_j),
+    against 2 p_i (p_i - sum_j p_j^2) of L_spec: directions below the mean are lifted by more, and a direction without
+    variance, to rounding, not at all. Eigenvalues as in `TargetSpectrum`. In [0, log d], 0 for an isotropic covariance;
+    rotation- and scale-invariant. Without variance it is log d, without gradient.
+    """
+
+    def __call__(self, s: Statistics) -> Tensor:
+        """The value, ()."""
+        normalised, varies = _normalised(s)
+        share = _eigenvalues(normalised) / s.dimension
+        resolved = varies & (share > s.dimension * torch.finfo(share.dtype).eps * share.detach().amax())
+        # entr(1) = 0, with a finite gradient, which entr(0) has not
+        return math.log(s.dimension) - torch.special.entr(torch.where(resolved, share, 1)).sum()
 
 
 @dataclass(frozen=True)
@@ -198,6 +214,15 @@ def _normalised(s: Statistics) -> tuple[Tensor, Tensor]:
     return s.pooled * (s.dimension / torch.where(varies, trace, 1)), varies
 
 
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    """Eigenvalues (d,), largest first and at least 0, whose gradient has no differences of eigenvalues."""
+    with torch.no_grad():
+        # LAPACK raises on NaN, where the loss can say NaN and be skipped
+        vectors = torch.linalg.eigh(torch.where(matrix.isfinite().all(), matrix, 0))[1].flip(1)
+    # l_i = u_i^T S u_i with u_i held constant has the value and the gradient of the eigenvalue
+    return (vectors * (matrix @ vectors)).sum(0).clamp(min=0)
+
+
 def _floor(noise: Tensor, d: int, epsilon: float | str) -> Tensor:
     if isinstance(epsilon, str):
         return (d * noise.detach()).clamp(min=LEAST_FLOOR**2).sqrt()
@@ -214,5 +239,6 @@ EXTRA_TERMS: dict[str, TermFunction] = {
     "mutual_information": MutualInformation(),
     "sphericity": Sphericity(),
     "target_spectrum": TargetSpectrum(),
+    "rank_deficit": RankDeficit(),
     "bounded_rank": BoundedRank(),
 }

@@ -5,15 +5,17 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from scipy.stats import multivariate_normal
 
-from hf_densefeat import DenseObjective
+from hf_densefeat import DenseObjective, effective_rank
 from hf_densefeat.objective.extra_terms import (
     EXTRA_TERMS,
     LEAST_FLOOR,
     BoundedRank,
     MutualInformation,
+    RankDeficit,
     Sphericity,
     TargetSpectrum,
     log_determinant,
@@ -127,6 +129,20 @@ def test_target_spectrum_is_a_divergence_of_eigenvalues(alpha):
     assert float(value(TargetSpectrum(alpha=alpha, epsilon=1e-9), on_target, on_target)) == pytest.approx(0, abs=1e-7)
 
 
+def test_rank_deficit_is_the_log_of_what_the_effective_rank_lacks():
+    """log d - H by SciPy's entropy of NumPy's eigenvalues; the evaluation's effective rank; 0 where all are equal."""
+    z_a, z_b = pairs(50)
+    values = np.linalg.eigvalsh(pooled(z_a, z_b))
+    found = float(value(RankDeficit(), z_a, z_b))
+    assert found == pytest.approx(math.log(D) - scipy.stats.entropy(values), rel=1e-10)
+    both = torch.cat([z_a - z_a.mean(0), z_b - z_b.mean(0)])
+    assert math.exp(-found) * D == pytest.approx(float(effective_rank(both)), rel=1e-6)
+    isotropic = torch.cat([torch.eye(D), -torch.eye(D)]).double()
+    assert float(value(RankDeficit(), isotropic, isotropic)) == pytest.approx(0, abs=1e-12)
+    flat = torch.cat([z_a[:, :1].expand(50, D), z_b[:, :1].expand(50, D)])
+    assert float(value(RankDeficit(), flat, flat)) == pytest.approx(math.log(D), abs=1e-10)
+
+
 def test_bounded_rank_is_l_spec_up_to_the_rank():
     """Below the rank the gradient is that of L_spec, above it there is none."""
     z_a, z_b = (z.requires_grad_() for z in pairs(50))
@@ -167,6 +183,7 @@ FIXED = {
     "sphericity": Sphericity(epsilon=0.2),
     "target_spectrum": TargetSpectrum(epsilon=0.2),
     "bounded_rank": BoundedRank(rank=4.5),
+    "rank_deficit": RankDeficit(),
 }
 
 
@@ -244,14 +261,15 @@ def test_edges_are_finite(edge, dtype, window):
         assert terms["mutual_information"] <= 1e-5
         assert terms["sphericity"] >= -1e-5
         assert terms["target_spectrum"] >= -1e-5
+        assert -1e-5 <= terms["rank_deficit"] <= math.log(D) + 1e-5
 
 
 @pytest.mark.parametrize("edge", ["one row", "zeros", "constant", "constant at 1e3"])
 def test_collapse_reads_as_the_docstrings_say(edge):
-    """Without variance: 1, 0, log((1 + e) / e), KL(q || uniform), all without gradient."""
+    """Without variance: 1, 0, log((1 + e) / e), KL(q || uniform), ..., log d, all without gradient."""
     rows = EDGES[edge].clone().requires_grad_()
     q = np.arange(1.0, D + 1) ** -1 / (1 / np.arange(1.0, D + 1)).sum()
-    expected = [1, 0, math.log(1.2 / 0.2), (q * np.log(q * D)).sum(), 1 / 4.5]
+    expected = [1, 0, math.log(1.2 / 0.2), (q * np.log(q * D)).sum(), 1 / 4.5, math.log(D)]
     for (name, term), want in zip(FIXED.items(), expected, strict=True):
         found = value(term, rows, rows)
         if name == "bounded_rank":
