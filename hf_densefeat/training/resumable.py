@@ -167,10 +167,11 @@ class ResumableTrainer(Trainer):
                 if not any((run / UNFINISHED).iterdir()):
                     (run / UNFINISHED).rmdir()
         except (OSError, SafetensorError, RuntimeError) as error:
+            free = shutil.disk_usage(run).free / 1e6  # torch and safetensors do not say that a disk is full
             shutil.rmtree(partial, ignore_errors=True)
             whole = newest_whole(run)
             raise OSError(
-                f"{name} could not be written: {error}. "
+                f"{name} could not be written: {error} ({free:,.1f} MB of the disk were free). "
                 + (f"{whole.name} is whole: resume from it." if whole else "There is no checkpoint yet.")
             ) from error
         finally:
