@@ -4,6 +4,7 @@
     python recipes/benchmark.py step [--device cuda]       # the dense step against the same MLM step
     python recipes/benchmark.py running                    # no window of the running covariance runs away
     python recipes/benchmark.py scaling                    # by ranks, width and rows: bytes, seconds, memory
+    python recipes/benchmark.py growth                     # time, memory and bytes against size; results/growth.png
     python recipes/benchmark.py data [--notes 3000000]     # notes to batches, at the size of MIMIC-IV-Note
     python recipes/benchmark.py probes                     # the path of linear probes, against LogisticRegressionCV
     python recipes/benchmark.py encode                     # embeddings, against SentenceTransformer on the same folder
@@ -17,6 +18,7 @@ import json
 
 from benchmarks.data import data
 from benchmarks.encode import encode
+from benchmarks.growth import growth
 from benchmarks.marks import marks
 from benchmarks.objective import objective, running
 from benchmarks.probes import probes
@@ -48,12 +50,15 @@ def main():
     probes_parser = commands.add_parser("probes", help="linear probes at every strength, against scikit-learn")
     probes_parser.add_argument("--repeats", type=int, default=5)
     marks_parser = commands.add_parser("marks", help="training with masks on de-identification marks and without")
-    marks_parser.add_argument("--steps", type=int, default=150)
-    marks_parser.add_argument("--seeds", type=int, default=3)
+    marks_parser.add_argument("--steps", type=int, default=120)
+    marks_parser.add_argument("--seeds", type=int, default=2)
     scaling_parser = commands.add_parser("scaling", help="ranks, width and rows")
     scaling_parser.add_argument("--repeats", type=int, default=5)
+    growth_parser = commands.add_parser("growth", help="what each size costs, with the exponent")
+    growth_parser.add_argument("--notes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    growth_parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode, marks, probes)}
+    commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode, growth, marks, probes)}
     print(json.dumps({"command": args.command, **machine(), **commands[args.command](args)}, indent=1))
 
 

@@ -6,6 +6,7 @@ import re
 import datasets
 import numpy as np
 import torch
+from transformers import PrinterCallback
 from transformers.utils import logging
 
 from benchmarks.data import BUNDLED
@@ -80,7 +81,9 @@ def _held_out_loss(train, held_out, predict: bool, seed: int, steps: int) -> flo
             disable_tqdm=True,
         )
         data = {"train_dataset": train, "eval_dataset": held_out}
-        return DenseTrainer(model, options, processing_class=tokenizer, **data)
+        made = DenseTrainer(model, options, processing_class=tokenizer, **data)
+        made.remove_callback(PrinterCallback)  # what a benchmark prints is its JSON
+        return made
 
     trainer(predict).train()
     return trainer(predict_marks=False).evaluate()["eval_mlm_loss"]
