@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from hf_densefeat.models.batches import batches_by_length
 from hf_densefeat.models.families import check_family, language_modeling_of
 from hf_densefeat.models.head import FOLDER, DenseHead
 from hf_densefeat.models.pooling import POOLINGS, over_chunks, pool
@@ -149,7 +150,7 @@ class DenseFeatureMixin(Native):
         Args:
             texts: notes, or one batch of tokens (`input_ids`, `attention_mask`).
             tokenizer: by default that of the folder or repository that the model was loaded from.
-            batch_size: rows of a forward; texts are sorted by length first, so that little is padded.
+            batch_size: most rows of a forward; texts are sorted by length first, so that little is padded.
             max_length: tokens kept of a text; by default `max_length` of the model.
             show_progress_bar: show a progress bar.
             head: apply `dense_head`, if the model has one; False for the embeddings below it.
@@ -179,14 +180,13 @@ class DenseFeatureMixin(Native):
             tokenizer = tokenizer or self._default_tokenizer()
             tokens, chunk_to_note = self._rows(texts, tokenizer, max_length)
             lengths = [len(ids) for ids in tokens["input_ids"]]
-            order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-            parts = []
-            for start in tqdm(
-                range(0, len(order), batch_size), desc="Encoding", disable=None if show_progress_bar else True
-            ):
-                rows = order[start : start + batch_size]
-                batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
-                parts.append(self._embed(self._padded(batch, tokenizer)))
+            parts, order = [], []
+            with tqdm(total=len(lengths), desc="Encoding", disable=None if show_progress_bar else True) as bar:
+                for rows in batches_by_length(lengths, batch_size, self.device):
+                    batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
+                    parts.append(self._embed(self._padded(batch, tokenizer)))
+                    order += rows
+                    bar.update(len(rows))
             out = torch.cat(parts)
             out = torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
             if chunk_to_note is None:

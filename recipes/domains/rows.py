@@ -3,7 +3,7 @@
 import datasets
 import numpy as np
 
-from hf_densefeat import ProbeTask
+from hf_densefeat import ProbeTask, SimilarityTask
 from hf_densefeat.data.columns import column
 
 ENCODED = {"train": 2200, "validation": 800}  # rows at random of each split; of test patients all
@@ -74,3 +74,21 @@ def task(episodes: datasets.Dataset, label: str, kind: str, name: str | None = N
     """A probe on the rows that have the label."""
     columns = ["patient_id", "text", "split", label]
     return ProbeTask(name or label, episodes.select_columns(columns), label, kind)
+
+
+def own_similarity(
+    rows: datasets.Dataset, labels: list[str], labelled: datasets.Dataset | None = None
+) -> list[SimilarityTask]:
+    """A patient's own rows among everybody's; each label among the nearest rows of other patients, in clusters, from few.
+
+    Args:
+        rows: of test patients.
+        labels: columns.
+        labelled: the rows that labels are asked of; None for all.
+    """
+    tasks = [SimilarityTask(name="own notes", kind="same_patient", notes=rows)]
+    asked = rows if labelled is None else labelled
+    for label in labels:
+        for name, kind in (("", "neighbours"), (", clusters", "clusters"), (", few labels", "few_labels")):
+            tasks.append(SimilarityTask(name=label + name, kind=kind, notes=asked, label=label))
+    return tasks

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from domains import Domain, features
-from domains.rows import balanced, resplit, rows_with, task, training, values_of, with_cohort_labels
+from domains.rows import balanced, own_similarity, resplit, rows_with, task, training, values_of, with_cohort_labels
 from hf_densefeat import ProbeTask, adjacent_pairs
 from hf_densefeat.events import (
     EpisodePairCollator,
@@ -77,6 +77,9 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
         supervised_task=primary,
         degrade=without_values,
         shift=shift,
+        similarity=own_similarity(
+            held_out, [primary, tasks[-1].label], labelled=rows_with(held_out, "time", 1.0) if data else None
+        ),
         training=training(2e-3),
     )
 

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from domains import Domain, features
 from domains.notes import CLUSTER, labels_key, labels_of, own_notes
-from domains.rows import balanced, sample, standardised, training
-from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, SimilarityTask, adjacent_pairs, load_notes
+from domains.rows import balanced, own_similarity, sample, standardised, training
+from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, adjacent_pairs, load_notes
 from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 from hf_densefeat.evaluation.embeddings import encoder_key
@@ -94,19 +94,14 @@ def load(
         supervised_task=primary,
         degrade=partial(_without_sections, tokenizer=tokenizer, length=length),
         shift=shift(notes),
-        similarity=own_similarity(held_out, [label for label, kind in tasks if kind in ("multiclass", "clustering")]),
+        similarity=own_similarity(
+            held_out,
+            [label for label, kind in tasks if kind in ("multiclass", "clustering")]
+            + ["diagnosis"] * ("diagnosis" in held_out.column_names),
+        ),
         training=training(5e-5 if model_name_or_path else 1e-3),
         key=key,
     )
-
-
-def own_similarity(notes: datasets.Dataset, labels: list[str]) -> list[SimilarityTask]:
-    """A patient's own notes among everybody's, and each label among the nearest notes of other patients."""
-    tasks = [SimilarityTask(name="own notes", kind="same_patient", notes=notes)]
-    for label in labels:
-        tasks.append(SimilarityTask(name=label, kind="neighbours", notes=notes, label=label))
-        tasks.append(SimilarityTask(name=f"{label}, few labels", kind="few_labels", notes=notes, label=label))
-    return tasks
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------------
@@ -143,7 +138,10 @@ def clinosim(data: Path):
     visits, found = defaultdict(list), defaultdict(list)
     for row in sorted(table["encounters"], key=lambda row: row["start"]):
         visits[row["subject_id"]].append((row["start"], row["class"], row["reason"]))
+    diagnosis = {}  # of a visit: the first of its codes, three characters
     for row in table["conditions"]:
+        if row["code"][0] not in "ZVW" and row["hadm_id"] is not None:
+            diagnosis.setdefault(row["hadm_id"], row["code"][:3])
         if row["code"][0] not in "ZVWR":  # a disease, not a circumstance, a cause or a symptom
             found[row["subject_id"]].append((row["time"], row["code"][:3]))
     end = max(start for rows in visits.values() for start, *_ in rows)
@@ -173,6 +171,7 @@ def clinosim(data: Path):
     columns["age_sd"] = standardised(columns["age"], columns["split"])
     columns["over_65"] = [int(age >= 65) for age in columns["age"]]
     columns["kind"] = [KINDS.get(name) for name in notes["note_type"][:]]
+    columns["diagnosis"] = [diagnosis.get(visit) for visit in notes["hadm_id"][:]]
     for name, values in columns.items():
         notes = notes.add_column(name, values)
     tasks = [
