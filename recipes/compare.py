@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> dict:
     results = Results(runs, domain)
     if arguments.sweep:
         return report_sweep(study, results, methods, arguments)
-    return report(study, results, arguments)
+    return report(study, results, methods, arguments)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

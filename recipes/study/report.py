@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from benchmarks.timing import machine
 
+from study.directions import table_variance
 from study.methods import METHODS, Method
 from study.plots import plot_missing, plot_pareto
 from study.results import Results
@@ -30,7 +31,7 @@ from study.tables import (
 )
 
 
-def report(study: Study, results: Results, arguments: argparse.Namespace) -> dict:
+def report(study: Study, results: Results, methods: dict[str, Method], arguments: argparse.Namespace) -> dict:
     """Tables that were asked for; with all of them the plots. Returns what the JSON holds."""
     domain, whole = study.domain, arguments.table == "all"
     tables = {
@@ -50,10 +51,13 @@ def report(study: Study, results: Results, arguments: argparse.Namespace) -> dic
             "centred": ("Table 5, centred", lambda: table_5(results, "centred", domain)),
             "mapped": ("Table 5, after the best affine map", lambda: table_5(results, "mapped", domain)),
             "codes": ("Fewer bits, fewer dimensions", lambda: table_codes(results)),
+            "variance": ("What the variance is of", lambda: table_variance(study, methods)),
         }
     if not domain.tasks:
         tables = {
-            name: tables[name] for name in tables if name in ("1", "2", "5", "maps", "centred", "mapped", "codes")
+            name: tables[name]
+            for name in tables
+            if name in ("1", "2", "5", "maps", "centred", "mapped", "codes", "variance")
         }
     asked = tables.values() if whole else [tables[arguments.table]]
     head = conditions(study, results, arguments)

@@ -7,11 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import WORDS, make_model
+from scipy.stats import f_oneway
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import compare
+from study.directions import between_classes
 from study.methods import METHODS
 from study.training import study_objective
 
@@ -55,7 +58,13 @@ def test_tables_of_similarity_are_written_with_every_map(data, tokenizer, tmp_pa
     words += ["--methods", "features,start,mlm,mlm+dense", "--output", tmp_path, "--work", tmp_path / "work"]
     numbers = compare.main(list(map(str, words)))
     report = (tmp_path / "documents.md").read_text()
-    for title in ("Table 5. Similarity, cosine as it is", "centred", "after the best affine map", "Fewer bits"):
+    for title in (
+        "Table 5. Similarity, cosine as it is",
+        "centred",
+        "after the best affine map",
+        "Fewer bits",
+        "What the variance is of",
+    ):
         assert title in report
     assert report.index("Content, as it is: MLM + dense (default) − MLM") < report.index("Table 5")
     assert 0 < numbers["methods"]["mlm"]["question → answer: mrr, as it is"]["value"] <= 1
@@ -75,3 +84,19 @@ def test_the_studys_objective_is_that_of_the_arguments(tmp_path, method, weight)
     terms = study_objective(args, METHODS[method]).terms
     assert terms.get("unshared_variance", (None,))[0] == weight
     assert terms["spectral_spreading"][0] == METHODS[method].spec_weight
+
+
+def test_the_share_between_classes_is_epsilon_squared():
+    """Kelley's formula from SciPy's F in one dimension; 1 where a class is a point, about 0 for unrelated classes."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 5, 400)
+    z = rng.normal(size=400) + 0.5 * y
+    f = f_oneway(*(z[y == label] for label in range(5))).statistic
+    within, between = 395, 4
+    expected = (between * f - between) / (between * f + within)  # (SS_b - (C - 1) MS_w) / SS_t
+    centred = torch.from_numpy(z - z.mean())[:, None]
+    assert between_classes(centred, y) == pytest.approx(expected, rel=1e-10)
+    points = torch.eye(5, dtype=torch.float64)[y]
+    assert between_classes(points - points.mean(0), y) == pytest.approx(1)
+    noise = torch.from_numpy(rng.normal(size=(400, 30)))
+    assert abs(between_classes(noise - noise.mean(0), y)) < 0.01
