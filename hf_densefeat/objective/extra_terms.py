@@ -156,7 +156,8 @@ class RankDeficit:
         share = _eigenvalues(normalised) / s.dimension
         resolved = varies & (share > s.dimension * torch.finfo(share.dtype).eps * share.detach().amax())
         # entr(1) = 0, with a finite gradient, which entr(0) has not
-        return math.log(s.dimension) - torch.special.entr(torch.where(resolved, share, 1)).sum()
+        entropy: Tensor = torch.special.entr(torch.where(resolved, share, 1)).sum()
+        return math.log(s.dimension) - entropy
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
         # LAPACK raises on NaN, where the loss can say NaN and be skipped
         vectors = torch.linalg.eigh(torch.where(matrix.isfinite().all(), matrix, 0))[1].flip(1)
     # l_i = u_i^T S u_i with u_i held constant has the value and the gradient of the eigenvalue
-    return (vectors * (matrix @ vectors)).sum(0).clamp(min=0)
+    values: Tensor = (vectors * (matrix @ vectors)).sum(0).clamp(min=0)
+    return values
 
 
 def _floor(noise: Tensor, d: int, epsilon: float | str) -> Tensor:
