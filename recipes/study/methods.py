@@ -85,6 +85,7 @@ METHODS = {
     "full-spec": Method("with L_orth, without L_spec", ORTH | PAPER, spec_weight=0.0),
     "full-sub": Method("with L_orth, without L_sub", ORTH | PAPER | {"lambda_sub": 0.0}),
 }
+DEFICIT = {"terms": {"rank_deficit": 1.0}}  # in the place of L_spec
 # What the documents' study chooses the defaults from, on validation documents.
 CANDIDATES = {
     "mlm+infonce": Method("MLM + InfoNCE", {"dense_weight": 0.3}, lambda width: b.info_nce),
@@ -98,6 +99,20 @@ CANDIDATES = {
         "weight 3, mutual information 1 in place of pairing", PAPER | {"terms": {"mutual_information": 1.0}}
     ),
     "pair 0.3 alone": Method("lambda_pair 0.3, without MLM", ALONE),
+    "deficit 0.3": Method(
+        "rank deficit, weight 0.3, lambda_pair 3.5",
+        DEFICIT | {"dense_weight": 0.3, "lambda_pair": 3.5},
+        spec_weight=0.0,
+    ),
+    "deficit 1": Method(
+        "rank deficit, weight 1, lambda_pair 3.5", DEFICIT | {"dense_weight": 1.0, "lambda_pair": 3.5}, spec_weight=0.0
+    ),
+    "deficit 1 pair 6": Method(
+        "rank deficit, weight 1, lambda_pair 6", DEFICIT | {"dense_weight": 1.0, "lambda_pair": 6.0}, spec_weight=0.0
+    ),
+    "vne bare": Method("I-VNE+ without its expander", ALONE, lambda width: b.i_vne),
+    "pair 1 weight 10": Method("weight 10, lambda_pair 1", {"dense_weight": 10.0, "lambda_pair": 1.0}),
+    "pair 1 alone": Method("lambda_pair 1, without MLM", ALONE | {"lambda_pair": 1.0}),
     "pair 1": Method("weight 3, lambda_pair 1", {"lambda_pair": 1.0}),
     "pair 0.03": Method("weight 3, lambda_pair 0.03", {"lambda_pair": 0.03}),
 }
