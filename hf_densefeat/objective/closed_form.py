@@ -85,9 +85,11 @@ class ClosedForm:
         own = self._orthogonal_gradient(orthogonal) if averaged and orthogonal is not None else None
         grads = []
         for i, (side, average) in enumerate(zip(self.sides, self.averages, strict=True)):
-            g = base if i else base.clone()
             if factors is not None and subspace is not None:
-                g.addmm_(factors[i][0] * subspace, factors[i][1].mT)
+                # the second side's in place: nobody needs `base` after it
+                g = torch.addmm(base, factors[i][0] * subspace, factors[i][1].mT, out=base if i else None)
+            else:
+                g = base if i else base.clone()
             if average is not None:
                 # Sigma = average x trace of this update, whose normalised covariance has the gradient of the average's
                 g.diagonal().add_(inner(g, average.covariance) - inner(g, side.normalised))
@@ -143,7 +145,7 @@ class ClosedForm:
         (x_a, c_a), (x_b, c_b) = weighted
         trace = (x_a.trace() * c_a + x_b.trace() * c_b) / 2
         trace = torch.where(trace > self.resolution.sum(), trace, 1)
-        return (x_a * (c_a / (2 * trace))).add_(x_b * (c_b / (2 * trace))), trace
+        return (x_a * (c_a / (2 * trace))).addcmul_(x_b, c_b / (2 * trace)), trace
 
     @cached_property
     def _standardised(self) -> tuple[Tensor, Tensor, Tensor]:
