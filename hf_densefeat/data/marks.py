@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# MIMIC-III's [**2151-7-16**], MIMIC-IV's ___, and names of kinds such as <DATE>; none is longer than a line
+# MIMIC-III's [**2151-7-16**], MIMIC-IV's ___, and names of kinds such as <DATE>; of bounded length, because a mark that is
+# never closed would take the rest of the note with it
 MARKS = re.compile(r"\[\*\*.{0,100}?\*\*\]|_{3,}|<[A-Z][A-Z0-9_ -]{2,29}>", re.DOTALL)
 
 
