@@ -8,13 +8,15 @@ from statistics import median
 import datasets
 import matplotlib
 import numpy as np
+import torch
 from transformers.utils import logging
 
 from benchmarks.data import write_notes
-from benchmarks.scaling import cost, in_processes, wire
+from benchmarks.scaling import cost, default_objective, in_processes, resident, wire
 from benchmarks.step import make_trainer, one_update
 from benchmarks.timing import measured
 from hf_densefeat import adjacent_pairs, load_notes
+from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.reporting.plots import COLOURS
 
 matplotlib.use("Agg")
@@ -25,7 +27,7 @@ GPUS, GIGABYTES_A_SECOND, MICROSECONDS_A_HOP = 64, 12.5, 20  # a network of 100 
 
 
 def growth(args) -> dict:
-    """Each quantity with everything else held, and the exponent e of the fit y = c x^e through all its points."""
+    """Each quantity with everything else held, and the exponent e of the fit y = c x^e through its three largest sizes."""
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     by_width = {d: cost(d, 256) for d in (192, 384, 768, 1536, 3072)}
@@ -34,7 +36,7 @@ def growth(args) -> dict:
     by_notes = {n: notes(n) for n in args.notes}
     curves = {
         "objective, ms, by width d (256 pairs)": {d: found["milliseconds"]["median"] for d, found in by_width.items()},
-        "objective, peak MiB, by width d": {d: found["peak MiB"] for d, found in by_width.items()},
+        "objective, peak MiB, by width d": {d: in_processes(peak, 1, d) for d in by_width},
         "objective, ms, by pairs (d 384)": {n: found["milliseconds"]["median"] for n, found in by_rows.items()},
         "update, s, by micro-batches": {k: accumulated(k, args.repeats) for k in (1, 2, 4, 8)},
         "MB a rank sends, by ranks (d 1024)": {ranks: row["sent by a rank"] / 1e6 for ranks, row in sent.items()},
@@ -47,8 +49,20 @@ def growth(args) -> dict:
 
 
 def exponent(curve: dict) -> float:
-    """Least squares in logarithms."""
-    return float(np.polyfit(np.log(list(curve)), np.log(np.maximum(list(curve.values()), 1e-9)), 1)[0])
+    """Least squares in logarithms: below, what does not grow hides what does."""
+    x, y = np.log(list(curve.items())[-3:]).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def peak(rank: int, ranks: int, d: int) -> float:
+    """MiB of three updates of 256 pairs in a process that has done nothing else, state and gradients in it."""
+    before = resident("VmHWM")
+    objective = default_objective()
+    z_a, z_b = torch.randn(2, 256, d)
+    for _ in range(3):
+        _, gradient = objective.gradient(PairMoments.of(z_a, z_b, torch.zeros(d)))
+        gradient.pullback(z_a, z_b)
+    return round((resident("VmHWM") - before) / 1024, 1)
 
 
 def accumulated(micro_batches: int, repeats: int) -> float:
@@ -99,8 +113,12 @@ def draw(curves: dict, fitted: dict) -> None:
         panel.set_title(name, fontsize=9)
         panel.set_xticks(list(curve), [f"{x:,}" for x in curve], fontsize=7)
         panel.minorticks_off()
+        panel.set_yticks([])
+        for x, y in curve.items():
+            panel.annotate(f"{y:.3g}", (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        panel.margins(0.15)
         said = f"exponent {fitted[name]:.2f}" if name in fitted else "2 (R - 1) / R of the buffer"
-        panel.text(0.05, 0.9, said, transform=panel.transAxes)
+        panel.text(0.05, 0.9, said, fontsize=9, transform=panel.transAxes)
     panels.flat[-1].axis("off")
     figure.savefig(FIGURE, dpi=120)
     plt.close(figure)
