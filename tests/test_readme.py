@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from hf_densefeat.commands import command_lines, main, options
@@ -68,7 +69,8 @@ def test_a_folder_with_a_head_is_searched_without_the_package(tmp_path):
     """The command of the page makes the folder; its block searches it, in a process of its own, in two ways that agree."""
     bundled = ROOT / "recipes" / "data" / "medquad"
     columns = ["--patient_column", "document_id", "--time_column", "order"]
-    argv = ["head", "--model", str(bundled / "encoder"), "--notes", str(bundled / "answers.parquet"), *columns]
+    pq.write_table(pq.read_table(bundled / "answers.parquet").slice(0, 600), tmp_path / "notes.parquet")
+    argv = ["head", "--model", str(bundled / "encoder"), "--notes", str(tmp_path / "notes.parquet"), *columns]
     main.main([*argv, "--max_length", "32", "--output", str(tmp_path / "sharper"), "--epsilon", "auto"])
     check = """
 import sys
