@@ -69,7 +69,11 @@ def run(recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
     before = measure("start", model, tokenizer) if args.should_save else None
     if head_is_new and args.mlm_weight and recipe.head_warmup_steps and not args.resume_from_checkpoint:
         say(args, line("lm head", f"new: it is trained alone first, for {recipe.head_warmup_steps} updates"))
-        warm_up_head(model, recipe, args, trainer.train_dataset, tokenizer)
+        try:
+            warm_up_head(model, recipe, args, trainer.train_dataset, tokenizer)
+        except SystemExit:
+            say(args, "Stopped by SIGTERM while the new head was trained alone: start anew.")
+            raise
     try:
         last = args.resume_from_checkpoint == "last"
         result = trainer.train(resume_from_checkpoint=True if last else args.resume_from_checkpoint)

@@ -60,7 +60,7 @@ class ClosedForm:
             self.spectral_spreading(),
             distance_squared(*self.spaces, self.k),
             self.orthogonality(),
-            self.unshared_variance(),
+            self._unshared[0],
         )
 
     def spectral_spreading(self) -> Tensor:
@@ -71,11 +71,6 @@ class ClosedForm:
         """L_orth of this update, for centred sides: as `terms.orthogonality` of the pooled covariance."""
         _, inverse, rows = self._standardised
         return inverse @ rows + len(inverse) - 2 * inverse.count_nonzero()
-
-    def unshared_variance(self) -> Tensor:
-        """As `UnsharedVariance`."""
-        shared, total, varies = self._shared_variance
-        return torch.where(varies, 1 - 2 * shared / total, 1)
 
     def gradient(self, spread: Weight, subspace: Weight, orthogonal: Weight, unshared: Weight = None) -> PairGradient:
         """Gradient by the moments of the terms weighted by what is given; None and 0 cost nothing."""
@@ -104,7 +99,7 @@ class ClosedForm:
 
     def _add_unshared(self, grads: list[MomentsGradient], weight: Tensor | float) -> Tensor:
         """Add the gradient of the unshared variance by either side's moments in place; returns that by `product_sum`."""
-        shared, total, varies = self._shared_variance
+        _, shared, total, varies = self._unshared
         n = self.sides[0].count
         by_shared = -2 / total / n * varies * weight
         by_total = 2 * shared / total.square() / n * varies * weight
@@ -129,11 +124,8 @@ class ClosedForm:
         return inner(self.pooled[0], self.pooled[0])
 
     @cached_property
-    def _shared_variance(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Shared variance tr C_ab, total tr Sigma_a + tr Sigma_b, 1 where nothing varies, and whether anything does."""
-        shared, total = self.pair.shared_variance()
-        varies = total > self.pair.a.resolution(True).sum() + self.pair.b.resolution(True).sum()
-        return shared, torch.where(varies, total, 1), varies
+    def _unshared(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.pair.unshared_variance()
 
     @cached_property
     def _resolved(self) -> Tensor:

@@ -35,9 +35,7 @@ class UnsharedVariance:
 
     def __call__(self, s: Statistics) -> Tensor:
         """The value, ()."""
-        shared, total = s.pair.shared_variance()
-        varies = total > s.pair.a.resolution(True).sum() + s.pair.b.resolution(True).sum()
-        return torch.where(varies, 1 - 2 * shared / torch.where(varies, total, 1), 1)
+        return s.pair.unshared_variance()[0]
 
 
 @dataclass(frozen=True)

@@ -242,12 +242,17 @@ class PairMoments:
             return product_sum, None
         return product_sum, torch.addr(torch.addr(self.cross, self.a.first, delta_b), delta_a, moved_b)
 
-    def shared_variance(self) -> tuple[Tensor, Tensor]:
-        """(tr C_ab, tr S_a + tr S_b), (), about the means of both sides."""
+    def unshared_variance(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """1 - 2 h / T, and h = tr C_ab, T = tr S_a + tr S_b, about the means of both sides, and whether anything varies.
+
+        Each (); without variance the first is 1 and T is given as 1.
+        """
         n = self.a.count.clamp(min=1)
         a, b = self.a.first / n, self.b.first / n
         total = (self.a.second.trace() + self.b.second.trace()) / n - a @ a - b @ b
-        return self.product_sum / n - a @ b, total
+        varies = total > self.a.resolution(True).sum() + self.b.resolution(True).sum()
+        shared, total = self.product_sum / n - a @ b, torch.where(varies, total, 1)
+        return torch.where(varies, 1 - 2 * shared / total, 1), shared, total, varies
 
     def cross_covariance(self, center: bool) -> Tensor:
         """C_ab (d, d): Z_a^T Z_b / N, or about the means of both sides. ValueError without the cross moment."""

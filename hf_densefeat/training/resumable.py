@@ -15,7 +15,13 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    SaveStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
 
 from hf_densefeat.models.adapters import ADAPTER, load_adapter, merged, save_adapter
 from hf_densefeat.models.sentence_transformers import FILES
@@ -39,7 +45,8 @@ class ResumableTrainer(Trainer):
     * A checkpoint is written in `output_dir/unfinished` and gets its name when all ranks' files and a manifest are there.
     * Resuming checks every file before anything is loaded, and names the one that is missing or damaged.
     * `resume_from_checkpoint=True` takes the newest whole checkpoint, and says which it passes over.
-    * SIGTERM ends the update and saves; `train` then raises SystemExit(143), which ends the process as the signal would.
+    * SIGTERM ends the update and saves, unless `save_strategy` is no; `train` then raises SystemExit(143), which ends the
+      process as the signal would.
     * A run that is finished is not trained further when it is resumed.
     * A run with an adapter saves the merged encoder, which opens anywhere, and the adapter, from which it resumes.
 
@@ -252,6 +259,10 @@ class _StopWhenTold(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.agreed_to_stop():
-            self.trainer.stopped = control.should_save = control.should_training_stop = True
-            logger.warning("SIGTERM: the run saves checkpoint-%d and stops.", state.global_step)
+            self.trainer.stopped = control.should_training_stop = True
+            control.should_save = args.save_strategy != SaveStrategy.NO
+            saves = (
+                f"saves checkpoint-{state.global_step}" if control.should_save else "saves nothing (save_strategy no)"
+            )
+            logger.warning("SIGTERM: the run %s and stops.", saves)
         return control

@@ -6,7 +6,7 @@ import re
 import datasets
 import numpy as np
 import torch
-from transformers import PrinterCallback
+from transformers import AutoConfig, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 
 from benchmarks.data import BUNDLED
@@ -42,8 +42,7 @@ def marks(args) -> dict:
     notes = notes.remove_columns("text").add_column("text", texts)
     split = np.array(notes["split"][:])
     train, held_out = (notes.select(np.flatnonzero(split == name)) for name in ("train", "validation"))
-    model = AutoDenseModel.from_pretrained(ENCODER)
-    stats = tokenize_notes(train, model._default_tokenizer(), LENGTH)[1]
+    stats = tokenize_notes(train, AutoTokenizer.from_pretrained(ENCODER), LENGTH)[1]
     losses = {"with marks": [], "without": []}
     for seed in range(args.seeds):
         for name, predict in (("with marks", True), ("without", False)):
@@ -61,8 +60,8 @@ def marks(args) -> dict:
 
 def _held_out_loss(train, held_out, predict: bool, seed: int, steps: int) -> float:
     torch.manual_seed(seed)
-    model = AutoDenseModel.from_config(AutoDenseModel.from_pretrained(ENCODER).config)
-    tokenizer = AutoDenseModel.from_pretrained(ENCODER)._default_tokenizer()
+    model = AutoDenseModel.from_config(AutoConfig.from_pretrained(ENCODER))
+    tokenizer = AutoTokenizer.from_pretrained(ENCODER)
 
     def trainer(predict_marks: bool) -> DenseTrainer:
         options = DenseTrainingArguments(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.scaling import default_objective
 from benchmarks.timing import alternate, spread
 from hf_densefeat import DenseObjective, effective_rank
 from hf_densefeat.baselines.losses import vicreg
@@ -25,10 +26,9 @@ def one_size(d: int, n: int, repeats: int) -> dict:
     decay = torch.arange(1, d + 1) ** -0.5
     z_a, z_b = ((torch.randn(n, d) * decay).requires_grad_() for _ in range(2))
     common = {"subspace_dim": 20, "center": True, "power_iterations": 2}
-    weights = {"lambda_sub": 0.003, "lambda_orth": 0.0, "terms": {"unshared_variance": 0.3}}
     losses = {
-        "default": DenseObjective(window="auto", **weights, **common),
-        "default, batch alone": DenseObjective(**weights, **common),
+        "default": default_objective(),
+        "default, batch alone": default_objective(window=None),
         "paper, running window": DenseObjective(window="auto", **common),
         "paper, batch alone": DenseObjective(**common),
     }

@@ -11,7 +11,7 @@ import torch.multiprocessing as multiprocessing
 
 from benchmarks.step import make_trainer, one_update
 from benchmarks.timing import spread
-from hf_densefeat import DenseObjective
+from hf_densefeat import DenseObjective, DenseTrainingArguments
 from hf_densefeat.objective.distributed import sum_over_ranks
 from hf_densefeat.objective.moments import PairMoments
 
@@ -121,16 +121,9 @@ def timed_updates(rank: int, ranks: int, repeats: int) -> dict:
     return {name: torch.tensor(values).numpy() for name, values in seconds.items()}
 
 
-def default_objective() -> DenseObjective:
-    """What trains by default."""
-    return DenseObjective(
-        lambda_sub=0.003,
-        lambda_orth=0.0,
-        window="auto",
-        center=True,
-        power_iterations=2,
-        terms={"unshared_variance": 0.3},
-    )
+def default_objective(**more) -> DenseObjective:
+    """What trains by default, with other options where they are given."""
+    return DenseTrainingArguments(output_dir="-", report_to="none", use_cpu=True).dense_objective(**more)
 
 
 def cost(d: int, n: int) -> dict:

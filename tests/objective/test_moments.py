@@ -340,7 +340,11 @@ def test_cross_moment_of_any_cut_is_that_of_the_whole(shift):
     np.testing.assert_allclose(total.cross_covariance(True).numpy(), expected, rtol=1e-10, atol=1e-10)
     alone = [PairMoments.of(*part, s) for part, s in zip(parts, at, strict=True)]
     for sums in (total, alone[0] + alone[1] + alone[2]):
-        shared, both = sums.shared_variance()
+        unshared, shared, both, varies = sums.unshared_variance()
+        assert varies
+        assert unshared.item() == pytest.approx(
+            1 - 2 * np.trace(expected) / (a.var(0).sum() + b.var(0).sum()), rel=1e-10
+        )
         assert shared.item() == pytest.approx(np.trace(expected), rel=1e-10)
         assert both.item() == pytest.approx(a.var(0).sum() + b.var(0).sum(), rel=1e-10)
     assert PairMoments.of(*parts[1], cross=True).cross_covariance(True).abs().max() == 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import logs, make_notes, make_trainer
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from hf_densefeat.training import resumable
 from hf_densefeat.training.checkpoints import MANIFEST, UNFINISHED, check_whole, damage, newest_whole, publish
@@ -255,6 +256,23 @@ def test_sigterm_saves_and_ends(tmp_path, tokenizer, processes):
     assert newest < 400
     assert newest_whole(out).name == f"checkpoint-{newest}"
     assert f"saves checkpoint-{newest} and stops" in run.stderr.read()
+
+
+def test_sigterm_saves_nothing_where_nothing_is_saved(tmp_path, tokenizer, pairs, caplog):
+    """A run told to save no checkpoint, such as that of a new head alone, leaves none that another would resume from."""
+
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(tmp_path, tokenizer, pairs, **STEPS | {"save_strategy": "no"})
+    trainer.add_callback(Terminate())
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert stopped.value.code == 143
+    assert trainer.state.global_step == 1
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert "saves nothing (save_strategy no) and stops" in caplog.text
 
 
 @pytest.mark.slow
