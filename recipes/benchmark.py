@@ -47,6 +47,8 @@ def main():
     encode_parser.add_argument("--texts", type=int, default=128)
     encode_parser.add_argument("--batch_size", type=int, default=32)
     encode_parser.add_argument("--repeats", type=int, default=10)
+    encode_parser.add_argument("--threads", type=int, default=1)
+    encode_parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     probes_parser = commands.add_parser("probes", help="linear probes at every strength, against scikit-learn")
     probes_parser.add_argument("--repeats", type=int, default=5)
     marks_parser = commands.add_parser("marks", help="training with masks on de-identification marks and without")

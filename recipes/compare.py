@@ -36,13 +36,15 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 HERE = Path(__file__).resolve().parent
-# Each domain, and what --data has to hold for it; the columns are in results/study.md.
+# Each domain, and what --data has to hold for it; the columns are in results/study.md and in the module of the domain.
 DOMAINS = {
     "text": "clinosim_longitudinal",
     "tabular": "physionet2012",
     "multimodal": "clinosim_longitudinal",
     "documents": "medquad",
+    "sections": "medquad",
 }
+REAL_TEXT = ("documents", "sections")  # without probes, and without an encoder of their own
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -57,9 +59,8 @@ def run(arguments: argparse.Namespace) -> dict:
         domain.training |= {"bf16": True, "use_cpu": not torch.cuda.is_available()}
     study = Study(domain, Path(arguments.work), arguments.warm_up)
     study.plan(arguments.budget, arguments.seeds, arguments.steps)
-    methods = {name: (METHODS | CANDIDATES)[name] for name in arguments.methods}
-    if arguments.sweep:
-        methods = {name: METHODS[name] for name in ("mlm", "mlm+dense")} | sweep_methods(layers=not domain.sides)
+    every = METHODS | CANDIDATES | sweep_methods()
+    methods = {name: every[name] for name in arguments.methods}
     seeds = range(arguments.seeds)
     left, needed = study.untrained(methods, seeds)
     print(f"{domain.facts}\n{left} runs of {study.steps} steps to train, of {needed}.", flush=True)
@@ -69,9 +70,9 @@ def run(arguments: argparse.Namespace) -> dict:
             for name, method in methods.items():
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 runs[name].append(study.measured(name, method, seed, bar))
-    results = Results(runs, domain)
+    results = Results(runs, domain, methods)
     if arguments.sweep:
-        return report_sweep(study, results, methods, arguments)
+        return report_sweep(study, results, arguments)
     return report(study, results, methods, arguments)
 
 
@@ -88,7 +89,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--bf16", action="store_true", help="mixed precision, on processors and GPUs that are fast at it"
     )
-    parser.add_argument("--methods", help=f"comma-separated, of: {', '.join(METHODS)}")
+    parser.add_argument(
+        "--methods", help=f"comma-separated, of: {', '.join(METHODS)}; or of what --sweep and the candidates are named"
+    )
     parser.add_argument("--sweep", action="store_true", help="one factor at a time around the default, no tables")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", help="folder of data sets; default: the bundled cohort")
@@ -102,11 +105,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", default=str(Path(HF_HOME) / "hf_densefeat" / "compare"), help="folder of the runs")
     arguments = parser.parse_args(argv)
     unlabelled = [name for name, method in METHODS.items() if not (method.supervised or method.after)]
-    methods = list(METHODS) if arguments.domain != "documents" else [*unlabelled, *CANDIDATES]
+    methods = list(METHODS) if arguments.domain not in REAL_TEXT else [*unlabelled, *CANDIDATES]
+    sweep = sweep_methods(layers=arguments.domain != "multimodal")
+    methods = ["mlm", "mlm+dense", *sweep] if arguments.sweep else methods
     arguments.methods = arguments.methods.split(",") if arguments.methods else methods
-    unknown = [name for name in arguments.methods if name not in METHODS | CANDIDATES]
+    unknown = [name for name in arguments.methods if name not in METHODS | CANDIDATES | sweep]
     if unknown:
-        parser.error(f"--methods: no method {', '.join(unknown)}. There are {', '.join(METHODS | CANDIDATES)}.")
+        parser.error(
+            f"--methods: no method {', '.join(unknown)}. There are {', '.join(METHODS | CANDIDATES | sweep)}."
+        )
     if arguments.data and not (Path(arguments.data) / DOMAINS[arguments.domain]).is_dir():
         parser.error(
             f"--data: expected a folder with {DOMAINS[arguments.domain]} in it for --domain {arguments.domain}, got "
@@ -114,8 +121,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if arguments.domain != "text" and (arguments.notes or arguments.max_length):
         parser.error(f"--notes and --max_length are for --domain text, not {arguments.domain}.")
-    if arguments.domain == "documents" and not (arguments.data and arguments.model_name_or_path):
-        parser.error("--domain documents needs --data FOLDER with medquad in it, and --model_name_or_path ENCODER.")
+    if arguments.domain in REAL_TEXT and not (arguments.data and arguments.model_name_or_path):
+        parser.error(
+            f"--domain {arguments.domain} needs --data FOLDER with medquad in it, and --model_name_or_path ENCODER."
+        )
     if arguments.task and not arguments.notes:
         parser.error("--task names a column of --notes: expected --notes FILE_OR_FOLDER too.")
     return arguments

@@ -46,7 +46,6 @@ class Domain:
         form: names of the similarity tasks that ask for form (a kind of section); the others ask for content.
         shift: probes that train at one place or time and are tested at another; may be empty.
         training: options of `DenseTrainingArguments` for every method: batch size, learning rate, subspace_dim, …
-        sides: the encoder is not one stack of layers, so that "layer 0" names nothing.
         key: what else tells runs apart, beside the facts, these options and the inputs: a checkpoint's weights, labels.
     """
 
@@ -74,5 +73,4 @@ class Domain:
     label_free: SimilarityTask | None = None
     form: tuple[str, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
-    sides: bool = False
     key: str = ""

@@ -28,6 +28,7 @@ LENGTH = 96
 SEARCHED = {"validation": 1500, "test": 2000}  # answers, of whole documents
 FITTED = 3000  # training answers that maps are fitted on
 ANSWERS = ["patient_id", "text", "question", "kind", "disease", "type"]
+FORM = ("kind of question", "kind of question, few labels", "section header")  # the other tasks ask for content
 SPECIALTIES = {  # from the MeSH headings of an abstract; abstracts that match none or several have no specialty
     "oncology": "Neoplasm|Carcinoma|Lymphoma|Leukemia",
     "cardiovascular": "Heart|Cardi|Coronary|Myocard|Hypertension|Aort|Vascular|Stroke",
@@ -40,23 +41,42 @@ SPECIALTIES = {  # from the MeSH headings of an abstract; abstracts that match n
 def load(data: Path, model_name_or_path: str) -> Domain:
     """The domain, from a folder of data sets and an encoder to start from."""
     folder = Path(data)
-    answers = read_answers(folder / "medquad" / "answers.parquet")
-    parts = {name: rows_with(answers, "split", name) for name in ("train", "validation", "test")}
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
-    tokens = tokenize_notes(parts["train"], tokenizer, max_length=LENGTH)[0]
-    pairs = adjacent_pairs(parts["train"])
-    again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.num_notes, pairs.num_patients)
-    searched = {name: sample(parts[name], count, seed=0) for name, count in SEARCHED.items()}
-    held_out, texts = adjacent_pairs(searched["test"]), np.array(searched["test"]["text"][:], dtype=object)
-    chosen = np.random.default_rng(0).permutation(len(parts["train"]))[:FITTED]
-    similarity = answer_tasks(searched["test"]) + answer_tasks(searched["validation"], "validation ")
+    parts, searched = read_parts(folder)
+    similarity = searched_tasks(searched)
     for read in (abstracts, dialogues, visits):
         similarity += read(folder)
+    total = sum(map(len, parts.values()))
+    facts = f"MedQuAD (CC BY 4.0): {total:,} answers, a document as a patient, a disease in one part alone."
+    return domain_of("documents", facts, "answers", parts["train"], searched, similarity, model_name_or_path)
+
+
+def read_parts(folder: Path) -> tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]]:
+    """MedQuAD's answers by split, and those of validation and test that are searched: whole documents."""
+    answers = read_answers(folder / "medquad" / "answers.parquet")
+    parts = {name: rows_with(answers, "split", name) for name in ("train", "validation", "test")}
+    return parts, {name: sample(parts[name], count, seed=0) for name, count in SEARCHED.items()}
+
+
+def domain_of(
+    name: str,
+    facts: str,
+    unit: str,
+    train: datasets.Dataset,
+    searched: dict[str, datasets.Dataset],
+    similarity: list[SimilarityTask],
+    model_name_or_path: str,
+) -> Domain:
+    """Training on the adjacent notes of `train`, each a `unit`, measured on the answers that are searched and on the tasks."""
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    tokens = tokenize_notes(train, tokenizer, max_length=LENGTH)[0]
+    pairs = adjacent_pairs(train)
+    again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.num_notes, pairs.num_patients)
+    held_out, texts = adjacent_pairs(searched["test"]), np.array(searched["test"]["text"][:], dtype=object)
+    chosen = np.random.default_rng(0).permutation(len(train))[:FITTED]
     return Domain(
-        name="documents",
+        name=name,
         facts=(
-            f"MedQuAD (CC BY 4.0): {len(answers):,} answers, a document as a patient, a disease in one part alone. Trained "
-            f"on {len(parts['train']):,} answers ({len(pairs):,} pairs, {LENGTH} tokens) without any label; measured on "
+            f"{facts} Trained on {len(train):,} {unit} ({len(pairs):,} pairs, {LENGTH} tokens) without any label; measured on "
             f"{len(searched['test']):,} test answers of whole documents, and on text that no method was trained on. "
             f"Start: {Path(model_name_or_path).name}."
         ),
@@ -67,14 +87,14 @@ def load(data: Path, model_name_or_path: str) -> Domain:
         collator=lambda objective: DensePairCollator(tokenizer, objective=objective, mlm_probability=0.3),
         encode=lambda model, inputs: model.encode(inputs, tokenizer, batch_size=256),
         features=partial(features.of_all_words, cut=partial(seen, tokenizer=tokenizer, length=LENGTH)),
-        train_inputs=parts["train"].select(chosen)["text"][:],
+        train_inputs=train.select(chosen)["text"][:],
         earlier=texts[held_out.earlier].tolist(),
         later=texts[held_out.later].tolist(),
         patient=held_out.patient,
         similarity=similarity,
         label_free=SimilarityTask(name="next note", kind="same_patient", notes=searched["validation"]),
         training=training(1e-4),
-        form=("kind of question", "kind of question, few labels", "section header"),
+        form=FORM,
         key=encoder_key(AutoDenseModel.from_pretrained(model_name_or_path), tokenizer),
     )
 
@@ -92,6 +112,11 @@ def read_answers(path: Path) -> datasets.Dataset:
     disease = [name or document for name, document in zip(notes["disease"][:], notes["document_id"][:], strict=True)]
     notes = notes.remove_columns("disease").add_column("disease", disease)
     return load_notes(notes, columns={"patient_id": "document_id", "time": "order", "text": "text"})
+
+
+def searched_tasks(searched: dict[str, datasets.Dataset]) -> list[SimilarityTask]:
+    """Those of the test answers, and those of the validation answers, which only choose."""
+    return answer_tasks(searched["test"]) + answer_tasks(searched["validation"], "validation ")
 
 
 def answer_tasks(notes: datasets.Dataset, prefix: str = "") -> list[SimilarityTask]:

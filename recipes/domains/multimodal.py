@@ -102,7 +102,6 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
             for side, name in (("events", "on notes alone"), ("text", "on values alone"))
         ],
         training=training(),
-        sides=True,
     )
 
 

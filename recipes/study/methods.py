@@ -129,10 +129,11 @@ SWEEP = {
     "lambda_sub": [{"lambda_sub": value} for value in (0.0, 0.001, 0.01, 0.03)],
     "lambda_orth": [{"lambda_orth": value} for value in (1e-5, 1e-4, 3e-4, 1e-3)],
     "both": [{"lambda_orth": 3e-4, "lambda_sub": value} for value in (0.01, 0.03)],
-    "dense_weight": [{"dense_weight": value} for value in (0.3, 1.0, 10.0)],
+    "dense_weight": [{"dense_weight": value} for value in (0.1, 0.3, 1.0, 10.0)],
     "window": [{"window": value} for value in ("none", "512")],
     "centring": [{"center": False}],
     "estimator": [{"unbiased": True}],
+    "rows": [{"per_device_train_batch_size": value} for value in (8, 64)],
     "pairs_per_patient": [{"pairs_per_patient": value} for value in (4, 8)],
     "pooling": [{"pooling": value} for value in ("cls", "max")],
 }
@@ -143,9 +144,9 @@ SWEEP_METHODS = {
     "rank at most 16": {"most_rank": 16.0},
     "rank at most 32": {"most_rank": 32.0},
     "rank at most 64": {"most_rank": 64.0},
-    "MLM alone, first layer": {"layer": 0, "arguments": {"dense_weight": 0.0}},
+    "first layer of MLM alone": {"layer": 0, "arguments": {"dense_weight": 0.0}},
     "first layer": {"layer": 0},
-    "pairing-aware, no L_sub": {"arguments": {"lambda_pair": 0.1, "lambda_sub": 0.0}},
+    "pairing-aware without L_sub": {"arguments": {"lambda_pair": 0.1, "lambda_sub": 0.0}},
     "pairing-aware and L_sub": {"arguments": {"lambda_pair": 0.1}},
     "pairing-aware at 0.5": {"arguments": {"lambda_pair": 0.5}},
     "pairing-aware at 2": {"arguments": {"lambda_pair": 2.0}},
@@ -157,7 +158,7 @@ def sweep_methods(layers: bool = True) -> dict[str, Method]:
     found = {}
     for values in SWEEP.values():
         for change in values:
-            name = ", ".join(f"{key} {value}" for key, value in change.items())
+            name = " and ".join(f"{key} {value}" for key, value in change.items())
             found[name] = Method(name, change)
     found |= {name: Method(name, **change) for name, change in SWEEP_METHODS.items()}
     return {name: method for name, method in found.items() if layers or method.layer is None}

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.isotonic import isotonic_regression
 
 from hf_densefeat.reporting.plots import COLOURS, STYLES
-from study.methods import ABLATION, METHODS, OURS
+from study.methods import ABLATION, CANDIDATES, METHODS, OURS
 from study.results import Results
 
 matplotlib.use("Agg")
@@ -19,10 +19,10 @@ BLUE, VERMILION, GREEN = COLOURS[:3]
 
 def _look(name: str) -> dict:
     """Colour, marker and filling of a kind of method: told apart by each of shape and filling, in grey print too."""
-    method = METHODS.get(name)
+    method = (METHODS | CANDIDATES).get(name)
     if name in OURS:
         return {"color": VERMILION, "marker": "*", "markersize": 15, "markeredgecolor": "black", "zorder": 4}
-    if method is None or name in ABLATION:
+    if method is None or name in ABLATION or (name in CANDIDATES and not method.pair_loss):
         return {"color": VERMILION, "marker": "D", "markersize": 6, "fillstyle": "none", "zorder": 3}
     if method.supervised:
         return {"color": "black", "marker": "^", "markersize": 8, "zorder": 3}
@@ -81,6 +81,37 @@ def plot_pareto(points: dict[str, tuple[str, float, float, float]], path: Path |
         _bare(one)
     right.spines.left.set_visible(False)
     right.tick_params(axis="y", length=0)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_trade(points: dict[str, tuple[str, float, float]], path: Path | str) -> None:
+    """Content against form, the names beside it in the order of form; methods where one is not defined are left out.
+
+    Args:
+        points: method → (title, content, form), means of the metrics of similarity.
+        path: of the PNG.
+    """
+    points = {name: point for name, point in points.items() if np.isfinite(point[1:]).all()}
+    height = max(4.6, 0.24 * len(points) + 1)
+    figure, axes = plt.subplots(figsize=(10, height), dpi=150, layout="constrained")
+    forms = np.array([form for *_, form in points.values()])
+    low, high = (forms.min(), forms.max()) if len(forms) else (0.0, 1.0)
+    room = max(high - low, 0.01)
+    low, high = low - 0.03 * room, high + 0.03 * room
+    places = _apart(forms, (high - low) / max(len(points) - 1, 1), low, high)
+    for (name, (title, content, form)), place in zip(points.items(), places, strict=True):
+        look, ours = _look(name), name in OURS
+        axes.plot(content, form, linestyle="", **look)
+        line = {"color": look["color"], "linewidth": 1.2 if ours else 0.5, "alpha": 0.8 if ours else 0.45}
+        arrow = {"arrowstyle": "-", "shrinkA": 0, "shrinkB": 4, **line}
+        axes.annotate("", (content, form), (1.02, place), textcoords=axes.get_yaxis_transform(), arrowprops=arrow)
+        text = {"fontsize": 9, "fontweight": "bold" if ours else "normal", "va": "center"}
+        axes.text(1.03, place, title, transform=axes.get_yaxis_transform(), **text)
+    axes.set_title("★ ours   ◇ ours, changed   ○ other objectives   □ no training", fontsize=9)
+    axes.set(xlabel="content: search, disease, specialty, clusters, few labels →", ylabel="form: kind of a section →")
+    axes.set_ylim(low - 0.03 * room, high + 0.03 * room)
+    _bare(axes)
     figure.savefig(path)
     plt.close(figure)
 

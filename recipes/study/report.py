@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 from benchmarks.timing import machine
+from domains import Domain
 
 from study.directions import table_variance
 from study.methods import METHODS, Method
-from study.plots import plot_missing, plot_pareto
+from study.plots import plot_missing, plot_pareto, plot_trade
 from study.results import Results
 from study.runs import Study
 from study.tables import (
+    parts,
     table_1,
     table_2,
     table_3,
@@ -24,6 +26,7 @@ from study.tables import (
     table_rank,
     table_robust,
     table_rows,
+    table_short,
     table_sweep,
     table_tasks,
     verdict,
@@ -46,6 +49,7 @@ def report(study: Study, results: Results, methods: dict[str, Method], arguments
     }
     if domain.similarity:
         tables |= {
+            "short": ("In short", lambda: table_short(results, domain, "mlm+dense")),
             "5": ("Table 5. Similarity, cosine as it is", lambda: table_5(results, "as it is", domain)),
             "maps": ("The same as it is, centred, and mapped", lambda: table_maps(results, domain)),
             "centred": ("Table 5, centred", lambda: table_5(results, "centred", domain)),
@@ -57,7 +61,7 @@ def report(study: Study, results: Results, methods: dict[str, Method], arguments
         tables = {
             name: tables[name]
             for name in tables
-            if name in ("1", "2", "5", "maps", "centred", "mapped", "codes", "variance")
+            if name in ("1", "2", "short", "5", "maps", "centred", "mapped", "codes", "variance")
         }
     asked = tables.values() if whole else [tables[arguments.table]]
     head = conditions(study, results, arguments)
@@ -70,21 +74,36 @@ def report(study: Study, results: Results, methods: dict[str, Method], arguments
     numbers = numbers_of(study, results, arguments)
     stem = write(arguments.output, domain.name + ("" if whole else f"-table-{arguments.table}"), text, numbers)
     if whole and domain.tasks:
-        plot_pareto(
-            {name: (METHODS[name].title, *results.point(name)) for name in results.shown}, f"{stem}-pareto.png"
-        )
+        points = {name: (results.titles[name], *results.point(name)) for name in results.shown}
+        plot_pareto(points, f"{stem}-pareto.png")
         plot_missing(results, domain.primary, f"{stem}-missing.png")
+    elif whole:
+        plot_trade(trade(results, domain), f"{stem}.png")
     return numbers
 
 
-def report_sweep(study: Study, results: Results, methods: dict[str, Method], arguments: argparse.Namespace) -> dict:
+def report_sweep(study: Study, results: Results, arguments: argparse.Namespace) -> dict:
     """One row and one point a setting. Returns what the JSON holds."""
-    titles = {name: method.title for name, method in methods.items()}
-    text = f"{conditions(study, results, arguments)}\n\n{table_sweep(results, titles)}"
+    domain = study.domain
+    table = table_sweep(results) if domain.tasks else table_short(results, domain, "mlm+dense")
     numbers = numbers_of(study, results, arguments)
-    stem = write(arguments.output, f"{study.domain.name}-sweep", text, numbers)
-    plot_pareto({name: (title, *results.point(name)) for name, title in titles.items()}, f"{stem}.png")
+    stem = write(
+        arguments.output, f"{domain.name}-sweep", f"{conditions(study, results, arguments)}\n\n{table}", numbers
+    )
+    if domain.tasks:
+        plot_pareto({name: (results.titles[name], *results.point(name)) for name in results.shown}, f"{stem}.png")
+    else:
+        plot_trade(trade(results, domain), f"{stem}.png")
     return numbers
+
+
+def trade(results: Results, domain: Domain) -> dict[str, tuple[str, float, float]]:
+    """Method → (title, content, form), as it is, for the picture."""
+    groups = parts(results, domain)
+    return {
+        name: (results.titles[name], *(results.array(name, groups[part])[0] for part in ("content", "form")))
+        for name in results.shown
+    }
 
 
 def conditions(study: Study, results: Results, arguments: argparse.Namespace) -> str:

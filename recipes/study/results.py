@@ -4,7 +4,7 @@ import numpy as np
 from domains import Domain
 
 from hf_densefeat.evaluation.metrics import Estimate
-from study.methods import BASELINES, CANDIDATES, METHODS
+from study.methods import BASELINES, CANDIDATES, METHODS, Method
 
 RANK, DISTANCE = "geometry effective_rank_centered", "geometry subspace_distance_normalized_centered"
 CONDITION = "geometry condition_resolved_centered"
@@ -20,16 +20,16 @@ class Results:
         titles: their names in tables.
     """
 
-    def __init__(self, runs: dict[str, list[dict]], domain: Domain):
+    def __init__(self, runs: dict[str, list[dict]], domain: Domain, methods: dict[str, Method]):
         self.runs = runs
         self.summaries: dict[str, list[str]] = {"AUROC": [], "ARI": [], "RMSE": []}
         metrics = {"clustering": "ARI", "regression": "RMSE"}
         for task in domain.tasks:
             metric = metrics.get(task.kind, "AUROC")
             self.summaries[metric].append(f"{task.name} {metric.lower()}")
-        every = METHODS | CANDIDATES
-        self.shown = [name for name in every if name in runs]
-        self.titles = {name: every[name].title for name in self.shown}
+        self.shown = [name for name in (*METHODS, *CANDIDATES) if name in runs]
+        self.shown += [name for name in runs if name not in self.shown]
+        self.titles = {name: methods[name].title for name in self.shown}
 
     def array(self, name: str, keys: str | list[str]) -> tuple[float, np.ndarray]:
         """Value and replicates of a method, the mean over several metrics where a list is given."""

@@ -117,6 +117,34 @@ def table_5(results: Results, title: str, domain: Domain) -> str:
     return markdown(rows)
 
 
+def table_short(results: Results, domain: Domain, reference: str | None = None) -> str:
+    """Similarity as it is in short: means of content and form on test and on validation documents, and the effective rank.
+
+    With a reference also the differences to it, on the same redraws. The name of a method is followed by its number of seeds.
+    """
+    groups = parts(results, domain)
+    compared = [title for title in groups if not title.endswith("validation")] if reference in results.runs else []
+    head = ["Method", *groups, *(f"{title} − {results.titles[reference]}" for title in compared), "effective rank"]
+    rows = []
+    for name in results.shown:
+        means = [results.array(name, keys)[0] for keys in groups.values()]
+        found = [results.difference(name, reference, groups[title]) for title in compared]
+        cells = [interval(each, signed=True) if name != reference else "" for each in found]
+        row = [f"{results.titles[name]} ({len(results.runs[name])})", *(f"{mean:.3f}" for mean in means), *cells]
+        rows.append((means[0], [*row, f"{results.array(name, RANK)[0]:.0f}"]))
+    return markdown([head, *(row for _, row in sorted(rows, key=lambda pair: -pair[0]))])
+
+
+def parts(results: Results, domain: Domain) -> dict[str, list[str]]:
+    """The keys of content and of form, as it is, on test and on validation documents; without those that have no task."""
+    found: dict[str, list[str]] = {"content": [], "form": [], "content, validation": [], "form, validation": []}
+    for key in similarity_keys(results, "as it is"):
+        task = key.split(":")[0]
+        part = "form" if task.removeprefix("validation ") in domain.form else "content"
+        found[part + ", validation" * task.startswith("validation ")].append(key)
+    return {title: keys for title, keys in found.items() if keys}
+
+
 def similarity_keys(results: Results, title: str) -> list[str]:
     """`task: metric, map` of the plain metrics under one map."""
     keys = results.runs[results.shown[0]][0]
@@ -231,15 +259,15 @@ def table_rows(measures: Measures) -> str:
     return markdown(rows)
 
 
-def table_sweep(results: Results, titles: dict[str, str]) -> str:
+def table_sweep(results: Results) -> str:
     """One row a setting, with the difference in AUROC to the default."""
     areas, others = results.summaries["AUROC"], [key for key in ("ARI", "RMSE") if results.summaries[key]]
     rows = [
         ["Setting", "Effective rank", "Subspace distance", "AUROC", "− default", *others, "16 shots", "60% missing"]
     ]
-    for name, title in titles.items():
+    for name in results.shown:
         row = [
-            title,
+            results.titles[name],
             interval(results.estimate(name, RANK), digits=1),
             interval(results.estimate(name, DISTANCE)),
         ]

@@ -1,5 +1,6 @@
 """The study of documents, on a table of MedQuAD's layout: similarity of every method, and the default's own terms."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from scipy.stats import f_oneway
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import compare
+from domains import sections
 from study.directions import between_classes
 from study.methods import METHODS
 from study.training import study_objective
@@ -21,7 +23,7 @@ from study.training import study_objective
 from hf_densefeat import DenseTrainingArguments
 
 pytestmark = [pytest.mark.recipe, pytest.mark.slow]
-PARTS = {"train": 40, "validation": 8, "test": 20}
+PARTS = {"train": 40, "validation": 8, "test": 40}
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +52,18 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_tables_of_similarity_are_written_with_every_map(data, tokenizer, tmp_path):
+@pytest.fixture(scope="module")
+def encoder(tokenizer, tmp_path_factory):
+    """A folder with a small encoder."""
+    folder = tmp_path_factory.mktemp("encoder")
+    make_model("bert", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_tables_of_similarity_are_written_with_every_map(data, encoder, tmp_path):
     """As it is, centred and mapped, with the verdict first; no text of the documents."""
-    make_model("bert", tokenizer).save_pretrained(tmp_path / "encoder")
-    tokenizer.save_pretrained(tmp_path / "encoder")
-    words = ["--domain", "documents", "--data", data, "--model_name_or_path", tmp_path / "encoder", "--steps", 2]
+    words = ["--domain", "documents", "--data", data, "--model_name_or_path", encoder, "--steps", 2]
     words += ["--methods", "features,start,mlm,mlm+dense", "--output", tmp_path, "--work", tmp_path / "work"]
     numbers = compare.main(list(map(str, words)))
     report = (tmp_path / "documents.md").read_text()
@@ -64,11 +73,54 @@ def test_tables_of_similarity_are_written_with_every_map(data, tokenizer, tmp_pa
         "after the best affine map",
         "Fewer bits",
         "What the variance is of",
+        "In short",
     ):
         assert title in report
+    assert (tmp_path / "documents.png").exists()
     assert report.index("Content, as it is: MLM + dense (default) − MLM") < report.index("Table 5")
     assert 0 < numbers["methods"]["mlm"]["question → answer: mrr, as it is"]["value"] <= 1
     assert "information of" not in report
+
+
+def test_the_sweep_of_documents_compares_content_and_form_with_the_default(data, encoder, tmp_path):
+    """Settings that are named, beside the default; the difference is that of the means."""
+    words = ["--domain", "documents", "--data", data, "--model_name_or_path", encoder, "--steps", 2, "--sweep"]
+    words += ["--methods", "mlm+dense,center False,per_device_train_batch_size 8", "--output", tmp_path]
+    found = compare.main([*map(str, words), "--work", str(tmp_path / "work")])["methods"]
+    assert list(found) == ["mlm+dense", "center False", "per_device_train_batch_size 8"]
+    lines = (tmp_path / "documents-sweep.md").read_text().splitlines()
+    cells = {
+        line.split("|")[1].strip(): [one.strip() for one in line.split("|")[2:-1]] for line in lines if "|" in line
+    }
+    head, default, changed = (cells[name] for name in ("Method", "MLM + dense (default) (1)", "center False (1)"))
+    assert head[4] == "content − MLM + dense (default)"
+    assert default[4] == ""
+    assert float(changed[4].split()[0]) == pytest.approx(float(changed[0]) - float(default[0]), abs=1.1e-3)
+    assert (tmp_path / "documents-sweep.png").exists()
+
+
+def test_trained_on_sections_and_measured_on_answers(data, encoder, tmp_path):
+    """Two sources, or one; none is refused with the names of the files."""
+    both = tmp_path / "both"
+    shutil.copytree(data, both)
+    words = ["--domain", "sections", "--model_name_or_path", encoder, "--steps", 1, "--methods", "mlm"]
+    words = [*map(str, words), "--work", str(tmp_path / "work"), "--output", str(tmp_path), "--data", str(both)]
+    with pytest.raises(FileNotFoundError, match=r"sections\.parquet in pubmedqa or aci_bench"):
+        compare.main(words)
+    for source, document in sections.SOURCES.items():
+        (both / source).mkdir()
+        rows = [
+            {document: str(i // 3), "section_index": str(2 - i % 3), "text": f"{WORDS[i]} {WORDS[i + 1]} {i}"}
+            for i in range(60)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), both / source / "sections.parquet")
+    train = sections.read_sections(both)
+    assert len(train) == 120
+    assert train["patient_id"][0] == "aci_bench 0"
+    assert train["text"][:3] == [f"{WORDS[i]} {WORDS[i + 1]} {i}" for i in (2, 1, 0)]  # in the order of the sections
+    found = compare.main(words)
+    assert "Trained on 120 sections (80 pairs" in found["facts"]
+    assert "same disease: mrr, as it is" in found["methods"]["mlm"]
 
 
 def test_a_missing_encoder_is_said_at_once(data):
