@@ -58,7 +58,7 @@ class Ranks:
                 self.processes.append(context.Process(target=serve, args=(theirs,), daemon=True))
                 self.processes[-1].start()
 
-    def run(self, job, ranks: int, timeout: float = 60, **kwargs) -> list:
+    def run(self, job, ranks: int, timeout: float = 300, **kwargs) -> list:
         """The answers of all ranks; RuntimeError with the tracebacks if one failed, or none answers in time."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

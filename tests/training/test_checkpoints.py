@@ -89,7 +89,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tokenizer, uninterrup
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert done.returncode == code, done.stderr[-3000:]
