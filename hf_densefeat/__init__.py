@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_densefeat.evaluation.tasks import ProbeTask
     from hf_densefeat.models.dense import AutoDenseModel, DenseFeatureMixin
     from hf_densefeat.models.head import DenseHead
+    from hf_densefeat.models.interpolation import interpolate_weights
     from hf_densefeat.objective.batch_loss import BatchLoss
     from hf_densefeat.objective.moments import Moments
     from hf_densefeat.objective.objective import DenseObjective
@@ -47,6 +48,7 @@ __all__ = [
     "effective_rank",
     "events",
     "geometry_report",
+    "interpolate_weights",
     "load_notes",
     "orthogonality_loss",
     "spectral_spreading_loss",
@@ -68,6 +70,7 @@ _ROOMS = {
     "evaluation.tasks": "ProbeTask",
     "models.dense": "AutoDenseModel DenseFeatureMixin",
     "models.head": "DenseHead",
+    "models.interpolation": "interpolate_weights",
     "objective.batch_loss": "BatchLoss",
     "objective.moments": "Moments",
     "objective.objective": "DenseObjective",

@@ -1,1 +1,1 @@
-"""The console command: `densefeat pretrain`, `densefeat probe`, `densefeat head`."""
+"""The console command: `densefeat pretrain`, `densefeat probe`, `densefeat head`, `densefeat interpolate`."""

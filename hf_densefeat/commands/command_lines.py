@@ -1,4 +1,4 @@
-"""The command lines of `probe` and `head`, which are read before anything heavy is imported."""
+"""The command lines of `probe`, `head` and `interpolate`, which are read before anything heavy is imported."""
 
 import argparse
 import re
@@ -29,6 +29,12 @@ HEAD = """End a high mean cosine, or sharpen search, without training: fit the d
 The head is an affine map, fitted in closed form on training patients' notes and saved as a `Dense` module beside the encoder:
 `SentenceTransformer(out)` and `AutoDenseModel.from_pretrained(out)` apply it, and the encoder's weights stay as they are. It
 prints what the held-out patients' notes look like before and after."""
+INTERPOLATE = """Turn a trained encoder back towards its start, without training: less content, more form.
+
+    densefeat interpolate --model out --start emilyalsentzer/Bio_ClinicalBERT --share 0.5 --notes notes.parquet --output half
+
+Every weight becomes start + share (model - start): 0 is the start, 1 the model, and 1.25 goes on in the same direction. Then
+the dense head is fitted as `densefeat head` does. Compare shares with `densefeat probe --model out --model half ...`."""
 ROLES = {"patient_id": "patient_column", "time": "time_column", "text": "text_column"}
 
 
@@ -67,7 +73,22 @@ def probe_parser() -> argparse.ArgumentParser:
 
 def head_parser() -> argparse.ArgumentParser:
     """The command line of `densefeat head`."""
-    found = _parser("head", HEAD)
+    return _add_head(_parser("head", HEAD))
+
+
+def interpolate_parser() -> argparse.ArgumentParser:
+    """The command line of `densefeat interpolate`."""
+    found = _parser("interpolate", INTERPOLATE)
+    found.add_argument(
+        "--start", required=True, help="Hub name or folder of the encoder that the model was trained from"
+    )
+    found.add_argument(
+        "--share", required=True, type=float, help="of the way from the start to the model: 0.5 is half"
+    )
+    return _add_head(found)
+
+
+def _add_head(found: argparse.ArgumentParser) -> argparse.ArgumentParser:
     found.add_argument("--model", required=True, help="Hub name or folder of the encoder")
     _add_notes(found)
     found.add_argument("--output", required=True, help="folder to write")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -39,7 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
     with loading(arguments.model):
         model = AutoDenseModel.from_pretrained(
             arguments.model, pooling=arguments.pooling, max_length=arguments.max_length
-        ).to("cuda" if torch.cuda.is_available() else "cpu")
+        )
+    fit_and_save(model, arguments)
+
+
+def fit_and_save(model: Any, arguments: argparse.Namespace) -> None:
+    """What follows when the encoder is there: read the notes, encode, fit, save, measure."""
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(arguments.model)
     notes = load_notes(arguments.notes, **reading_of(arguments))
     print(f"notes      {describe_notes(notes)}")
@@ -127,11 +134,16 @@ def compared(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
+    quiet()
+    run(head_parser().parse_args(argv))
+
+
+def quiet() -> None:
+    """Warnings alone, and one progress bar: that of encoding."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    run(head_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

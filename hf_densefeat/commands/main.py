@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hf_densefeat
-from hf_densefeat.commands.command_lines import error_line, head_parser, probe_parser
+from hf_densefeat.commands.command_lines import error_line, head_parser, interpolate_parser, probe_parser
 from hf_densefeat.commands.typos import nearest, options_of, pretrain_options, unknown_option
 
-PARSERS = {"probe": probe_parser, "head": head_parser}
-USAGE = """usage: densefeat pretrain|probe|head [options]
+PARSERS = {"probe": probe_parser, "head": head_parser, "interpolate": interpolate_parser}
+USAGE = """usage: densefeat pretrain|probe|head|interpolate [options]
 
-  densefeat pretrain   continued pretraining with language modelling and the dense objective on adjacent notes
-  densefeat probe      what an encoder became: similarity, geometry and linear probes, for one encoder or several
-  densefeat head       end cosine 0.9 without training: fit the dense head of any encoder on your notes
+  densefeat pretrain     continued pretraining with language modelling and the dense objective on adjacent notes
+  densefeat probe        what an encoder became: similarity, geometry and linear probes, for one encoder or several
+  densefeat head         end cosine 0.9 without training: fit the dense head of any encoder on your notes
+  densefeat interpolate  turn a trained encoder back towards its start: less content, more form
 
 densefeat COMMAND --help shows the options that people set, densefeat --version the version. On several GPUs:
 densefeat pretrain --num_processes 4 ..., or accelerate launch -m hf_densefeat.commands.pretrain ..."""
@@ -64,7 +65,7 @@ def pretrain(words: list[str], default_config: Path | None = None) -> None:
 
 
 def measure_or_fit(name: str, words: list[str]) -> None:
-    """`densefeat probe` and `densefeat head`; what is wrong with notes, model or options is one line."""
+    """`densefeat probe`, `head` and `interpolate`; what is wrong with notes, model or options is one line."""
     parser = PARSERS[name]()
     message = unknown_option(words, options_of(parser))
     if message:

@@ -24,6 +24,7 @@ class Method:
         broadening: of the projectors' gradient.
         clean: the dense terms see the unmasked input, in a second forward.
         layer: the embedding is of this layer's output instead of the last's, in training and afterwards.
+        share: of the way from the start to the trained weights (`interpolate_weights`).
         after: (name of a method, function of (z of its training notes, z) → z): nothing is trained.
         trained: False for the common start itself, and for what has no encoder.
         encoder: False for the domain's features of words and values.
@@ -39,6 +40,7 @@ class Method:
     broadening: float = 1.0
     clean: bool = False
     layer: int | None = None
+    share: float = 1.0
     after: tuple[str, Callable] | None = None
     trained: bool = True
     encoder: bool = True
@@ -110,6 +112,10 @@ CANDIDATES = {
     "deficit 1 pair 6": Method(
         "rank deficit, weight 1, lambda_pair 6", DEFICIT | {"dense_weight": 1.0, "lambda_pair": 6.0}, spec_weight=0.0
     ),
+    **{
+        f"share {share}": Method(f"MLM + dense (default), {share} of the way from the start", share=share)
+        for share in (0.25, 0.5, 0.75, 1.25)
+    },
     "vne bare": Method("I-VNE+ without its expander", ALONE, lambda width: b.i_vne),
     "pair 1 weight 10": Method("weight 10, lambda_pair 1", {"dense_weight": 10.0, "lambda_pair": 1.0}),
     "pair 1 alone": Method("lambda_pair 1, without MLM", ALONE | {"lambda_pair": 1.0}),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from domains import Domain
 
-from hf_densefeat import DenseTrainingArguments
+from hf_densefeat import DenseTrainingArguments, interpolate_weights
 from study.measures import Measures
 from study.methods import METHODS, Method
 from study.training import embed_at, make_trainer
@@ -75,6 +75,7 @@ class Study:
         rest = (method.supervised, method.self_pairs, method.spec_weight, method.most_rank, method.broadening)
         rest += (method.clean, self.steps, seed)
         rest += () if method.layer is None else (method.layer,)
+        rest += () if method.share == 1 else ("share", method.share)
         digest = hashlib.sha256(repr((sorted(arguments.items()), rest)).encode()).hexdigest()[:8]
         clean = "".join(letter if letter.isalnum() or letter in "+-." else "_" for letter in name)
         return self.folder / f"{clean}-{self.steps}-{seed}-{digest}{ending}"  # a name may hold a dot: no with_suffix
@@ -98,6 +99,8 @@ class Study:
             embed_at(model, method.layer)
         if method.trained:
             make_trainer(self.domain, method, model, seed, self.steps, self.folder, bar).train()
+        if method.share != 1:
+            interpolate_weights(model, self.start(seed), method.share)
         return self.domain.encode(model, self.measures.inputs).float().cpu().numpy()
 
     def untrained(self, methods: dict[str, Method], seeds: Sequence[int]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import make_model, make_notes
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
@@ -72,6 +73,37 @@ def test_head_says_what_is_wrong_in_one_line(tmp_path):
         main.main([*words, "x", "--epsilon", "much"])
     with pytest.raises(SystemExit, match="error: "):
         main.main([*words, str(tmp_path / "none.csv")])
+
+
+@pytest.mark.slow
+def test_interpolate_writes_an_encoder_between_start_and_model(tokenizer, tmp_path, capsys):
+    """The start has no masked-LM head, as many on the Hub have none: the model's stays; the dense head is fitted anew."""
+    start, model = make_model("bert", tokenizer), make_model("bert", tokenizer)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn(weight.shape)
+    start.bert.save_pretrained(tmp_path / "start")
+    model.save_pretrained(tmp_path / "model")
+    for folder in ("start", "model"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    make_notes(40).to_parquet(tmp_path / "notes.parquet")
+    words = ["interpolate", "--notes", tmp_path / "notes.parquet", "--output", tmp_path / "half", "--share"]
+    words = [str(word) for word in (*words, 0.5, "--model", tmp_path / "model", "--start")]
+    main.main([*words, str(tmp_path / "start")])
+    assert "mean cosine" in capsys.readouterr().out
+    half = AutoDenseModel.from_pretrained(str(tmp_path / "half"))
+    assert half.dense_head is not None
+    for name, value in half.state_dict().items():
+        first, last = start.state_dict()[name], model.state_dict()[name]
+        own = (
+            name.startswith("cls.") and name != "cls.predictions.decoder.weight"
+        )  # that is tied to the embedding matrix
+        torch.testing.assert_close(value, last if own else (first + last) / 2)
+    make_model("distilbert", tokenizer).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"is a DistilBertForMaskedLM and .* expected the start"):
+        main.main([*words, str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match="share to be a finite number"):
+        main.main([*(word if word != "0.5" else "-1" for word in words), str(tmp_path / "start")])
 
 
 def test_the_options_that_are_read_from_the_source_are_those_of_the_parser():

@@ -1,0 +1,78 @@
+"""Weights between a start and a trained model, against the definition."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import make_model
+
+from hf_densefeat import AutoDenseModel, DenseHead, interpolate_weights
+
+
+def moved(start, seed=0):
+    """A copy whose every weight has moved."""
+    model, generator = copy.deepcopy(start), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator).to(weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0, 1.25])
+def test_every_weight_is_start_plus_share_of_the_way(tokenizer, family, share):
+    """Tied weights too, which have two names and one place; the start stays as it is."""
+    start = make_model(family, tokenizer)
+    model = moved(start)
+    first, last = ({name: value.double() for name, value in one.state_dict().items()} for one in (start, model))
+    model.dense_head = DenseHead.fit(torch.randn(50, model.config.hidden_size))
+    interpolate_weights(model, start, share)
+    for name, value in model.state_dict().items():
+        expected = first[name] + share * (last[name] - first[name])
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
+        assert start.state_dict()[name].double().equal(first[name])
+    assert model.dense_head is None
+    assert "head" not in model.config.densefeat
+
+
+def test_half_precision_is_rounded_once(tokenizer):
+    """bfloat16: the nearest number to the exact value, where a difference in bfloat16 would be rounded before."""
+    start = make_model("bert", tokenizer).to(torch.bfloat16)
+    model = moved(start)
+    first, last = ({name: value.double() for name, value in one.state_dict().items()} for one in (start, model))
+    interpolate_weights(model, start, 0.37)
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        exact = first[name] + 0.37 * (last[name] - first[name])
+        assert ((value.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-7).all()
+
+
+def test_weights_that_the_start_does_not_have_stay_the_models(tokenizer):
+    """A masked-LM head that training began anew."""
+    start = make_model("bert", tokenizer)
+    model = moved(start)
+    before = copy.deepcopy(model.state_dict())
+    new = [name for name in before if name.startswith("cls.predictions.transform")]
+    interpolate_weights(model, start, 0.0, new=new)
+    assert new
+    for name, value in model.state_dict().items():
+        assert value.equal(before[name] if name in new else start.state_dict()[name])
+
+
+def test_another_start_is_refused_with_the_weight_that_differs(tokenizer):
+    """And a share that is none."""
+    model = make_model("bert", tokenizer)
+    for share in (-0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="share to be a finite number of at least 0"):
+            interpolate_weights(model, model, share)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers += 1
+    with pytest.raises(ValueError, match=r"only the start has bert\.encoder\.layer"):
+        interpolate_weights(model, AutoDenseModel.from_config(config), 0.5)
+    config = copy.deepcopy(model.config)
+    config.vocab_size += 8
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"is \(\d+, ?\d*\) in the model and|is \(\d+,?\) in the model and"):
+        interpolate_weights(model, AutoDenseModel.from_config(config), 0.5)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
