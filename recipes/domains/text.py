@@ -99,6 +99,12 @@ def load(
             [label for label, kind in tasks if kind in ("multiclass", "clustering")]
             + ["diagnosis"] * ("diagnosis" in held_out.column_names),
         ),
+        form=tuple(
+            label + part
+            for label, kind in tasks
+            if kind == "clustering"  # the kind of a note
+            for part in ("", ", clusters", ", few labels")
+        ),
         training=training(5e-5 if model_name_or_path else 1e-3),
         key=key,
     )

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import compare
 from domains import sections
 from study.directions import between_classes
-from study.methods import METHODS
+from study.methods import METHODS, Method
 from study.training import study_objective
 
 from hf_densefeat import DenseTrainingArguments
@@ -97,6 +97,17 @@ def test_the_sweep_of_documents_compares_content_and_form_with_the_default(data,
     assert default[4] == ""
     assert float(changed[4].split()[0]) == pytest.approx(float(changed[0]) - float(default[0]), abs=1.1e-3)
     assert (tmp_path / "documents-sweep.png").exists()
+
+
+def test_a_share_of_the_way_is_measured_with_interpolated_weights(data, encoder, tmp_path, monkeypatch):
+    """With nothing of the way the numbers are the start's."""
+    monkeypatch.setitem(compare.CANDIDATES, "share 0.25", Method("none of the way", share=0.0))
+    words = ["--domain", "documents", "--data", data, "--model_name_or_path", encoder, "--steps", 2, "--table", 5]
+    words += ["--methods", "start,mlm+dense,share 0.25", "--output", tmp_path, "--work", tmp_path / "work"]
+    start, trained, none = compare.main(list(map(str, words)))["methods"].values()
+    start, trained, none = ([found[key]["value"] for key in start] for found in (start, trained, none))
+    assert np.array_equal(none, start, equal_nan=True)
+    assert not np.array_equal(trained, start, equal_nan=True)
 
 
 def test_trained_on_sections_and_measured_on_answers(data, encoder, tmp_path):
