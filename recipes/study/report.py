@@ -53,10 +53,11 @@ def report(study: Study, results: Results, methods: dict[str, Method], arguments
             "5": ("Table 5. Similarity, cosine as it is", lambda: table_5(results, "as it is", domain)),
             "maps": ("The same as it is, centred, and mapped", lambda: table_maps(results, domain)),
             "centred": ("Table 5, centred", lambda: table_5(results, "centred", domain)),
-            "mapped": ("Table 5, after the best affine map", lambda: table_5(results, "mapped", domain)),
             "codes": ("Fewer bits, fewer dimensions", lambda: table_codes(results)),
             "variance": ("What the variance is of", lambda: table_variance(study, methods)),
         }
+    if domain.label_free:
+        tables["mapped"] = ("Table 5, after the best affine map", lambda: table_5(results, "mapped", domain))
     if not domain.tasks:
         tables = {
             name: tables[name]

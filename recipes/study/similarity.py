@@ -11,7 +11,6 @@ from hf_densefeat.evaluation.similarity import similarity_of
 from hf_densefeat.evaluation.similarity_tasks import similarity_rows
 
 EPSILONS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
-MAPS = ("as it is", "centred", "mapped")
 BOOTSTRAPS = 1000
 SHOWN = {  # metrics that the tables have, by kind
     "neighbours": ("precision_at_10",),
@@ -22,11 +21,17 @@ SHOWN = {  # metrics that the tables have, by kind
 }
 
 
+def maps_of(domain: Domain) -> tuple[str, ...]:
+    """How similarity is measured; by the best map where the domain has notes that choose its epsilon."""
+    return ("as it is", "centred", "mapped") if domain.label_free else ("as it is", "centred")
+
+
 class SimilarityMeasures:
     """The tasks of a domain, read once, and what they find in embeddings of its inputs."""
 
     def __init__(self, domain: Domain):
         self.rows = {task.name: similarity_rows(task) for task in domain.similarity}
+        self.maps = maps_of(domain)
         self.label_free = similarity_rows(domain.label_free) if domain.label_free else None
         self.inputs = {text for rows in self.rows.values() for text in (*rows.texts, *rows.queries)}
         if self.label_free:
@@ -41,6 +46,7 @@ class SimilarityMeasures:
         """
         epsilon = self.best_epsilon(encode, train)
         maps = {"as it is": None, "centred": DenseHead.fit(train), "mapped": DenseHead.fit(train, epsilon=epsilon)}
+        maps = {title: maps[title] for title in self.maps}
         found = {"epsilon": np.array([epsilon])}
         for name, rows in self.rows.items():
             z, queries = encode(rows.texts), encode(rows.queries) if rows.queries else None

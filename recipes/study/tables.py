@@ -12,7 +12,7 @@ from hf_densefeat.reporting.formats import interval, markdown
 from study.measures import PATIENT_K, Measures
 from study.methods import ABLATION, BASELINES, METHODS
 from study.results import CONDITION, DISTANCE, RANK, Results
-from study.similarity import MAPS
+from study.similarity import maps_of
 
 # Effective rank, condition number, subspace distance, AUROC, ARI, RMSE
 PAPER = {
@@ -171,7 +171,7 @@ def table_maps(results: Results, domain: Domain) -> str:
     """Means over the content and the form tasks as they are, centred and mapped, and the epsilon that was chosen."""
     groups: dict[str, list[str]] = {}
     for part, wanted in (("content", False), ("form", True)):
-        for title in MAPS:
+        for title in maps_of(domain):
             keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
             groups[f"{part}, {title}"] = [key for key in keys if (key.split(":")[0] in domain.form) == wanted]
     groups = {title: keys for title, keys in groups.items() if keys}
@@ -188,7 +188,7 @@ def verdict_similarity(results: Results, ours: str, domain: Domain) -> list[str]
     if ours not in results.runs or "mlm" not in results.runs:
         return []
     lines = []
-    for title in MAPS:
+    for title in maps_of(domain):
         keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
         for part, chosen in (
             ("content", [key for key in keys if key.split(":")[0] not in domain.form]),
