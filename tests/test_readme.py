@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from hf_densefeat.commands import command_lines, main, options
+from hf_densefeat.commands import main, options
 from hf_densefeat.evaluation import geometry
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def test_the_log_table_has_the_thresholds_of_the_code():
 def test_commands_are_given_options_that_exist():
     """Every option that the first page prints is one of its command."""
     text = README.replace("\\\n", " ")
-    known = {"probe": command_lines.probe_parser(), "head": command_lines.head_parser()}
+    known = {name: parser() for name, parser in main.PARSERS.items()}
     for command, words in re.findall(r"^    densefeat (\w+) (.*)$", text, re.MULTILINE):
         names = {word for word in words.split() if word.startswith("--")}
         if command in known:

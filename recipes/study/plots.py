@@ -17,12 +17,12 @@ from matplotlib import pyplot as plt
 BLUE, VERMILION, GREEN = COLOURS[:3]
 
 
-def _look(name: str) -> dict:
+def _look(name: str, stars: Sequence[str] = OURS) -> dict:
     """Colour, marker and filling of a kind of method: told apart by each of shape and filling, in grey print too."""
     method = (METHODS | CANDIDATES).get(name)
-    if name in OURS:
+    if name in stars:
         return {"color": VERMILION, "marker": "*", "markersize": 15, "markeredgecolor": "black", "zorder": 4}
-    if method is None or name in ABLATION or (name in CANDIDATES and not method.pair_loss):
+    if method is None or name in (*ABLATION, *OURS) or (name in CANDIDATES and not method.pair_loss):
         return {"color": VERMILION, "marker": "D", "markersize": 6, "fillstyle": "none", "zorder": 3}
     if method.supervised:
         return {"color": "black", "marker": "^", "markersize": 8, "zorder": 3}
@@ -101,14 +101,15 @@ def plot_trade(points: dict[str, tuple[str, float, float]], path: Path | str) ->
     low, high = low - 0.03 * room, high + 0.03 * room
     places = _apart(forms, (high - low) / max(len(points) - 1, 1), low, high)
     for (name, (title, content, form)), place in zip(points.items(), places, strict=True):
-        look, ours = _look(name), name in OURS
+        ours = name == "mlm+dense"
+        look = _look(name, stars=("mlm+dense",))
         axes.plot(content, form, linestyle="", **look)
         line = {"color": look["color"], "linewidth": 1.2 if ours else 0.5, "alpha": 0.8 if ours else 0.45}
         arrow = {"arrowstyle": "-", "shrinkA": 0, "shrinkB": 4, **line}
         axes.annotate("", (content, form), (1.02, place), textcoords=axes.get_yaxis_transform(), arrowprops=arrow)
         text = {"fontsize": 9, "fontweight": "bold" if ours else "normal", "va": "center"}
         axes.text(1.03, place, title, transform=axes.get_yaxis_transform(), **text)
-    axes.set_title("★ ours   ◇ ours, changed   ○ other objectives   □ no training", fontsize=9)
+    axes.set_title("★ the default   ◇ ours, changed   ○ other objectives   □ no training", fontsize=9)
     axes.set(xlabel="content: search, disease, specialty, clusters, few labels →", ylabel="form: kind of a section →")
     axes.set_ylim(low - 0.03 * room, high + 0.03 * room)
     _bare(axes)
