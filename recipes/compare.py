@@ -3,6 +3,8 @@
     python recipes/compare.py                                                # text, the bundled cohort
     python recipes/compare.py --domain text --data FOLDER --seeds 3 --budget 40
     python recipes/compare.py --domain text --data FOLDER --sweep
+    python recipes/compare.py --domain documents --data FOLDER --model_name_or_path ENCODER
+    python recipes/compare.py --domain documents --data FOLDER --model_name_or_path ENCODER --sweep --methods "share 0.5"
     python recipes/compare.py --notes FILE_OR_FOLDER --model_name_or_path ENCODER [--task label:kind ...]
 
 Every method starts from the same weights, sees the same batches for the same number of steps, and is frozen before it is
@@ -109,6 +111,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     sweep = sweep_methods(layers=arguments.domain != "multimodal")
     methods = ["mlm", "mlm+dense", *sweep] if arguments.sweep else methods
     arguments.methods = arguments.methods.split(",") if arguments.methods else methods
+    if arguments.sweep and "mlm+dense" not in arguments.methods:  # what the others are compared with
+        arguments.methods = ["mlm+dense", *arguments.methods]
     unknown = [name for name in arguments.methods if name not in METHODS | CANDIDATES | sweep]
     if unknown:
         parser.error(
