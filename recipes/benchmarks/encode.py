@@ -48,7 +48,6 @@ def encode(args) -> dict:
     tokens = sum(map(len, tokenizer(texts, truncation=True, max_length=ours.max_length)["input_ids"]))
     return {
         "texts": args.texts,
-        "threads": args.threads,
         "dtype": args.dtype,
         "peak MB above": {"ours": memory["peak MB above"], "SentenceTransformer": memory_of_other["peak MB above"]},
         "tokens": tokens,

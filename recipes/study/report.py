@@ -53,11 +53,12 @@ def report(study: Study, results: Results, methods: dict[str, Method], arguments
             "5": ("Table 5. Similarity, cosine as it is", lambda: table_5(results, "as it is", domain)),
             "maps": ("The same as it is, centred, and mapped", lambda: table_maps(results, domain)),
             "centred": ("Table 5, centred", lambda: table_5(results, "centred", domain)),
+            "mapped": ("Table 5, after the best affine map", lambda: table_5(results, "mapped", domain)),
             "codes": ("Fewer bits, fewer dimensions", lambda: table_codes(results)),
             "variance": ("What the variance is of", lambda: table_variance(study, methods)),
         }
-    if domain.label_free:
-        tables["mapped"] = ("Table 5, after the best affine map", lambda: table_5(results, "mapped", domain))
+    if not domain.label_free:
+        tables.pop("mapped", None)
     if not domain.tasks:
         tables = {
             name: tables[name]
@@ -100,7 +101,7 @@ def report_sweep(study: Study, results: Results, arguments: argparse.Namespace) 
 
 def trade(results: Results, domain: Domain) -> dict[str, tuple[str, float, float]]:
     """Method → (title, content, form), as it is, for the picture."""
-    groups = parts(results, domain)
+    groups = parts(results, domain, "as it is")
     return {
         name: (results.titles[name], *(results.array(name, groups[part])[0] for part in ("content", "form")))
         for name in results.shown

@@ -98,9 +98,8 @@ def table_4(results: Results) -> str:
 def table_5(results: Results, title: str, domain: Domain) -> str:
     """Similarity under one map: a column a task, best in bold; beyond or behind MLM on the same redraws by ↑ and ↓."""
     keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
-    content = [key for key in keys if key.split(":")[0] not in domain.form]
-    form = [key for key in keys if key not in content]
-    groups = {"content": content, "form": form} if content and form else {"mean": keys}
+    found = parts(results, domain, title)
+    groups = {part: found[part] for part in ("content", "form")} if "form" in found else {"mean": keys}
     rows = [["Method", *(key.rsplit(",", 1)[0] for key in keys), *groups]]
     best = {key: max(results.array(name, key)[0] for name in results.shown) for key in keys}
     for name in results.shown:
@@ -122,7 +121,7 @@ def table_short(results: Results, domain: Domain, reference: str | None = None) 
 
     With a reference also the differences to it, on the same redraws. The name of a method is followed by its number of seeds.
     """
-    groups = parts(results, domain)
+    groups = parts(results, domain, "as it is")
     compared = [title for title in groups if not title.endswith("validation")] if reference in results.runs else []
     head = ["Method", *groups, *(f"{title} − {results.titles[reference]}" for title in compared), "effective rank"]
     rows = []
@@ -135,10 +134,10 @@ def table_short(results: Results, domain: Domain, reference: str | None = None) 
     return markdown([head, *(row for _, row in sorted(rows, key=lambda pair: -pair[0]))])
 
 
-def parts(results: Results, domain: Domain) -> dict[str, list[str]]:
-    """The keys of content and of form, as it is, on test and on validation documents; without those that have no task."""
+def parts(results: Results, domain: Domain, title: str) -> dict[str, list[str]]:
+    """The keys of content and form under one map, on test and validation documents; parts without a task are left out."""
     found: dict[str, list[str]] = {"content": [], "form": [], "content, validation": [], "form, validation": []}
-    for key in similarity_keys(results, "as it is"):
+    for key in similarity_keys(results, title):
         task = key.split(":")[0]
         part = "form" if task.removeprefix("validation ") in domain.form else "content"
         found[part + ", validation" * task.startswith("validation ")].append(key)
@@ -169,12 +168,13 @@ def table_codes(results: Results) -> str:
 
 def table_maps(results: Results, domain: Domain) -> str:
     """Means over the content and the form tasks as they are, centred and mapped, and the epsilon that was chosen."""
-    groups: dict[str, list[str]] = {}
-    for part, wanted in (("content", False), ("form", True)):
-        for title in maps_of(domain):
-            keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
-            groups[f"{part}, {title}"] = [key for key in keys if (key.split(":")[0] in domain.form) == wanted]
-    groups = {title: keys for title, keys in groups.items() if keys}
+    found = {title: parts(results, domain, title) for title in maps_of(domain)}
+    groups = {
+        f"{part}, {title}": found[title][part]
+        for part in ("content", "form")
+        for title in found
+        if part in found[title]
+    }
     rows = [["Method", *groups, "ε"]]
     for name in results.shown:
         cells = [interval(results.estimate(name, keys)) for keys in groups.values()]
@@ -189,12 +189,8 @@ def verdict_similarity(results: Results, ours: str, domain: Domain) -> list[str]
         return []
     lines = []
     for title in maps_of(domain):
-        keys = [key for key in similarity_keys(results, title) if not key.startswith("validation ")]
-        for part, chosen in (
-            ("content", [key for key in keys if key.split(":")[0] not in domain.form]),
-            ("form", [key for key in keys if key.split(":")[0] in domain.form]),
-        ):
-            if not chosen:
+        for part, chosen in parts(results, domain, title).items():
+            if part.endswith("validation"):
                 continue
             difference = interval(results.difference(ours, "mlm", chosen), signed=True)
             peers = [

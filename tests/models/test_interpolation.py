@@ -73,6 +73,6 @@ def test_another_start_is_refused_with_the_weight_that_differs(tokenizer):
     config = copy.deepcopy(model.config)
     config.vocab_size += 8
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"is \(\d+, ?\d*\) in the model and|is \(\d+,?\) in the model and"):
+    with pytest.raises(ValueError, match=r"in the model and \(\d+.*\) in the start"):
         interpolate_weights(model, AutoDenseModel.from_config(config), 0.5)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
