@@ -21,12 +21,12 @@ from hf_densefeat.data.notes import describe_notes, load_notes
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.splits import split_by_patient
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
-from hf_densefeat.evaluation.similarity import SimilarityResult, similarity_of
+from hf_densefeat.evaluation.similarity import similarity_of
 from hf_densefeat.evaluation.similarity_tasks import SimilarityRows, similarity_rows
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.head import SAMPLE, DenseHead, epsilon_of, fit_head
 from hf_densefeat.models.tokenizers import load_tokenizer
-from hf_densefeat.reporting.comparison import Measured, triples
+from hf_densefeat.reporting.comparison import Both, Measured, measured_of
 from hf_densefeat.reporting.tables import before_after_table, terminal
 
 
@@ -109,7 +109,7 @@ def compared(
     pairs = pairs_if_any(notes)
     text_row = {text: i for i, text in enumerate(notes["text"][:])}
     measured: list[Measured] = []
-    first: dict[str, SimilarityResult] | None = None
+    first: Both | None = None
     for name, rows in (("as it is", z), ("with the head", head(z))):
         uses = {
             task: similarity_of(
@@ -118,17 +118,9 @@ def compared(
             for task, one in asked.items()
         }
         earlier, later = (rows[pairs.earlier], rows[pairs.later]) if len(pairs) else (rows, None)
-        measured.append(
-            {
-                "name": name,
-                "geometry": geometry_report(earlier, later, k=20),
-                "spectrum": spectrum(rows, center=True).tolist(),
-                "similarity": triples(uses),
-                "probes": {},
-                "differences": triples(uses, first) if first else {},
-            }
-        )
-        first = first or uses
+        geometry = geometry_report(earlier, later, k=20)
+        measured.append(measured_of(name, geometry, spectrum(rows, center=True), (uses, {}), base=first))
+        first = first or (uses, {})
     return measured
 
 

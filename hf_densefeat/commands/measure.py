@@ -9,11 +9,11 @@ import torch
 from hf_densefeat.commands.options import RecipeArguments
 from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
-from hf_densefeat.evaluation.probes import ProbeEvaluator, ProbeResult
-from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
+from hf_densefeat.evaluation.probes import ProbeEvaluator
+from hf_densefeat.evaluation.similarity import SimilarityEvaluator
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
 from hf_densefeat.evaluation.tasks import Kind, ProbeTask
-from hf_densefeat.reporting.comparison import Measured, triples
+from hf_densefeat.reporting.comparison import Both, Measured, measured_of
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
 SIMILARITY = {  # kind on the command line -> how the task is made of the column
@@ -77,7 +77,7 @@ class Measurement:
             if similarity
             else None
         )
-        self.first: tuple[dict[str, ProbeResult], dict[str, SimilarityResult]] | None = None
+        self.first: Both | None = None
 
     def __call__(self, name: str, model: Any, tokenizer: Any) -> Measured:
         """Numbers by name: geometry, similarity and probes with intervals, differences to the first call, the spectrum."""
@@ -86,15 +86,10 @@ class Measurement:
         z_a, z_b = z[self.pairs.earlier], z[self.pairs.later]
         probes = self.probes.evaluate(model, tokenizer) if self.probes else {}
         uses = self.uses.evaluate(model, tokenizer) if self.uses else {}
-        first, self.first = self.first, self.first or (probes, uses)
-        return {
-            "name": name,
-            "geometry": geometry_report(z_a, z_b, k=self.k, groups=torch.from_numpy(self.pairs.patient)),
-            "spectrum": spectrum(z, center=True).tolist(),
-            "similarity": triples(uses),
-            "probes": triples(probes),
-            "differences": {} if first is None else triples(probes, first[0]) | triples(uses, first[1]),
-        }
+        geometry = geometry_report(z_a, z_b, k=self.k, groups=torch.from_numpy(self.pairs.patient))
+        found = measured_of(name, geometry, spectrum(z, center=True), (uses, probes), base=self.first)
+        self.first = self.first or (uses, probes)
+        return found
 
 
 def sample(notes: Any, maximum: int, seed: int) -> Any:

@@ -19,34 +19,12 @@ from hf_densefeat.commands.command_lines import probe_parser
 from hf_densefeat.commands.examine import Found, Reading, examine, load_encoder
 from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions
 from hf_densefeat.evaluation.tasks import ProbeTask
-from hf_densefeat.reporting.comparison import Measured, plain_numbers, triples, verdict
+from hf_densefeat.reporting.comparison import measured_of, plain_numbers, verdict
 from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
 from hf_densefeat.reporting.plots import Picture, plot_projection
 from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
 
 # ------------------------------------------------------------------------------------------------------ the report
-
-
-def measured_of(found: dict[str, Found]) -> list[Measured]:
-    """Plain numbers, with differences to the first encoder."""
-    base = next(iter(found.values()))
-    measured: list[Measured] = []
-    for name, one in found.items():
-        compared = one is not base
-        measured.append(
-            {
-                "name": name,
-                "geometry": one.geometry,
-                "spectrum": one.spectrum.tolist(),
-                "similarity": triples(one.similarity),
-                "probes": triples(one.probes),
-                "differences": {
-                    **(triples(one.similarity, base.similarity) if compared else {}),
-                    **(triples(one.probes, base.probes) if compared else {}),
-                },
-            }
-        )
-    return measured
 
 
 def draw_projection(found: dict[str, Found], reading: Reading, arguments: argparse.Namespace) -> Picture | None:
@@ -64,7 +42,16 @@ def draw_projection(found: dict[str, Found], reading: Reading, arguments: argpar
 def write_report(found: dict[str, Found], reading: Reading, arguments: argparse.Namespace) -> dict:
     """Page, Markdown, JSON and pictures; returns what the JSON holds."""
     output, base = Path(arguments.output), next(iter(found.values()))
-    measured = measured_of(found)
+    measured = [
+        measured_of(
+            name,
+            one.geometry,
+            one.spectrum,
+            (one.similarity, one.probes),
+            base=None if one is base else (base.similarity, base.probes),
+        )
+        for name, one in found.items()
+    ]
     others = measured[1:] or measured
     # The newest encoder first: that is what the reader asks about.
     verdicts = {one["name"]: verdict(one, measured[0] if measured[1:] else None) for one in reversed(others)}

@@ -39,9 +39,33 @@ class Measured(TypedDict, total=False):
 
 
 Results = Mapping[str, SimilarityResult] | Mapping[str, ProbeResult]
+Both = tuple[Results, Results]  # of similarity and of probes, task to result
 
 
-def triples(results: Results, base: Results | None = None) -> dict[str, Triple]:
+def measured_of(
+    name: str, geometry: dict[str, float], spectrum: Any, results: Both, *, base: Both | None = None
+) -> Measured:
+    """What was measured of one encoder as plain numbers, in the one form that tables, cards and pages read.
+
+    Args:
+        name: in tables and pictures; no path.
+        geometry: of `geometry_report`.
+        spectrum: eigenvalues (m,), largest first.
+        results: of similarity and of probes, either may be empty.
+        base: the same of the encoder that this one is compared with; None for that encoder itself.
+    """
+    differences = {} if base is None else _triples(results[0], base[0]) | _triples(results[1], base[1])
+    return {
+        "name": name,
+        "geometry": geometry,
+        "spectrum": [float(value) for value in spectrum],
+        "similarity": _triples(results[0]),
+        "probes": _triples(results[1]),
+        "differences": differences,
+    }
+
+
+def _triples(results: Results, base: Results | None = None) -> dict[str, Triple]:
     """Results by task as "task metric" to value, low, high; with a base, paired differences to its results."""
     found: dict[str, Triple] = {}
     for task, result in results.items():

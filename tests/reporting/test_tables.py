@@ -5,7 +5,7 @@ import pytest
 
 from hf_densefeat.evaluation.metrics import Estimate
 from hf_densefeat.evaluation.similarity import SimilarityResult
-from hf_densefeat.reporting.comparison import comparisons, direction, plain_numbers, triples, verdict
+from hf_densefeat.reporting.comparison import comparisons, direction, measured_of, plain_numbers, verdict
 from hf_densefeat.reporting.formats import interval, markdown, number
 from hf_densefeat.reporting.tables import before_after_table, code_table, comparison_table, terminal
 
@@ -181,7 +181,7 @@ def test_comparison_and_code_tables():
     ]
 
 
-def test_triples_of_results_are_plain_numbers():
+def test_what_was_measured_is_plain_numbers():
     """Names are task and metric, differences are paired, NaN is null in JSON."""
 
     def result(value):
@@ -189,8 +189,11 @@ def test_triples_of_results_are_plain_numbers():
         metrics, rows = {"mrr": Estimate.of(value, drawn)}, np.arange(4)
         return {"disease": SimilarityResult("retrieval", metrics, {"mrr": drawn}, {}, {}, rows, rows)}
 
-    assert triples(result(0.5))["disease mrr"] == pytest.approx([0.5, 0.405, 0.595])
-    assert triples(result(0.6), result(0.5))["disease mrr"] == pytest.approx([0.1, 0.1, 0.1])
+    alone = measured_of("x", {}, np.ones(2), (result(0.5), {}))
+    compared = measured_of("x", {}, [], (result(0.6), {}), base=(result(0.5), {}))
+    assert alone["similarity"]["disease mrr"] == pytest.approx([0.5, 0.405, 0.595])
+    assert (alone["differences"], alone["spectrum"]) == ({}, [1, 1])
+    assert compared["differences"]["disease mrr"] == pytest.approx([0.1, 0.1, 0.1])
     assert plain_numbers({"a": [np.float32(0.5), float("nan")], 1: np.int64(3)}) == {"a": [0.5, None], "1": 3}
-    [row] = comparisons([{"name": "x", "similarity": triples(result(0.5))}])
+    [row] = comparisons([alone])
     assert (row.task, row.metric, row.headline) == ("disease", "mrr", True)
