@@ -57,23 +57,32 @@ class DenseHead:
         return cls.of_covariance(mean, centred.mT @ centred / len(rows), epsilon=epsilon)
 
     @classmethod
-    def of_covariance(cls, mean: Tensor, covariance: Tensor, *, epsilon: float = math.inf) -> DenseHead:
-        """From a mean (d,) and the covariance about it (d, d), such as `Moments.mean` and `Moments.covariance(True)`."""
+    def of_covariance(
+        cls, mean: Tensor, covariance: Tensor, *, epsilon: float = math.inf, spread: Tensor | None = None
+    ) -> DenseHead:
+        """The map (z - mean)(covariance + epsilon l I)^(-1/2) V, l = tr covariance / d, V the principal axes of the result.
+
+        Args:
+            mean: (d,).
+            covariance: (d, d), of the directions that are to count for less.
+            epsilon: inf, or no covariance, gives z - mean in the basis of z.
+            spread: covariance (d, d) of the embeddings, by which the axes are ordered; by default `covariance`.
+        """
         if not epsilon >= 0:
             raise ValueError(f"Expected epsilon >= 0 (inf for centring alone) but got {epsilon}.")
         mean, covariance = mean.detach().double().cpu(), covariance.detach().double().cpu()
-        identity = torch.eye(len(mean), dtype=torch.float64)
-        if math.isinf(epsilon) or covariance.trace() <= 0:
-            return cls(mean, identity, math.inf)
+        spread = covariance if spread is None else spread.detach().double().cpu()
+        rounding = torch.finfo(torch.float64).eps * len(mean)
+        if math.isinf(epsilon) or covariance.trace() <= rounding * spread.trace():
+            return cls(mean, torch.eye(len(mean), dtype=torch.float64), math.inf)
         values, vectors = torch.linalg.eigh(covariance)
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        floored = values.clamp(min=0) + epsilon * values.mean()
+        resolved = floored > rounding * values[-1]
+        whitening = vectors * torch.where(resolved, floored, math.inf).rsqrt() @ vectors.mT
+        axes = torch.linalg.eigh(whitening @ spread @ whitening).eigenvectors.flip(1)
         # an eigenvector and its negative serve alike: the largest entry is made positive, so that fits agree
-        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
-        floored = values + epsilon * values.mean()
-        resolved = floored > torch.finfo(torch.float64).eps * len(mean) * values[0]
-        scale = torch.where(resolved, floored, math.inf).rsqrt()
-        return cls(mean, vectors * scale, float(epsilon))
+        largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+        return cls(mean, whitening @ axes * torch.where(largest < 0, -1.0, 1.0), float(epsilon))
 
     def __call__(self, z: Tensor) -> Tensor:
         """Embeddings (N, d) to dense embeddings (N, d), computed in float64, in the dtype of `z`.
