@@ -123,10 +123,16 @@ def test_no_pandas_no_utils_no_leftovers():
 
 
 def test_public_names_are_there():
-    """Everything in `__all__` exists, is sorted and documented."""
+    """Everything in `__all__` exists, is sorted and documented, and so is every public method of ours in it."""
     assert sorted(hf_densefeat.__all__) == hf_densefeat.__all__
     for name in hf_densefeat.__all__:
-        assert getattr(hf_densefeat, name).__doc__, name
+        found = getattr(hf_densefeat, name)
+        assert found.__doc__, name
+        if inspect.isclass(found):
+            methods = inspect.getmembers(found, lambda one: inspect.isroutine(one) or isinstance(one, property))
+            for method, one in methods:
+                ours = str(getattr(one, "__module__", "")).startswith("hf_densefeat")
+                assert one.__doc__ or method.startswith("_") or not ours, (name, method)
 
 
 # Methods with an underscore that a class of ours overrides though they are another package's, or another floor's.

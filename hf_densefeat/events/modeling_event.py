@@ -48,10 +48,10 @@ class EventConfig(PreTrainedConfig):
         num_hidden_layers: layers.
         num_attention_heads: heads.
         intermediate_size: width between the two linear maps of a layer.
-        dropout: of embeddings and of what each half of a layer adds. Not of attention weights and inside the feed-forward
-            half: on a CPU these mask_seeds cost as much as all the rest.
+        dropout: of embeddings and of the output of each half of a layer. Attention weights and the inside of the feed-forward
+            half have none: on a CPU drawing those dropout masks takes as long as the rest of the layer.
         initializer_range: standard deviation of the initial weights.
-        densefeat: pooling, "mean" or "max": an event has no place by which a first or last one would stand out.
+        densefeat: pooling, "mean" or "max". Events have no order, so there is no first or last one to pool.
     """
 
     model_type = "densefeat_events"

@@ -165,7 +165,7 @@ class Moments:
 class MomentsGradient:
     """Gradient of a function with respect to the sums of `Moments` about `shift`, by their names.
 
-    `second` is symmetric: of a gradient that is not, the antisymmetric part moves no row. None stands for zeros.
+    `second` is symmetric: the antisymmetric part of a gradient has no effect on any row. None stands for zeros.
     """
 
     shift: Tensor

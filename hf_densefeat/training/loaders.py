@@ -100,7 +100,7 @@ def stream_loader(stream: PairStream, args: DenseTrainingArguments) -> DataLoade
         batch_size=None,
         num_workers=args.dataloader_num_workers,
         pin_memory=_pinned(args),
-        generator=torch.Generator(),  # its own: a loader that starts draws a number, a resumed run starts one more
+        generator=torch.Generator(),  # a starting loader draws from it; drawing from the global one would change a resumed run
     )
 
 
