@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_densefeat import DenseObjective
+from hf_densefeat.models.views import PairCovariances, content_head, form_head
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -39,6 +40,18 @@ def test_the_loss_and_its_gradient_are_those_of_the_package(page):
     assert abs(ours.item() - theirs.item()) < 1e-12
     for mine, his in zip(torch.autograd.grad(ours, z), torch.autograd.grad(theirs, z), strict=True):
         torch.testing.assert_close(mine, his, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", [False, True])
+def test_the_views_are_those_of_the_package(page, form):
+    """The same inner products to 1e-9: the package turns the result to its principal axes."""
+    torch.manual_seed(0)
+    shared = torch.randn(200, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) + 3
+    a, b = (shared + torch.randn(200, 12, dtype=torch.float64) for _ in range(2))
+    mean, matrix = page["view"](a, b, form=form)
+    head = (form_head if form else content_head)(PairCovariances.of(a, b), epsilon=0.1)
+    mine, his = head(a), (a - mean) @ matrix
+    torch.testing.assert_close(mine @ mine.T, his @ his.T, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow
