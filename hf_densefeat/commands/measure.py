@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hf_densefeat.commands.options import RecipeArguments
-from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.data.pairs import NotePairs, adjacent_pairs, pair_notes
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
 from hf_densefeat.evaluation.probes import ProbeEvaluator
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator
@@ -65,8 +65,8 @@ class Measurement:
 
     def __init__(self, recipe: RecipeArguments, parts: dict, args: DenseTrainingArguments) -> None:
         held_out = sample(parts["test"], recipe.max_measured_notes // 2, args.seed)
-        self.pairs = adjacent_pairs(held_out)
-        self.texts, self.k, self.device = list(held_out["text"]), args.subspace_dim, args.device
+        texts, self.pairs = pair_notes(held_out, args.pairs)
+        self.texts, self.k, self.device = list(texts["text"]), args.subspace_dim, args.device
         probed = {name: sample(part, recipe.max_measured_notes // 3, args.seed) for name, part in parts.items()}
         words = [task.split(":") for task in recipe.probe]
         probes = [ProbeTask(label, probed, label, cast(Kind, kind)) for label, kind in words]

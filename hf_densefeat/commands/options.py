@@ -31,9 +31,6 @@ class RecipeArguments:
         default=None, metadata={"help": "What numbers of time count: days, seconds, milliseconds or yyyymmdd."}
     )
     time_format: str | None = field(default=None, metadata={"help": "How times are written, such as %%d/%%m/%%Y."})
-    sections: bool = field(
-        default=False, metadata={"help": "Pair the sections of each note, for one long note a stay."}
-    )
     similarity: list[str] = field(
         default_factory=list,
         metadata={"help": "Search and neighbours: column:query, column:same, column:neighbours, column:few_labels."},
@@ -56,7 +53,7 @@ class RecipeArguments:
 
 
 GROUPS = {  # what people set; --help_all lists the rest
-    "data": ("notes", "patient_column", "time_column", "text_column", "max_gap", "sections"),
+    "data": ("notes", "patient_column", "time_column", "text_column", "pairs", "max_gap"),
     "model": ("model_name_or_path", "pooling", "max_length", "long_notes", "head"),
     "objective": ("mlm_weight", "dense_weight", "lambda_pair", "lambda_sub", "mlm_probability"),
     "training": ("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "bf16"),

@@ -27,8 +27,7 @@ from hf_densefeat.commands.measure import Measurement
 from hf_densefeat.commands.options import RecipeArguments, parse
 from hf_densefeat.commands.progress import line, show
 from hf_densefeat.data.notes import describe_notes, load_notes
-from hf_densefeat.data.pairs import adjacent_pairs
-from hf_densefeat.data.sections import split_into_sections
+from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.splits import split_by_patient, split_record
 from hf_densefeat.data.tokens import TokenPairs
 from hf_densefeat.models.dense import AutoDenseModel
@@ -122,10 +121,8 @@ def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Dens
         tokenizer = load_tokenizer(recipe.tokenizer_name or source)
     with args.main_process_first(desc="reading notes"):
         notes = load_notes(recipe.notes, **reading_of(recipe))
-        if recipe.sections:
-            notes = split_into_sections(notes)
     say(args, line("notes", str(notes.info.description)), line("", describe_notes(notes)))
-    adjacent_pairs(notes, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
+    pair_notes(notes, args.pairs, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     parts = split_by_patient(notes, seed=args.seed)
 
     with loading(source):

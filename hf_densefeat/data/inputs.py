@@ -57,17 +57,17 @@ class PairProcessor(Protocol):
     """
 
     def pairs(
-        self, notes: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
+        self, notes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
     ) -> tuple[PairDataset, ReadingStats]:
-        """Read the notes and pair each with the next one of its patient.
+        """Read the notes of pairs.
 
         Args:
             notes: with `patient_id`, `time` and `text`.
-            max_gap: largest time between the two notes of a pair, in days.
+            pairs: of their rows, as `pair_notes` or `adjacent_pairs` makes them.
             max_length: tokens or events kept of a note.
 
         Raises:
-            ValueError: if a note cannot be read, or no pair is left.
+            ValueError: if a note cannot be read.
         """
         ...
 

@@ -1,27 +1,34 @@
-"""Notes to adjacent pairs, as row indices, and the batches in which training sees them."""
+"""Notes to pairs, as row indices: a note and the next one, two sections of a note, the two halves of a note."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import datasets
 import numpy as np
 
 from hf_densefeat.data.columns import column, dense_codes, order_of_notes, time_ticks
+from hf_densefeat.data.spans import SPANS
+
+PAIRS = ("adjacent", *SPANS)
 
 
 @dataclass(frozen=True)
 class NotePairs:
-    """Pairs (note, the same patient's next note) as row indices into the notes they were made from.
+    """Pairs (note, the same patient's next note, or two spans of a note) as row indices into their notes or spans.
 
     Attributes:
-        earlier: (P,) int64, rows of the earlier notes. Pairs are ordered by patient, then time.
+        earlier: (P,) int64, rows of the earlier notes. Pairs are ordered by patient, then kind, then time.
         later: (P,) int64, rows of the notes that follow them.
         patient: (P,) int64, a dense code per patient, 0 … num_patients − 1; equal codes mean the same patient.
-        num_notes: Number of notes the pairs were made from.
+        num_notes: Number of rows that the indices count: notes, or with spans these too.
         num_patients: Number of patients among these notes.
         removed: Number of adjacent pairs each filter took away, by the filter's name.
+        kinds: Number of pairs of each kind, where they are not all adjacent notes.
+        whole: Number of notes in which a kind found no two spans, by the kind.
     """
 
     earlier: np.ndarray
@@ -30,6 +37,8 @@ class NotePairs:
     num_notes: int
     num_patients: int
     removed: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    whole: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -38,9 +47,104 @@ class NotePairs:
     def __str__(self) -> str:
         """Return one line of counts."""
         paired = len(np.unique(self.patient))
-        text = f"{len(self):,} pairs of {paired:,} patients, from {self.num_notes:,} notes of {self.num_patients:,} patients"
+        kinds = ", ".join(f"{count:,} {name}" for name, count in self.kinds.items())
+        what = f"{self.num_notes:,} {'texts' if kinds else 'notes'} of {self.num_patients:,} patients"
+        text = f"{len(self):,} pairs {f'({kinds}) ' if kinds else ''}of {paired:,} patients, from {what}"
         gone = ", ".join(f"{count:,} by {name}" for name, count in self.removed.items())
-        return f"{text}; removed: {gone}" if gone else text
+        uncut = "".join(f"; {count:,} notes have no {name}" for name, count in self.whole.items() if count)
+        return f"{text}; removed: {gone}{uncut}" if gone else text + uncut
+
+
+def pair_notes(
+    notes: datasets.Dataset,
+    kinds: str | Sequence[str] = "adjacent",
+    *,
+    max_gap: float | None = None,
+    same: str | Sequence[str] = (),
+) -> tuple[datasets.Dataset, NotePairs]:
+    """Pair notes, or spans of notes, in one way or in several at once.
+
+    * `adjacent`: a note and the same patient's next note (`adjacent_pairs`).
+    * `sections`: a section and the next one of its note (`spans.sections`).
+    * `halves`: the two halves of a note (`spans.halves`), as the inverse cloze task (Lee et al., 2019) and the independent
+      crops of Contriever (Izacard et al., 2022) pair two spans of one text. Here no two spans share a token.
+
+    Sections and halves need no second note of a patient, and are of one matter even where adjacent notes share nothing
+    but their author. Several kinds give the pairs of each, as many as there are.
+
+    Args:
+        notes: What `load_notes` returns.
+        kinds: One of these names or several.
+        max_gap: As for `adjacent_pairs`, of adjacent notes alone.
+        same: As `max_gap`.
+
+    Returns:
+        The texts to read, and the pairs, which count their rows: the notes themselves where all pairs are adjacent notes,
+        else a table `patient_id, time, text` of notes and spans.
+
+    Raises:
+        ValueError: For another name, and if no pair is left.
+    """
+    kinds = check_kinds(kinds)
+    if kinds == ["adjacent"]:
+        return notes, adjacent_pairs(notes, max_gap=max_gap, same=same)
+    patient = order_of_notes(notes)[1]
+    common = ["patient_id", "time", "text"]
+    tables: list[datasets.Dataset] = []
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    removed, counts, whole, rows = {}, {}, {}, 0
+    for kind in kinds:
+        if kind == "adjacent":
+            table, adjacent = notes.select_columns(common), adjacent_pairs(notes, max_gap=max_gap, same=same)
+            removed, found = adjacent.removed, (adjacent.earlier, adjacent.later, adjacent.patient)
+        else:
+            plain = notes.select_columns(common)
+            features = datasets.Features(plain.features | {"note": datasets.Value("int64")})
+            options = {"batched": True, "with_indices": True, "features": features, "desc": f"Cutting {kind}"}
+            table = plain.map(_cut, fn_kwargs={"kind": kind}, **options)
+            note = column(table, "note").to_numpy()
+            # spans of a note stand together: one and the next one are a pair where they are of one note
+            first = np.flatnonzero(note[1:] == note[:-1])
+            table, found = table.remove_columns("note"), (first, first + 1, patient[note[first]])
+            whole[kind] = len(notes) - len(np.unique(note))
+        counts[kind] = len(found[0])
+        parts.append((found[0] + rows, found[1] + rows, found[2]))
+        tables.append(table)
+        rows += len(table)
+    earlier, later, owner = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if not len(earlier):
+        raise ValueError(
+            f"No pair of {' or '.join(kinds)} in {len(notes):,} notes: the header of a section is a line in capitals or one "
+            "that ends in a colon, and a note is cut in halves from some 100 characters on. Pair in another way: "
+            f"{', '.join(name for name in PAIRS if name not in kinds)}."
+        )
+    order = np.argsort(owner, kind="stable")  # pairs of a patient stand together, as the sampler expects
+    patients = int(patient.max()) + 1
+    made = NotePairs(earlier[order], later[order], owner[order], rows, patients, removed, counts, whole)
+    return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0], made
+
+
+def check_kinds(kinds: str | Sequence[str]) -> list[str]:
+    """The names of kinds of pairs as a list, each once; ValueError for none or another name."""
+    named = list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
+    if not named or set(named) - set(PAIRS):
+        raise ValueError(f"Expected pairs to be one or several of {', '.join(PAIRS)}, but got {kinds!r}.")
+    return named
+
+
+def spans_of(text: str, kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of spans of one note; none for adjacent notes."""
+    return [pair for kind in kinds if kind in SPANS for pair in pairwise(SPANS[kind](text))]
+
+
+def _cut(batch: dict[str, list[Any]], rows: list[int], kind: str) -> dict[str, list[Any]]:
+    """Spans of the notes that have two or more, and the row of the note of each."""
+    found = [spans if len(spans) > 1 else [] for spans in map(SPANS[kind], batch["text"])]
+    columns = {
+        name: [value for value, spans in zip(values, found, strict=True) for _ in spans]
+        for name, values in {**batch, "note": rows}.items()
+    }
+    return columns | {"text": [span for spans in found for span in spans]}
 
 
 def adjacent_pairs(
@@ -95,7 +199,7 @@ def adjacent_pairs(
         raise ValueError(
             f"No pair of adjacent notes: expected patients with at least two notes, got {len(notes):,} notes of "
             f"{patients:,} patients, {adjacent:,} adjacent pairs of which were removed: {gone}. Loosen the filters, "
-            "add notes, or, where patients have one long note each, pair its sections: see `split_into_sections`."
+            "add notes, or, where patients have one note each, pair its sections or halves: `pairs` (`pair_notes`)."
         )
     return pairs
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from itertools import count, islice, pairwise
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from hf_densefeat.data.pairs import NotePairs
+from hf_densefeat.data.pairs import NotePairs, check_kinds, spans_of
 from hf_densefeat.data.sampling import PairBatchSampler
 from hf_densefeat.data.tokens import pair_tokens
 
@@ -55,6 +55,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         accumulation: Micro-batches per optimiser step.
         pairs_per_patient: As for `PairBatchSampler`.
         spread_patients: As for `PairBatchSampler`.
+        kinds: Kinds of pairs, as for `pair_notes`.
         max_gap: Largest time between the two notes of a pair, in days; pairs further apart are left out.
         seed: Seed of everything random here.
         buffer: Pairs held, and mixed; rounded down to whole step batches, at least one.
@@ -74,6 +75,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         accumulation: int = 1,
         pairs_per_patient: int = 1,
         spread_patients: bool = False,
+        kinds: str | Sequence[str] = "adjacent",
         max_gap: float | None = None,
         seed: int = 0,
         buffer: int = 8192,
@@ -93,7 +95,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
             "spread_patients": spread_patients,
             "seed": seed,
         }
-        self.max_gap = max_gap
+        self.kinds, self.max_gap = check_kinds(kinds), max_gap
         step_size = batch_size * ranks * accumulation
         self.buffer = max(1, buffer // step_size) * step_size
         self.start = {"row": 0, "notes": self.notes.state_dict()}
@@ -139,18 +141,28 @@ class PairStream(IterableDataset[dict[str, Any]]):
         return self.collate(pair_tokens(columns, [mask_seed for _, mask_seed in items]))
 
     def _pairs(self, position: dict[str, Any]) -> Iterator[tuple[_Note, _Note]]:
-        """Yield the pairs of adjacent notes from a position on, one pass after another."""
+        """Yield the pairs from a position on, one pass after another: of a note and the one before, then those inside it.
+
+        A position within a note has `done`, how many of the pairs inside it were yielded before.
+        """
         runs = count()
         while True:
-            found = False
-            for pair in pairwise(self._read(position, runs)):
-                if pair[0].run == pair[1].run and self._near(*pair):
+            found, done = False, position.get("done", 0)
+            before: _Note | None = None
+            for note in self._read(position, runs):
+                if before and "adjacent" in self.kinds and before.run == note.run and self._near(before, note):
                     found = True
-                    yield pair
+                    yield before, note
+                for place, (first, second) in enumerate(spans_of(note.text, self.kinds)[done:], done + 1):
+                    found = True
+                    after = note._replace(text=second, position=note.position | {"done": place})
+                    yield note._replace(text=first), after
+                before, done = note, 0
             if not found and position is self.start:
+                gap = f", at most {self.max_gap} days apart" if self.max_gap is not None else ""
                 raise ValueError(
-                    "The stream has no pair of adjacent notes: expected patients with at least two notes in a row"
-                    + (f", at most {self.max_gap} days apart." if self.max_gap is not None else ".")
+                    f"The stream has no pair of {' or '.join(self.kinds)} notes: expected patients with at least two notes in "
+                    f"a row{gap}, or notes that can be cut."
                 )
             position = self.start
 

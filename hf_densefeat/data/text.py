@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_densefeat.data.collator import DensePairCollator
-from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.data.tokens import TokenPairs, TokenStats, tokenize_notes, tokenize_texts
 
 
@@ -39,10 +39,9 @@ class TextProcessor:
         self.whole_words, self.predict_marks = whole_words, predict_marks
 
     def pairs(
-        self, notes: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
+        self, notes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
     ) -> tuple[TokenPairs, TokenStats]:
         """See `PairProcessor`; notes are tokenised once, and `datasets` caches the tokens."""
-        pairs = adjacent_pairs(notes, max_gap=max_gap)
         tokens, stats = tokenize_notes(
             notes,
             self.tokenizer,

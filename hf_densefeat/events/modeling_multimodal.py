@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from hf_densefeat.data.collator import DensePairCollator
 from hf_densefeat.data.columns import column
-from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.events.modeling_event import EpisodeModel, EventConfig, EventModel, prediction_head, transformer
 from hf_densefeat.events.processing_event import (
     EpisodePairCollator,
@@ -118,11 +118,11 @@ class MultimodalProcessor:
         return MultimodalPairCollator(self, "mlm" if objective else None, mlm_probability)
 
     def pairs(
-        self, episodes: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
+        self, episodes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
     ) -> tuple[EpisodePairs, EventStats]:
-        """Adjacent episodes of each patient, read; and the counts."""
+        """The episodes of pairs, read; and the counts."""
         rows, stats = self.read(column(episodes, "text").to_pylist(), max_length)
-        return EpisodePairs(rows, adjacent_pairs(episodes, max_gap=max_gap)), stats
+        return EpisodePairs(rows, pairs), stats
 
 
 class MultimodalPairCollator(EpisodePairCollator):

@@ -14,7 +14,7 @@ from transformers import FeatureExtractionMixin
 
 from hf_densefeat.data.columns import column
 from hf_densefeat.data.inputs import Batch, PairDataset
-from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.events.records import events_of, latest_of_each
 
 logger = logging.getLogger(__name__)
@@ -177,16 +177,16 @@ class EventProcessor(FeatureExtractionMixin):
         return EpisodePairCollator(self, objective, mlm_probability)
 
     def pairs(
-        self, episodes: datasets.Dataset, *, max_gap: float | None = None, max_length: int | None = None
+        self, episodes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
     ) -> tuple[EpisodePairs, EventStats]:
-        """Adjacent episodes of each patient, read; and the counts.
+        """The episodes of pairs, read; and the counts.
 
         Raises:
-            ValueError: For episodes that cannot be read or are empty, and if there is no pair.
+            ValueError: For episodes that cannot be read or are empty.
         """
         rows, stats = self.read(column(episodes, "text").to_pylist(), max_length)
         _refuse_empty(rows)
-        return EpisodePairs(rows, adjacent_pairs(episodes, max_gap=max_gap)), stats
+        return EpisodePairs(rows, pairs), stats
 
 
 def _refuse_empty(rows: list[dict]) -> None:

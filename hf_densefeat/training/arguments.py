@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from hf_densefeat.data.pairs import check_kinds
 from hf_densefeat.objective.objective import DenseObjective
 
 
@@ -67,12 +68,16 @@ class DenseTrainingArguments(TrainingArguments):
     predict_marks: bool = field(
         default=False, metadata={"help": "Mask de-identification marks, such as ___, like other tokens."}
     )
+    pairs: list[str] = field(
+        default_factory=lambda: ["adjacent"],
+        metadata={
+            "help": "What is paired: adjacent (notes of a patient), sections, halves (of a note); one or several."
+        },
+    )
     pairs_per_patient: int = field(
         default=1, metadata={"help": "Adjacent pairs of a patient kept together in a batch."}
     )
-    max_gap: float | None = field(
-        default=None, metadata={"help": "Largest time between the notes of a pair, in days."}
-    )
+    max_gap: float | None = field(default=None, metadata={"help": "Largest time between adjacent notes, in days."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
     hub_private_repo: bool | None = field(
@@ -93,6 +98,7 @@ class DenseTrainingArguments(TrainingArguments):
                 f"unbiased takes the pairs of an update for independent, but pairs_per_patient is {self.pairs_per_patient}. "
                 "Set one of them back."
             )
+        self.pairs = check_kinds(self.pairs)
         if isinstance(self.terms, str):
             self.terms = json.loads(self.terms)
         self.dense_objective()

@@ -88,6 +88,7 @@ def pair_stream(
         accumulation=args.gradient_accumulation_steps,
         pairs_per_patient=args.pairs_per_patient,
         spread_patients=args.unbiased,
+        kinds=args.pairs,
         max_gap=args.max_gap,
         seed=_data_seed(args),
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_densefeat.data.inputs import PairDataset, PairProcessor, ReadingStats
+from hf_densefeat.data.inputs import PairDataset, PairProcessor, ReadingStats, StreamProcessor
+from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.text import TextProcessor
 from hf_densefeat.models.adapters import with_adapter, without_adapter
 from hf_densefeat.models.dense import AutoDenseModel, as_dense
@@ -79,20 +80,25 @@ def pair_datasets(
     *,
     processor: PairProcessor,
     max_length: int | None,
+    kinds: Sequence[str],
     max_gap: float | None,
     stats: dict[str, ReadingStats],
 ) -> Any:
-    """Adjacent pairs of the notes, read by the processor, and in `stats[name]` what reading did to them.
+    """Pairs of the notes, of these kinds, read by the processor, and in `stats[name]` what reading did to them.
 
     Notes (`datasets.Dataset`) become a `PairDataset`, each set in a dict of notes does so under its own name, and
     anything else (pairs, a stream, None) stays as it is.
     """
-    common: dict[str, Any] = {"processor": processor, "max_length": max_length, "max_gap": max_gap, "stats": stats}
     if isinstance(notes, dict):
-        return {key: pair_datasets(value, key, **common) for key, value in notes.items()}
+        common: dict[str, Any] = {"max_length": max_length, "kinds": kinds, "max_gap": max_gap, "stats": stats}
+        return {key: pair_datasets(value, key, processor=processor, **common) for key, value in notes.items()}
     if not isinstance(notes, Dataset):
         return notes
+    if list(kinds) != ["adjacent"] and not isinstance(processor, StreamProcessor):
+        raise ValueError(
+            f"pairs is {' '.join(kinds)}, but {type(processor).__name__} reads no plain text that can be cut: use adjacent."
+        )
     made: PairDataset
-    made, stats[name] = processor.pairs(notes, max_gap=max_gap, max_length=max_length)
+    made, stats[name] = processor.pairs(*pair_notes(notes, kinds, max_gap=max_gap), max_length=max_length)
     logger.info("%s: %s; %s", name, made.pairs, stats[name])
     return made

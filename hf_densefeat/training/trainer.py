@@ -119,7 +119,7 @@ class DenseTrainer(ResumableTrainer):
         self.by_position = self._takes_positions()
 
     def _pairs(self, notes, name: str, model, args: DenseTrainingArguments):
-        limits: dict[str, Any] = {"max_length": model.max_length, "max_gap": args.max_gap}
+        limits: dict[str, Any] = {"max_length": model.max_length, "kinds": args.pairs, "max_gap": args.max_gap}
         return pair_datasets(notes, name, processor=self.processor, stats=self.reading_stats, **limits)
 
     def _takes_positions(self) -> bool:

@@ -49,7 +49,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
     events = EventProcessor.fit(values_of(train, "text"), max_events=MAX_EVENTS, min_count=20)
     processor = MultimodalProcessor(tokenizer, events, max_length=TOKENS)
     seen = train.remove_columns("text").add_column("text", without_a_side(values_of(train, "text")))
-    pairs, stats = processor.pairs(seen)
+    pairs, stats = processor.pairs(seen, adjacent_pairs(seen))
     episodes = sample(episodes)
     held_out = rows_with(episodes, "split", "test")
     following = adjacent_pairs(held_out)

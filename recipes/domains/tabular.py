@@ -38,7 +38,7 @@ def load(data: Path | None = None, model_name_or_path: str | None = None) -> Dom
     episodes, tasks, shift, primary, source = cohort() if data is None else physionet(Path(data) / "physionet2012")
     train = rows_with(episodes, "split", "train")
     processor = EventProcessor.fit(values_of(train, "text"), max_events=MAX_EVENTS, min_count=20)
-    pairs, stats = processor.pairs(train)
+    pairs, stats = processor.pairs(train, adjacent_pairs(train))
     again = replace(pairs.pairs, later=pairs.pairs.earlier)
     held_out = rows_with(episodes, "split", "test")
     following = adjacent_pairs(held_out)

@@ -115,7 +115,7 @@ def test_copied_notes_are_left_out():
 def test_no_pairs_says_what_to_do():
     """Patients with one note each: the error counts them and names the way out."""
     notes = datasets.Dataset.from_dict({"patient_id": [1, 2, 3], "time": [0, 1, 2], "text": list("abc")})
-    with pytest.raises(ValueError, match=r"3 notes of 3 patients, 0 adjacent pairs.*split_into_sections"):
+    with pytest.raises(ValueError, match=r"3 notes of 3 patients, 0 adjacent pairs.*pair_notes"):
         adjacent_pairs(notes)
     with pytest.raises(ValueError, match=r"Expected a column `note_tipe`"):
         adjacent_pairs(notes, same="note_tipe")

@@ -233,3 +233,31 @@ def test_a_stream_needs_steps_one_reader_and_its_own_checkpoint(tmp_path, tokeni
     trained(tmp_path / "map", tokenizer, notes, max_steps=3)
     with pytest.raises(ValueError, match="not of a run on a stream"):
         trained(tmp_path, tokenizer, stream, str(tmp_path / "map" / "checkpoint-3"), max_steps=4)
+
+
+def test_spans_of_a_stream_go_on_within_a_note():
+    """Pairs of both kinds come in the order of the notes, and a stream goes on between two pairs of one note."""
+    text = "Chest pain since two days, no fever was seen. Aspirin was given at once, then home on Monday."
+    rows = {"patient_id": [1, 1, 2], "time": [0, 1, 0], "text": [text, "PAST:\nb\nNOW:\nd\nPLAN:\nf", text]}
+    kinds = ["adjacent", "sections", "halves"]
+
+    def batches(state=None):
+        stream = PairStream(
+            datasets.Dataset.from_dict(rows).to_iterable_dataset(),
+            lambda texts: {"input_ids": [[text] for text in texts], "cut": [0] * len(texts)},
+            lambda pairs: {"pairs": [(pair["earlier"][0], pair["later"][0]) for pair in pairs]},
+            batch_size=1,
+            buffer=1,
+            kinds=kinds,
+        )
+        if state:
+            stream.load_state(state)
+        return list(itertools.islice(stream, 12))
+
+    halves = (text[:46].strip(), text[46:])
+    whole, pieces = (text, rows["text"][1]), ["PAST:\nb", "NOW:\nd", "PLAN:\nf"]
+    once = [halves, whole, *itertools.pairwise(pieces), halves]
+    found = batches()
+    assert [batch["pairs"][0] for batch in found] == (once * 3)[:12]
+    for done in range(1, 6):
+        assert [batch["pairs"][0] for batch in batches(found[done - 1]["stream"])] == (once * 4)[done : done + 12]

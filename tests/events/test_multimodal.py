@@ -13,7 +13,7 @@ import torch
 from conftest import WORDS, make_window_trainer
 from transformers import AutoModel, BertConfig, set_seed
 
-from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask
+from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask, adjacent_pairs
 from hf_densefeat.events import (
     EventConfig,
     EventProcessor,
@@ -158,7 +158,7 @@ def test_text_encoder_of_a_checkpoint(tokenizer, processor, tmp_path):
 
 def test_every_weight_is_trained(episodes, processor):
     """No parameter is without gradient: data-parallel training would stop at one."""
-    pairs, _ = processor.pairs(episodes)
+    pairs, _ = processor.pairs(episodes, adjacent_pairs(episodes))
     batch, model = MultimodalPairCollator(processor)(pairs.__getitems__([0, 1, 2, 3])), make_model(processor)
     logits = model(**{name: batch[name] for name in INPUTS}).logits
     torch.nn.functional.cross_entropy(
@@ -169,7 +169,7 @@ def test_every_weight_is_trained(episodes, processor):
 
 def test_masks_of_both_sides(episodes, processor):
     """Labels are tokens in the note's part, bins in the values' part; what is masked is not in the batch."""
-    pairs, _ = processor.pairs(episodes)
+    pairs, _ = processor.pairs(episodes, adjacent_pairs(episodes))
     collator = MultimodalPairCollator(processor, mask_probability=0.5)
     batch = collator(pairs.__getitems__([(i, i) for i in range(8)]))
     assert batch.pop("num_pairs") == 8

@@ -13,7 +13,7 @@ import torch
 from conftest import make_window_trainer
 from transformers import AutoModel, set_seed
 
-from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask
+from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask, adjacent_pairs
 from hf_densefeat.events import (
     EpisodePairCollator,
     EventConfig,
@@ -213,7 +213,7 @@ def test_value_time_and_code_matter(processor):
 
 def test_masked_values_do_not_reach_the_logits(episodes, processor):
     """Whatever a masked value was, batch and logits are the same, but for its label."""
-    pairs, _ = processor.pairs(episodes)
+    pairs, _ = processor.pairs(episodes, adjacent_pairs(episodes))
     collator, model = EpisodePairCollator(processor, mask_probability=0.5), make_model(processor).eval()
     [pair] = pairs.__getitems__([(0, 7)])
     batch = collator([pair])
@@ -232,7 +232,7 @@ def test_masked_values_do_not_reach_the_logits(episodes, processor):
 
 def test_labels_are_bins_and_padding_has_none(episodes, processor):
     """Labels are the quantile's bin where the value is masked, −100 elsewhere and at padding; rows keep their masks."""
-    pairs, _ = processor.pairs(episodes)
+    pairs, _ = processor.pairs(episodes, adjacent_pairs(episodes))
     collator = EpisodePairCollator(processor)
     batch = collator(pairs.__getitems__([(0, 1), (1, 2), (2, 3)]))
     assert batch["num_pairs"] == 3
