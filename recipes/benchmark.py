@@ -6,7 +6,6 @@
     python recipes/benchmark.py scaling                    # by ranks, width and rows: bytes, seconds, memory
     python recipes/benchmark.py growth                     # time, memory and bytes against size; results/growth.png
     python recipes/benchmark.py data [--notes 3000000]     # notes to batches, at the size of MIMIC-IV-Note
-    python recipes/benchmark.py probes                     # the path of linear probes, against LogisticRegressionCV
     python recipes/benchmark.py encode                     # embeddings, against SentenceTransformer on the same folder
     python recipes/benchmark.py marks                      # masked words held out, with masks spent on ___ and without
 
@@ -21,7 +20,6 @@ from benchmarks.encode import encode
 from benchmarks.growth import growth
 from benchmarks.marks import marks
 from benchmarks.objective import objective, running
-from benchmarks.probes import probes
 from benchmarks.scaling import scaling
 from benchmarks.step import step
 from benchmarks.timing import machine
@@ -49,8 +47,6 @@ def main():
     encode_parser.add_argument("--repeats", type=int, default=10)
     encode_parser.add_argument("--threads", type=int, default=1)
     encode_parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    probes_parser = commands.add_parser("probes", help="linear probes at every strength, against scikit-learn")
-    probes_parser.add_argument("--repeats", type=int, default=5)
     marks_parser = commands.add_parser("marks", help="training with masks on de-identification marks and without")
     marks_parser.add_argument("--steps", type=int, default=120)
     marks_parser.add_argument("--seeds", type=int, default=2)
@@ -60,7 +56,7 @@ def main():
     growth_parser.add_argument("--notes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     growth_parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode, growth, marks, probes)}
+    commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode, growth, marks)}
     print(json.dumps({"command": args.command, **machine(), **commands[args.command](args)}, indent=1))
 
 

@@ -18,7 +18,7 @@ from sklearn.cluster import KMeans
 
 from hf_densefeat.data.splits import SplitRecord
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
-from hf_densefeat.evaluation.linear import ALPHAS, CS, fit_path, predict
+from hf_densefeat.evaluation.linear import ALPHAS, CS, Rows, fit_path, predict
 from hf_densefeat.evaluation.metrics import (
     Estimate,
     best_threshold,
@@ -68,7 +68,7 @@ class ProbeResult:
     patient: np.ndarray = field(repr=False)
 
 
-def _chosen(features: np.ndarray, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
+def _chosen(features: Rows, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
     """Index into the path of the best RMSE or AUROC on the validation rows; log-loss decides between equal AUROCs."""
     outputs = [predict(features, w, kind) for w in path]
     if kind == "regression":
@@ -96,13 +96,13 @@ class _Fitted:
     threshold: float = 0.5
 
 
-def _fitted(z: np.ndarray, y: np.ndarray, split: np.ndarray, kind: Kind, classes: int) -> _Fitted:
+def _fitted(z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind, classes: int) -> _Fitted:
     """Fit every strength on the training rows, choose on the validation rows, predict the test rows."""
     train, validation, test = (np.flatnonzero(split == code) for code in range(3))
-    standardizer, path = fit_path(z[train], y[train], kind, classes)
-    features = standardizer(z[validation])
+    standard, path = fit_path(z[train], y[train], kind, classes)
+    features = standard(z[validation])
     best = _chosen(features, path, y[validation], kind)
-    output = predict(standardizer(z[test]), path[best], kind)
+    output = predict(standard(z[test]), path[best], kind)
     strength = (ALPHAS if kind == "regression" else CS)[best]
     if kind != "binary":
         return _Fitted(test, output, strength)
@@ -110,7 +110,7 @@ def _fitted(z: np.ndarray, y: np.ndarray, split: np.ndarray, kind: Kind, classes
 
 
 def _shot_curve(
-    z: np.ndarray,
+    z: Rows,
     y: np.ndarray,
     split: np.ndarray,
     kind: Kind,
@@ -142,7 +142,7 @@ def _shot_curve(
 
 
 def probe(
-    z: np.ndarray,
+    z: Rows,
     y: np.ndarray,
     patient: np.ndarray,
     split: np.ndarray,
@@ -156,7 +156,7 @@ def probe(
     """One probe on embeddings (N, d): ridge, logistic regression or k-means, and its metrics on the test rows.
 
     Args:
-        z: embeddings (N, d).
+        z: embeddings (N, d), or words as a sparse matrix, which is not standardised.
         y: label codes 0, 1, … (int) or values (float), (N,).
         patient: patient codes (N,).
         split: 0 train, 1 validation, 2 test, (N,). Clustering takes all rows.
@@ -170,8 +170,7 @@ def probe(
     Raises:
         ValueError: for embeddings that are not finite.
     """
-    z = np.asarray(z)
-    if not np.isfinite(z).all():
+    if not np.isfinite(z if isinstance(z, np.ndarray) else z.data).all():
         raise ValueError("Expected finite embeddings but got NaN or infinity; has the encoder diverged?")
     rows = {name: int((split == code).sum()) for code, name in enumerate(("train", "validation", "test"))}
     if kind == "clustering":

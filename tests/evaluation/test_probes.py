@@ -11,8 +11,8 @@ import pytest
 from letters import LetterCounts, features, notes, tasks, thirds
 
 from hf_densefeat.data.splits import split_by_patient, split_record
+from hf_densefeat.evaluation import probes
 from hf_densefeat.evaluation.embeddings import embed
-from hf_densefeat.evaluation.linear import Standardizer
 from hf_densefeat.evaluation.metrics import paired_difference
 from hf_densefeat.evaluation.probes import ProbeEvaluator, meds_predictions, probe
 from hf_densefeat.evaluation.tasks import ProbeTask, task_rows, trained_split
@@ -78,10 +78,8 @@ def test_paired_difference_is_narrower_than_unpaired():
 def test_few_shot_curve_rises_and_samples_are_nested(monkeypatch):
     """More shots, better probe; the k-shot rows are among the 2k-shot rows; k above every class is left out."""
     z, y = features(800, 10, 2)
-    fitted, original = [], Standardizer.of.__func__
-    monkeypatch.setattr(
-        Standardizer, "of", classmethod(lambda cls, x, *rest: fitted.append(x) or original(cls, x, *rest))
-    )
+    fitted, original = [], probes.fit_path
+    monkeypatch.setattr(probes, "fit_path", lambda x, *rest: fitted.append(x) or original(x, *rest))
     found = probe(z, y, np.arange(800), thirds(800), "binary", bootstraps=20, shots=(1, 4, 16, 64, 4096), draws=2)
     assert list(found.shots) == [1, 4, 16, 64]
     assert found.shots[64].value > found.shots[1].value
