@@ -20,8 +20,7 @@ FLOORS = {
     "evaluation": {"models", "data.splits", "data.columns", "objective.moments"},
     "reporting": {"evaluation", "models.pooling"},
     "training": {"data", "models", "events", "objective", "evaluation", "reporting"},
-    "baselines": {"data", "models", "events", "objective", "evaluation", "training"},
-    "commands": {"data", "models", "events", "objective", "evaluation", "reporting", "training", "baselines"},
+    "commands": {"data", "models", "events", "objective", "evaluation", "reporting", "training"},
 }
 MATHEMATICS = [
     *sorted(name for name in MODULES if name.startswith("objective.")),
@@ -103,12 +102,12 @@ def test_only_one_room_communicates():
 
 
 def test_only_the_trainer_knows_the_trainer():
-    """transformers' Trainer is imported on the training floor alone; ours by the package and the baselines."""
+    """transformers' Trainer is imported on the training floor alone; ours by the package and the commands."""
     for module in MODULES:
         names = imports(module)
         assert ("transformers.Trainer" in names) == (module == "training.resumable"), module
         assert ("transformers.TrainingArguments" in names) == (module == "training.arguments"), module
-        if module.split(".")[0] not in ("__init__", "training", "baselines", "commands"):
+        if module.split(".")[0] not in ("__init__", "training", "commands"):
             assert "training.trainer" not in ours(module), module
 
 

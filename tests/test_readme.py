@@ -1,5 +1,6 @@
 """The first page and the guide: short enough, true to the code, and their blocks run as printed."""
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from hf_densefeat.commands import main, options
+from hf_densefeat.commands import main, pretrain
+from hf_densefeat.commands.settings import parser_of
 from hf_densefeat.evaluation import geometry
 
 ROOT = Path(__file__).parents[1]
@@ -43,14 +45,15 @@ def test_the_log_table_has_the_thresholds_of_the_code():
 def test_commands_are_given_options_that_exist():
     """Every option that the first page prints is one of its command."""
     text = README.replace("\\\n", " ")
-    known = {name: parser() for name, parser in main.PARSERS.items()}
+    modules = {name: importlib.import_module(f"hf_densefeat.commands.{name}") for name in main.COMMANDS}
+    known = {name: parser_of(module) for name, module in modules.items() if name != "pretrain"}
     for command, words in re.findall(r"^    densefeat (\w+) (.*)$", text, re.MULTILINE):
         names = {word for word in words.split() if word.startswith("--")}
         if command in known:
             assert names <= set(known[command]._option_string_actions)
         else:
             argv = words.replace("emilyalsentzer/Bio_ClinicalBERT", "model").split()
-            assert options.parse([*argv, "--use_cpu"])
+            assert pretrain.parse([*argv, "--use_cpu"])
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """What `densefeat probe` reads, encodes and measures: encoders, notes with their tasks, and what one encoder gives."""
 
-import argparse
 import json
 import logging
 import time
@@ -13,18 +12,17 @@ import datasets
 import numpy as np
 import torch
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.commands.command_lines import reading_of
-from hf_densefeat.commands.loading import loading
-from hf_densefeat.commands.measure import pairs_if_any, similarity_tasks
+from hf_densefeat.commands.measuring import Lookup, default_similarity, loading, pairs_if_any, similarity_tasks
+from hf_densefeat.commands.probe import Settings
 from hf_densefeat.data.layouts import Layout
-from hf_densefeat.data.notes import load_notes
 from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.data.readers import read_files
 from hf_densefeat.data.splits import SplitRecord, split_by_patient
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
-from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles, spectrum
-from hf_densefeat.evaluation.probes import ProbeEvaluator, ProbeResult
+from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles
+from hf_densefeat.evaluation.probes import SHOTS, ProbeEvaluator, ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
 from hf_densefeat.evaluation.tasks import PROBE_KINDS, Kind, ProbeTask, refuse_trained
@@ -45,17 +43,6 @@ class Encoder:
     model: Any
     tokenizer: Any
     max_length: int
-
-
-class Lookup:
-    """Embeddings that are already there, in the shape of an encoder."""
-
-    def __init__(self, texts: Sequence[str], z: np.ndarray) -> None:
-        self.rows, self.z = {text: row for row, text in enumerate(texts)}, z
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Rows of the texts."""
-        return self.z[[self.rows[text] for text in texts]]
 
 
 def load_encoder(argument: str, names: set[str], max_length: int | None) -> Encoder:
@@ -129,9 +116,7 @@ def parse_similarity(
 ) -> list[SimilarityTask]:
     """Uses by cosine, on the notes of held-out patients; without words a patient's own notes, where any has two."""
     test = split_by_patient(notes, seed=seed, record=split)["test"]
-    if arguments is None:
-        return similarity_tasks(["same_patient"], test) if len(pairs_if_any(test)) else []
-    return similarity_tasks(arguments, test)
+    return similarity_tasks(default_similarity(test) if arguments is None else arguments, test)
 
 
 def read_table(path: str) -> datasets.Dataset:
@@ -174,14 +159,14 @@ class Reading:
     others: list[str]
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "Reading":
+    def of(cls, settings: Settings) -> "Reading":
         """Read everything that the command names, before anything is encoded."""
-        split = recorded_split(arguments.model)  # first: a model that is not there is said before the notes are read
-        notes = load_notes(arguments.notes, **reading_of(arguments))
-        options = {"bootstraps": arguments.bootstraps, "cache": False, "seed": arguments.seed}
-        tasks = parse_tasks(arguments.task, notes)
-        probes = ProbeEvaluator(tasks, shots=arguments.shots, split=split, **options) if tasks else None
-        uses = parse_similarity(arguments.similarity, notes, arguments.seed, split)
+        split = recorded_split(settings.model)  # first: a model that is not there is said before the notes are read
+        notes = settings.read()
+        options = {"bootstraps": settings.bootstraps, "cache": False, "seed": settings.seed}
+        tasks = parse_tasks(settings.task, notes)
+        probes = ProbeEvaluator(tasks, shots=settings.shots, split=split, **options) if tasks else None
+        uses = parse_similarity(settings.similarity, notes, settings.seed, split)
         similarity = SimilarityEvaluator(uses, **options) if uses else None
         own = set(notes["text"])
         rows = probes.rows.values() if probes else ()
@@ -200,7 +185,7 @@ class Found:
     encoder: Encoder
     known: Lookup
     geometry: dict[str, float]
-    spectrum: np.ndarray
+    rows: torch.Tensor
     adjacent: dict[str, float]
     per_patient: dict[str, float]
     angles: tuple[np.ndarray, np.ndarray] | None
@@ -209,17 +194,17 @@ class Found:
     seconds: float
 
 
-def examine(encoder: Encoder, reading: Reading, arguments: argparse.Namespace) -> Found:
+def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
     """Encode what is asked for, once, and measure."""
     start, texts = time.perf_counter(), list(reading.notes["text"])
-    if reading.probes and not arguments.allow_trained:
+    if reading.probes and not settings.allow_trained:
         for name, task in reading.probes.rows.items():
             refuse_trained(task, name, encoder.model)
     how: dict[str, Any] = {
         "tokenizer": encoder.tokenizer,
-        "batch_size": arguments.batch_size,
+        "batch_size": settings.batch_size,
         "max_length": encoder.max_length,
-        "cache": not arguments.no_cache,
+        "cache": not settings.no_cache,
         "key": encoder_key(encoder.model, encoder.tokenizer),
     }
     # Apart, so that another task does not cost another pass over the notes.
@@ -229,21 +214,21 @@ def examine(encoder: Encoder, reading: Reading, arguments: argparse.Namespace) -
         z = np.concatenate([z, embed(encoder.model, reading.others, **how)])
     seconds, known = time.perf_counter() - start, Lookup(texts + reading.others, z)
     logger.info("%s: %d texts in %.0f s", encoder.name, len(z), seconds)
-    geometry = geometry_report(rows, k=arguments.k, seed=arguments.seed)
+    geometry = geometry_report(rows, k=settings.k, seed=settings.seed)
     geometry["truncated"] = truncated_share(encoder, texts)
     adjacent, per_patient, angles = {}, {}, None
     if len(reading.pairs) > 3:
         earlier, later = rows[reading.pairs.earlier], rows[reading.pairs.later]
         groups = torch.from_numpy(reading.pairs.patient)
-        adjacent = geometry_report(earlier, later, arguments.k, groups, arguments.seed)
-        per_patient = patient_subspaces(rows, reading.patients, arguments.k, seed=arguments.seed)
+        adjacent = geometry_report(earlier, later, settings.k, groups, settings.seed)
+        per_patient = patient_subspaces(rows, reading.patients, settings.k, seed=settings.seed)
         if adjacent["k"]:
-            angles = _angles_with_floor(earlier, later, groups, int(adjacent["k"]), arguments.seed)
+            angles = _angles_with_floor(earlier, later, groups, int(adjacent["k"]), settings.seed)
     return Found(
         encoder,
         known,
         geometry,
-        spectrum(rows, center=True).numpy(),
+        rows,
         adjacent,
         per_patient,
         angles,
@@ -268,3 +253,20 @@ def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Te
         for angles, other in zip(found, (z_next, z), strict=True):
             angles.append(principal_angles(z[half], other[~half], k, center=True).numpy())
     return tuple(np.mean(angles, axis=0) for angles in found)
+
+
+def examine_all(settings: Settings) -> tuple[Reading, dict[str, Found]]:
+    """Read the notes, then encode and measure them with one encoder after the other; what is found stands under its name."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("sentence_transformers", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    settings.shots = list(SHOTS) if settings.shots is None else settings.shots
+    reading = Reading.of(settings)
+    Path(settings.output).mkdir(parents=True, exist_ok=True)
+    found: dict[str, Found] = {}
+    for argument in settings.model:
+        encoder = load_encoder(argument, set(found), settings.max_length)
+        found[encoder.name] = examine(encoder, reading, settings)
+    return reading, found

@@ -1,42 +1,45 @@
-"""`densefeat interpolate`: an encoder between a start and what training made of it, with a dense head of its own."""
+"""Turn a trained encoder back towards its start, without training: less content, more form.
 
-import argparse
-from collections.abc import Sequence
+    densefeat interpolate --model out --start emilyalsentzer/Bio_ClinicalBERT --share 0.5 --notes notes.parquet --output half
 
-from hf_densefeat.commands.command_lines import interpolate_parser
-from hf_densefeat.commands.head import fit_and_save, quiet
-from hf_densefeat.commands.loading import loading
-from hf_densefeat.models.dense import AutoDenseModel
-from hf_densefeat.models.head import epsilon_of
-from hf_densefeat.models.interpolation import interpolate_weights
+Every weight becomes start + share (model - start): 0 is the start, 1 the model, and 1.25 goes on in the same direction. Then
+the dense head is fitted as `densefeat head` does. Compare shares with `densefeat probe --model out --model half ...`.
+"""
+
+from dataclasses import dataclass
+
+from hf_densefeat.commands import head
+from hf_densefeat.commands.settings import option
 
 
-def run(arguments: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class Settings(head.Settings):
+    """Options of the command."""
+
+    start: str = option(help="Hub name or folder of the encoder that the model was trained from")
+    share: float = option(help="of the way from the start to the model: 0.5 is half")
+
+
+def run(settings: Settings) -> None:
     """Load both, interpolate, fit the head, save, measure.
 
     Raises:
         ValueError: for models that are not of one training, and for a share, notes or an epsilon that cannot be used.
     """
-    epsilon_of(arguments.epsilon)  # refused before anything is read
-    with loading(arguments.model):
-        options = {"pooling": arguments.pooling, "max_length": arguments.max_length}
-        model = AutoDenseModel.from_pretrained(arguments.model, **options)
-    with loading(arguments.start):
-        start, info = AutoDenseModel.from_pretrained(arguments.start, output_loading_info=True)
+    from hf_densefeat.commands.fitting import fit_and_save, loaded
+    from hf_densefeat.commands.measuring import loading
+    from hf_densefeat.models.dense import AutoDenseModel
+    from hf_densefeat.models.head import epsilon_of
+    from hf_densefeat.models.interpolation import interpolate_weights
+
+    epsilon_of(settings.epsilon)  # refused before anything is read
+    model = loaded(settings)
+    with loading(settings.start):
+        start, info = AutoDenseModel.from_pretrained(settings.start, output_loading_info=True)
     if type(start) is not type(model):
         raise ValueError(
-            f"{arguments.start!r} is a {type(start).__name__} and {arguments.model!r} a {type(model).__name__}: expected "
+            f"{settings.start!r} is a {type(start).__name__} and {settings.model!r} a {type(model).__name__}: expected "
             "the start that the model was trained from."
         )
-    interpolate_weights(model, start, arguments.share, new=info["missing_keys"])
-    fit_and_save(model, arguments)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line and run."""
-    quiet()
-    run(interpolate_parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    main()
+    interpolate_weights(model, start, settings.share, new=info["missing_keys"])
+    fit_and_save(model, settings)

@@ -1,22 +1,20 @@
 """`densefeat`: continued pretraining, measurement and the dense head from a shell."""
 
-import importlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import hf_densefeat
-from hf_densefeat.commands.command_lines import error_line, head_parser, interpolate_parser, probe_parser
-from hf_densefeat.commands.typos import nearest, options_of, pretrain_options, unknown_option
+from hf_densefeat.commands.settings import error_line, nearest, parse
 
-PARSERS = {"probe": probe_parser, "head": head_parser, "interpolate": interpolate_parser}
-USAGE = """usage: densefeat pretrain|probe|head|interpolate [options]
+# Modules of this folder. Each imports nothing heavy when it is imported, and has a docstring, whose first line stands in the
+# list of --help, a dataclass `Settings` (see `settings.parser_of`) and a function `run(settings)`.
+COMMANDS = ("pretrain", "probe", "head", "interpolate")
+USAGE = """usage: densefeat {names} [options]
 
-  densefeat pretrain     continued pretraining with language modelling and the dense objective on adjacent notes
-  densefeat probe        what an encoder became: similarity, geometry and linear probes, for one encoder or several
-  densefeat head         end cosine 0.9 without training: fit the dense head of any encoder on your notes
-  densefeat interpolate  turn a trained encoder back towards its start: less content, more form
+{commands}
 
 densefeat COMMAND --help shows the options that people set, densefeat --version the version. On several GPUs:
 densefeat pretrain --num_processes 4 ..., or accelerate launch -m hf_densefeat.commands.pretrain ..."""
@@ -36,45 +34,43 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
 
 
 def hand_on(words: list[str], default_config: Path | None) -> None:
-    """The command that the first word names, with the words after it."""
+    """The command that the first word names, with the words after it; what is wrong with its notes or model is one line."""
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     if name in ("--version", "-V"):
         print(hf_densefeat.__version__)
     elif name in ("--help", "-h"):
-        print(USAGE)
-    elif name == "pretrain":
-        pretrain(rest, default_config)
-    elif name in PARSERS:
-        measure_or_fit(name, rest)
+        print(usage())
+    elif name not in COMMANDS:
+        sys.exit(f"densefeat: there is no command {name!r}.{nearest(name, COMMANDS)}\n\n{usage()}")
     else:
-        sys.exit(f"densefeat: there is no command {name!r}.{nearest(name, ('pretrain', *PARSERS))}\n\n{USAGE}")
+        command = import_module(f"hf_densefeat.commands.{name}")
+        if name == "pretrain":  # it reads a YAML file too, and says itself where it was stopped
+            command.check(rest)
+            launch_if_several(name, rest)
+            command.main(rest, default_config)
+            return
+        settings = parse(command, rest)
+        launch_if_several(name, rest)
+        try:
+            command.run(settings)
+        except (ValueError, OSError) as error:
+            sys.exit(f"densefeat {name}: error: {error_line(error)}")
 
 
-def pretrain(words: list[str], default_config: Path | None = None) -> None:
-    """`densefeat pretrain`, in this process or in several."""
-    message = unknown_option(words, pretrain_options())
-    if message:
-        print(f"densefeat pretrain: error: {message}", file=sys.stderr)
-        sys.exit(2)
+def usage() -> str:
+    """Every command with its line."""
+    about = {name: str(import_module(f"hf_densefeat.commands.{name}").__doc__).splitlines()[0] for name in COMMANDS}
+    lines = (f"  densefeat {name:<11}  {line[0].lower()}{line[1:].rstrip('.:')}" for name, line in about.items())
+    return USAGE.format(names="|".join(COMMANDS), commands="\n".join(lines))
+
+
+def launch_if_several(name: str, words: list[str]) -> None:
+    """With `--num_processes N`: start the command in so many, and end with their status."""
     if "--num_processes" in words[:-1]:
         place = words.index("--num_processes")
-        launch = ["launch", "--num_processes", words[place + 1], "-m", "hf_densefeat.commands.pretrain"]
+        launch = ["launch", "--num_processes", words[place + 1], "-m", "hf_densefeat.commands.main", name]
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch]
         sys.exit(subprocess.call(command + words[:place] + words[place + 2 :]))
-    importlib.import_module("hf_densefeat.commands.pretrain").main(words, default_config)
-
-
-def measure_or_fit(name: str, words: list[str]) -> None:
-    """`densefeat probe`, `head` and `interpolate`; what is wrong with notes, model or options is one line."""
-    parser = PARSERS[name]()
-    message = unknown_option(words, options_of(parser))
-    if message:
-        parser.exit(2, f"{parser.prog}: error: {message}\n")
-    parser.parse_args(words)
-    try:
-        importlib.import_module(f"hf_densefeat.commands.{name}").main(words)
-    except (ValueError, OSError) as error:
-        sys.exit(f"densefeat {name}: error: {error_line(error)}")
 
 
 if __name__ == "__main__":

@@ -1,246 +1,197 @@
-"""Continued pretraining of a clinical encoder with language modelling and the dense objective on adjacent notes.
+"""Continue pretraining with language modelling and the dense objective on adjacent notes.
 
 It prints what was read, the progress, and what the encoder was and became on held-out patients, and writes to `output_dir`
 the encoder, as a folder that `AutoModel` and `SentenceTransformer` open, its model card, `report.json`, `report.md` and
 pictures.
 """
 
-import json
-import os
+import argparse
+import ast
 import sys
-import textwrap
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from datasets import disable_progress_bars
-from safetensors import SafetensorError
-from transformers import AutoConfig, set_seed
-from transformers.utils import logging as transformers_logging
+from hf_densefeat.commands.settings import NotesTable, nearest, option, refuse_unknown
 
-from hf_densefeat.commands.command_lines import error_line, reading_of
-from hf_densefeat.commands.head import described, fit_on_parts
-from hf_densefeat.commands.loading import loading
-from hf_densefeat.commands.measure import Measurement
-from hf_densefeat.commands.options import RecipeArguments, parse
-from hf_densefeat.commands.progress import line, show
-from hf_densefeat.data.notes import describe_notes, load_notes
-from hf_densefeat.data.pairs import pair_notes
-from hf_densefeat.data.splits import split_by_patient, split_record
-from hf_densefeat.data.tokens import TokenPairs
-from hf_densefeat.models.dense import AutoDenseModel
-from hf_densefeat.models.tokenizers import load_tokenizer
-from hf_densefeat.reporting.comparison import Measured, plain_numbers, verdict
-from hf_densefeat.reporting.formats import markdown
-from hf_densefeat.reporting.tables import before_after_table, terminal
-from hf_densefeat.training.arguments import DenseTrainingArguments
-from hf_densefeat.training.checkpoints import CheckpointError, newest_whole
-from hf_densefeat.training.trainer import DenseTrainer
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+    from hf_densefeat.training.arguments import DenseTrainingArguments
+
+
+@dataclass(kw_only=True)
+class Settings(NotesTable):
+    """What is read, from where, and what is measured; the rest is `DenseTrainingArguments`."""
+
+    notes: str = option("", help="File, folder or Hub name of the notes.")
+    model_name_or_path: str | None = option(None, help="Hub name or folder of the encoder.")
+    config_name: str | None = option(None, help="Start from random weights with this config.")
+    tokenizer_name: str | None = option(None, help="Default: beside the model or config.")
+    sections: bool = option(False, help="Pair the sections of each note, for one long note a stay.")
+    similarity: list[str] = option(
+        [], help="Search and neighbours: column:query, column:same, column:neighbours, column:few_labels."
+    )
+    probe: list[str] = option([], help="Linear probes, label_column:kind each.")
+    beside: str | None = option(
+        None, help="JSON of measurements that the table shows beside this run's, such as MLM alone."
+    )
+    head: str = option("center", help="Dense head after training: none, center, auto, or an epsilon.")
+    max_measured_notes: int = option(4000, help="Notes, of whole patients, to measure on.")
+    head_warmup_steps: int = option(
+        100, help="If the language-modelling head is new, train it alone for so many updates first."
+    )
+    head_warmup_learning_rate: float = option(1e-3, help="Peak learning rate of that warm-up.")
+
+
+GROUPS = {  # what people set; --help_all lists the rest
+    "data": ("notes", "patient_column", "time_column", "text_column", "max_gap", "sections"),
+    "model": ("model_name_or_path", "pooling", "max_length", "long_notes", "head"),
+    "objective": ("mlm_weight", "dense_weight", "lambda_pair", "lambda_sub", "mlm_probability"),
+    "training": ("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "bf16"),
+    "measured": ("similarity", "probe"),
+    "output": ("output_dir", "save_strategy", "resume_from_checkpoint", "push_to_hub"),
+}
+USAGE = "densefeat pretrain [--config FILE.yaml] [--option value ...]"
+EXAMPLES = """examples:
+  densefeat pretrain --notes notes.parquet --model_name_or_path answerdotai/ModernBERT-base --max_steps 2000 --bf16
+  densefeat pretrain --config my.yaml --similarity diagnosis:neighbours --probe died:binary --output_dir out
+  densefeat pretrain --config my.yaml --resume_from_checkpoint last
+
+Every option may stand in the YAML file of --config; the command line wins. --help_all lists all options."""
+EXTRA = ("config", "help", "help_all", "num_processes")  # options that no dataclass has
 
 
 def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
     """Read the options, and run."""
-    recipe, args = parse(sys.argv[1:] if argv is None else argv, default_config)
-    try:
-        run(recipe, args)
-    except KeyboardInterrupt:
-        sys.exit(f"\nStopped. {how_to_resume(args)}")
-    except SafetensorError as error:
-        sys.exit(f"pretrain: error: {args.output_dir} could not be written: {error}")
+    words = list(sys.argv[1:] if argv is None else argv)
+    check(words)
+    settings, args = parse(words, default_config)
+    from hf_densefeat.commands.pretraining import run
+
+    run(settings, args)
 
 
-def run(recipe: RecipeArguments, args: DenseTrainingArguments) -> None:
-    """Read, measure, train, fit the head, save, measure."""
-    set_seed(args.seed)
-    use_every_core(args)
-    transformers_logging.disable_progress_bar()  # of files read and written, which are there at once
-    if not args.should_save or not sys.stderr.isatty():  # no frames of a bar in a log file
-        disable_progress_bars()
-        args.disable_tqdm = True
-    try:
-        trainer, measure, parts, head_is_new = prepare(recipe, args)
-    except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
-        sys.exit(f"pretrain: error: {error_line(error)}")
+def check(words: Sequence[str]) -> None:
+    """Answer --help and misspelt options before transformers is imported, which takes seconds."""
+    options = written_options()
+    if "--help" in words or "-h" in words:
+        print(short_help(options))
+        sys.exit()
+    refuse_unknown(words, {*options, *EXTRA}, argparse.ArgumentParser(prog="densefeat pretrain", usage=USAGE))
 
-    model, tokenizer = trainer.model, trainer.processing_class
-    before = measure("start", model, tokenizer) if args.should_save else None
-    if head_is_new and args.mlm_weight and recipe.head_warmup_steps and not args.resume_from_checkpoint:
-        say(args, line("lm head", f"new: it is trained alone first, for {recipe.head_warmup_steps} updates"))
+
+def written_options() -> dict[str, tuple[Any, str]]:
+    """Every option with its default and its help: fields of the dataclasses, those of training read from their source."""
+    transformers = find_spec("transformers")
+    assert transformers is not None
+    assert transformers.origin is not None
+    training = Path(__file__).parents[1] / "training" / "arguments.py"
+    found: dict[str, tuple[Any, str]] = {one.name: (one.default, one.metadata["help"]) for one in fields(Settings)}
+    for file in (Path(transformers.origin).parent / "training_args.py", training):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name in ("TrainingArguments", "DenseTrainingArguments"):
+                for line in node.body:
+                    if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                        found[line.target.id] = _default_and_help(line.value)
+    return found
+
+
+def _default_and_help(value: ast.expr | None) -> tuple[Any, str]:
+    """Of `field(default=..., metadata={"help": ...})`, where they are literals."""
+    words = {}
+    for keyword in value.keywords if isinstance(value, ast.Call) else ():
         try:
-            warm_up_head(model, recipe, args, trainer.train_dataset, tokenizer)
-        except SystemExit:
-            say(args, "Stopped by SIGTERM while the new head was trained alone: start anew.")
-            raise
+            words[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:
+            continue
+    return words.get("default"), words.get("metadata", {}).get("help", "")
+
+
+def short_help(options: dict[str, tuple[Any, str]]) -> str:
+    """The options that people set, in groups, with what each is and its default."""
+    lines = [f"usage: {USAGE}", "", str(__doc__).splitlines()[0], ""]
+    for title, names in GROUPS.items():
+        lines.append(f"{title}:")
+        for name in names:
+            default, text = options[name]
+            shown = f" [{default}]" if isinstance(default, (int, float, str)) and default not in (False, "") else ""
+            text = " ".join(text.split()).split(". ")[0].split(";")[0].rstrip(".")
+            lines.append(f"  --{name:<28} {text[:80]}{shown}")
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Settings, "DenseTrainingArguments"]:
+    """Options of a YAML file, then those of the command line, through one parser that types both.
+
+    Args:
+        argv: words of the command line.
+        default_config: the file that is read where neither --config nor --notes is given.
+    """
+    from transformers import HfArgumentParser
+    from transformers.integrations import get_available_reporting_integrations
+
+    from hf_densefeat.models.head import epsilon_of
+    from hf_densefeat.training.arguments import DenseTrainingArguments
+
+    classes: Any = [Settings, DenseTrainingArguments]
+    parser = HfArgumentParser(classes, prog="pretrain", usage=USAGE, allow_abbrev=False, add_help=False)
+    parser.add_argument("--config", help="YAML file of options.")
+    if "--help_all" in argv:
+        parser.print_help()
+        sys.exit()
+    given = parser.parse_known_args(argv)[0]
+    config = given.config or (None if given.notes else default_config)
+    known = {action.dest for action in parser._actions}
+    words = [*options_of(config, known, parser), *argv]
     try:
-        last = args.resume_from_checkpoint == "last"
-        result = trainer.train(resume_from_checkpoint=True if last else args.resume_from_checkpoint)
-    except KeyboardInterrupt:
-        sys.exit(f"\nStopped at update {trainer.state.global_step}. {how_to_resume(args)}")
-    except SystemExit:
-        say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(args)}")
-        raise
-    except (OSError, CheckpointError) as error:  # anything else is a fault of ours, with its traceback
-        sys.exit(f"pretrain: error: {error}")
-    seconds = result.metrics.get("train_runtime", 0.0)
-    say(args, line("trained", f"{trainer.state.global_step:,} updates in {seconds:,.0f} s"))
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    if recipe.head != "none":
-        encode = partial(trainer.dense_model.encode, tokenizer=tokenizer, head=False)
-        head = fit_on_parts(encode, parts, recipe.head, args.seed)
-        trainer.dense_model.dense_head = head
-        say(args, described(head, parts))
-    trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
-    if args.should_save:
-        # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
-        trained = AutoDenseModel.from_pretrained(str(args.output_dir))
-        after = measure("MLM + dense" if args.dense_weight else "MLM alone", trained, tokenizer)
-        assert before is not None
-        report([before, *kept_measurements(recipe), after], trainer, args)
-    trainer.accelerator.wait_for_everyone()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.end_training()
+        settings, args, _, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except (
+        ValueError,
+        RuntimeError,
+        ImportError,
+    ) as error:  # of TrainingArguments: bf16 on a CPU, dates that do not fit
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}.{nearest(unknown[0], known)} --help lists the options.")
+    for name in set(args.report_to) - set(get_available_reporting_integrations()):
+        parser.error(f"--report_to {name}: {name} is not installed. Install it, or say --report_to none.")
+    if not settings.notes:
+        parser.error("no notes: pass --notes, a file, folder or Hub name, or name them in the config.")
+    if not (settings.model_name_or_path or settings.config_name):
+        parser.error("no model: pass --model_name_or_path, a Hub name or folder (or --config_name for a new one).")
+    if settings.head != "none":
+        try:
+            epsilon_of(settings.head)
+        except ValueError as error:
+            parser.error(f"--head none, or an epsilon: {error}")
+    for task in settings.probe:
+        if task.count(":") != 1:
+            parser.error(f"expected --probe label_column:kind but got {task!r}, as in --probe died:binary.")
+    return settings, args
 
 
-def use_every_core(args: DenseTrainingArguments) -> None:
-    """Undo the OMP_NUM_THREADS=1 that accelerate sets where one process has a CPU for itself; another number stays."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() < cores and launched:
-        torch.set_num_threads(cores)
-        say(args, f"threads    {cores}, all cores: accelerate launch leaves one")
+def options_of(config: Path | str | None, known: set[str], parser: "HfArgumentParser") -> list[str]:
+    """A YAML file as words of the command line; paths in it that start with ./ or ../ are relative to the file."""
+    import yaml
 
-
-def prepare(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, bool]:
-    """Notes split by patient, model, trainer and measurement, each checked; what was read is printed."""
-    source = str(recipe.model_name_or_path or recipe.config_name)
-    with loading(recipe.tokenizer_name or source):  # first: a name that is wrong is said before the notes are read
-        tokenizer = load_tokenizer(recipe.tokenizer_name or source)
-    with args.main_process_first(desc="reading notes"):
-        notes = load_notes(recipe.notes, **reading_of(recipe))
-    say(args, line("notes", str(notes.info.description)), line("", describe_notes(notes)))
-    pair_notes(notes, args.pairs, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
-    parts = split_by_patient(notes, seed=args.seed)
-
-    with loading(source):
-        model, head_is_new = load_model(recipe, args)
-    model.config.densefeat["split"] = split_record(notes, seed=args.seed).to_dict()
-    model.dense_head = None  # that of another run: it is fitted anew
-    words = f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling"
-    say(args, line("model", words))
-
-    measure = Measurement(recipe, parts, args)
-    place = where_to(args)
-    validation = parts["validation"] if args.eval_strategy != "no" else None
-    trainer = DenseTrainer(
-        model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
-    )
-    say(
-        args,
-        line("pairs", str(cast(TokenPairs, trainer.train_dataset).pairs)),
-        line("tokens", str(trainer.reading_stats["train"])),
-        line("objective", objective_in_words(args)),
-        line("output", place),
-    )
-    show(trainer)
-    return trainer, measure, parts, head_is_new
-
-
-def where_to(args: DenseTrainingArguments) -> str:
-    """The output folder, and whether it has something in it already."""
-    folder = Path(str(args.output_dir))
-    full = folder.is_dir() and any(folder.iterdir()) and not args.resume_from_checkpoint
-    return f"{folder}{', which is not empty: files of the same names are written over' if full else ''}"
-
-
-def objective_in_words(args: DenseTrainingArguments) -> str:
-    """The weights of every term, as they stand in the loss."""
-    terms = args.dense_objective().terms.items()
-    weighted = " + ".join(f"{weight:g} {name}" for name, (weight, _) in terms if weight)
-    return f"{args.mlm_weight:g} mlm_loss + {args.dense_weight:g} ({weighted})"
-
-
-def load_model(recipe: RecipeArguments, args: DenseTrainingArguments) -> tuple[Any, bool]:
-    """The model, and whether its language-modelling head has just been made."""
-    if not recipe.model_name_or_path:
-        return AutoDenseModel.from_config(AutoConfig.from_pretrained(str(recipe.config_name)), args.pooling), False
-    model, loading = AutoDenseModel.from_pretrained(
-        recipe.model_name_or_path, pooling=args.pooling, output_loading_info=True
-    )
-    body = model.base_model_prefix + "."
-    return model, any(not name.startswith(body) for name in loading["missing_keys"])
-
-
-def warm_up_head(model: Any, recipe: RecipeArguments, args: DenseTrainingArguments, train_dataset, tokenizer) -> None:
-    """Train the new head alone by MLM: the encoder must not be pulled about by a random head."""
-    trained = {id(parameter) for parameter in model.base_model.parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) not in trained)
-    changed = {
-        "dense_weight": 0.0,
-        "mlm_weight": 1.0,
-        "max_steps": recipe.head_warmup_steps,
-        "learning_rate": recipe.head_warmup_learning_rate,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "load_best_model_at_end": False,
-        "push_to_hub": False,
-        "report_to": "none",
-    }
-    values = {name: value for name, value in args.to_dict().items() if name in args.__dataclass_fields__} | changed
-    values = {name: value for name, value in values.items() if args.__dataclass_fields__[name].init}
-    trainer = DenseTrainer(
-        model, DenseTrainingArguments(**values), train_dataset=train_dataset, processing_class=tokenizer
-    )
-    show(trainer)
-    trainer.train()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-
-
-def how_to_resume(args: DenseTrainingArguments) -> str:
-    """What to do after Ctrl-C or SIGTERM."""
-    found = newest_whole(Path(str(args.output_dir)))
-    if found is None:
-        return "There is no checkpoint to resume from: --save_steps says how often one is written."
-    return f"The same command with --resume_from_checkpoint last goes on from {found.name}."
-
-
-def kept_measurements(recipe: RecipeArguments) -> list[Measured]:
-    """What was measured once of another training on the same notes, such as MLM alone, from the file that names it."""
-    return json.loads(Path(recipe.beside).read_text()) if recipe.beside else []
-
-
-def report(measured: list[Measured], trainer: DenseTrainer, args: DenseTrainingArguments) -> None:
-    """Print the table, and write it, the numbers, the pictures and the model card beside the model."""
-    table, folder = before_after_table(measured), Path(str(args.output_dir))
-    (folder / "report.md").write_text(markdown(table) + "\n")
-    numbers = {"before": measured[0], "after": measured[-1], "updates": trainer.state.global_step}
-    (folder / "report.json").write_text(json.dumps(plain_numbers(numbers), indent=1) + "\n")
-    trainer.measured = measured
-    trainer.create_model_card()
-    advice = textwrap.fill(verdict(measured[-1], measured[0]).sentence, 80)
-    say(args, f"\n{terminal(table)}\n\n{advice}\n\n{next_steps(args)}")
-
-
-def next_steps(args: DenseTrainingArguments) -> str:
-    """Where things are and what to do with them, in three lines."""
-    folder = args.output_dir
-    return (
-        f"Saved to {folder}: AutoModel and SentenceTransformer open it; report.md has this table.\n"
-        f'Search:   SentenceTransformer("{folder}").encode(texts)\n'
-        f"Measure:  densefeat probe --model {folder} --notes YOUR_NOTES --similarity same_patient\n"
-        f"Share:    hf upload YOUR_NAME/MODEL {folder} --private"
-    )
-
-
-def say(args: DenseTrainingArguments, *lines: str) -> None:
-    """Print once, not once a process."""
-    if args.should_save:
-        print(*lines, sep="\n", flush=True)
+    if config is None:
+        return []
+    if not Path(config).is_file():
+        parser.error(f"--config: there is no file {config}.")
+    # as strings: the parser knows the types, YAML would read `no` as False and 1e-5 as text
+    values = yaml.load(Path(config).read_text(), Loader=yaml.BaseLoader) or {}
+    words = []
+    for key, value in values.items():
+        if key not in known:
+            parser.error(f"{config}: unknown key {key!r}.{nearest(key, known)} --help lists the options.")
+        items = value if isinstance(value, list) else [value]
+        items = [str(Path(config).parent / item) if item.startswith(("./", "../")) else item for item in items]
+        if items not in ([""], ["null"]):
+            words += [f"--{key}", *items]
+    return words
 
 
 if __name__ == "__main__":

@@ -1,171 +1,53 @@
-"""`densefeat probe`: encoders measured side by side, and the report of it."""
+r"""Measure what encoders make of your notes: similarity, geometry and linear probes, side by side.
 
-import argparse
-import datetime
-import importlib.metadata
-import json
-import logging
-import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+    densefeat probe --model out/ --model answerdotai/ModernBERT-base --notes notes.parquet \
+        --similarity same_patient --similarity diagnosis:neighbours --task died:binary --task age:regression
 
-import datasets
-import numpy as np
-import pyarrow.parquet as pq
-from transformers.utils import logging as transformers_logging
+The first --model is the base that the others are compared with. A model is a folder, a Hub name or a
+sentence-transformers folder, as `path` or `name=path`. A task is `label:kind` for a column of the notes, or
+`label:kind:table` for a table of its own with a `text` column and, where there are such, a `patient_id` or
+`subject_id` column (else every row is a patient) and a `split` column; kinds are binary, multiclass, regression and
+clustering. --similarity names uses of the embeddings by cosine, measured on the notes of held-out patients:
+`same_patient` (the default: a patient's other notes among everybody's), or `column:kind` with a kind of query, same,
+neighbours, clusters or few_labels.
 
-from hf_densefeat.commands.command_lines import probe_parser
-from hf_densefeat.commands.examine import Found, Reading, examine, load_encoder
-from hf_densefeat.evaluation.probes import SHOTS, ProbeResult, meds_predictions
-from hf_densefeat.evaluation.tasks import ProbeTask
-from hf_densefeat.reporting.comparison import measured_of, plain_numbers, verdict
-from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
-from hf_densefeat.reporting.plots import Picture, plot_projection
-from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
+Written to --output: `report.html` (one file that can be sent to a colleague), `report.json`, `report.md` and the PNGs.
+They hold numbers, names of columns and label values, and no note text, patient id or path. With --meds FOLDER, the test
+rows' predictions of binary tasks go to that folder in the schema of meds-evaluation, with patient ids.
+"""
 
-# ------------------------------------------------------------------------------------------------------ the report
+from dataclasses import dataclass
+
+from hf_densefeat.commands.settings import NotesTable, option
 
 
-def draw_projection(found: dict[str, Found], reading: Reading, arguments: argparse.Namespace) -> Picture | None:
-    """The first probe's rows in the plane."""
-    if reading.probes is None:
-        return None
-    task = reading.probes.tasks[0]
-    rows = reading.probes.rows[task.name]
-    some = np.random.default_rng(arguments.seed).permutation(len(rows.y))[:2000]
-    sets = {name: one.known.encode(rows.texts)[some] for name, one in found.items()}
-    place = Path(arguments.output) / "projection.png"
-    return plot_projection(sets, rows.y[some], rows.classes, label=task.label, path=place)
+@dataclass(kw_only=True)
+class Settings(NotesTable):
+    """Options of the command."""
+
+    model: list[str] = option(help="PATH or NAME=PATH; the first is the base")
+    task: list[str] = option([], help="label:kind or label:kind:table")
+    similarity: list[str] | None = option(None, help="same_patient, or column:kind")
+    output: str = option("probe_report", help="folder to write")
+    k: int = option(20, help="subspace dimension")
+    bootstraps: int = option(1000, help="redraws of the test patients")
+    shots: list[int] | None = option(None, help="few-shot sizes (1 to 128 by default); none: --shots")
+    batch_size: int = option(32, help="notes at once")
+    max_length: int | None = option(None, help="tokens of a note, default: what the encoder can see")
+    no_cache: bool = option(False, help="do not keep embeddings under HF_HOME/hf_densefeat")
+    meds: str | None = option(None, help="folder for binary tasks' predictions as MEDS tables; these hold patient ids")
+    seed: int = option(0, help="of the split by patient and of every draw")
+    allow_trained: bool = option(False, help="test on patients that a model was trained on")
 
 
-def write_report(found: dict[str, Found], reading: Reading, arguments: argparse.Namespace) -> dict:
-    """Page, Markdown, JSON and pictures; returns what the JSON holds."""
-    output, base = Path(arguments.output), next(iter(found.values()))
-    measured = [
-        measured_of(
-            name,
-            one.geometry,
-            one.spectrum,
-            (one.similarity, one.probes),
-            base=None if one is base else (base.similarity, base.probes),
-        )
-        for name, one in found.items()
-    ]
-    others = measured[1:] or measured
-    # The newest encoder first: that is what the reader asks about.
-    verdicts = {one["name"]: verdict(one, measured[0] if measured[1:] else None) for one in reversed(others)}
-    angles = {name: one.angles for name, one in found.items() if one.angles is not None}
-    sections = report_sections(
-        measured,
-        output,
-        adjacent={name: one.adjacent for name, one in found.items()} if base.adjacent else None,
-        per_patient={name: one.per_patient for name, one in found.items()} if base.per_patient else None,
-        angles=angles,
-        shots=few_shot_curves({name: one.probes for name, one in found.items()}),
-        projection=draw_projection(found, reading, arguments),
-        rows=rows_table(base.similarity) + rows_table(base.probes)[1:],
-    )
-    counts = {"notes": len(reading.notes), "patients": reading.pairs.num_patients, "pairs": len(reading.pairs)}
-    settings = {name: getattr(arguments, name) for name in ("k", "bootstraps", "shots", "seed")}
-    how = {
-        "facts": facts_of(found, counts, arguments),
-        "method": METHOD.format(bootstraps=f"{arguments.bootstraps:,}"),
-    }
-    report = {
-        "verdicts": {name: asdict(one) | {"sentence": one.sentence} for name, one in verdicts.items()},
-        "notes": counts,
-        "measured": measured,
-        "adjacent": {name: one.adjacent for name, one in found.items()},
-        "per_patient": {name: one.per_patient for name, one in found.items()},
-        "probes": {name: {task: _result(r) for task, r in one.probes.items()} for name, one in found.items()},
-        "encode_seconds": {name: one.seconds for name, one in found.items()},
-        "settings": settings,
-    }
-    text = render_markdown(list(verdicts.values()), sections, **how)
-    (output / "report.md").write_text(text)
-    (output / "report.json").write_text(json.dumps(plain_numbers(report), indent=1) + "\n")
-    (output / "report.html").write_text(render(list(verdicts.values()), sections, **how))
-    return report
-
-
-def facts_of(found: dict[str, Found], counts: dict[str, int], arguments: argparse.Namespace) -> str:
-    """When, with what, on what and with which options, in a paragraph."""
-    encoders = "; ".join(
-        f"{name}: {one.known.z.shape[1]} dimensions, {one.encoder.max_length:,} tokens, which cut "
-        f"{one.geometry['truncated']:.1%} of the notes"
-        for name, one in found.items()
-    )
-    return (
-        f"{datetime.date.today().isoformat()}, hf_densefeat {importlib.metadata.version('hf_densefeat')}. "
-        f"{counts['notes']:,} notes of {counts['patients']:,} patients, {counts['pairs']:,} adjacent pairs. {encoders}. "
-        f"Subspaces of {arguments.k} dimensions, seed {arguments.seed}."
-    )
-
-
-def run(arguments: argparse.Namespace) -> dict:
+def run(settings: Settings) -> dict:
     """Read, encode, measure, write; returns what `report.json` holds."""
-    if arguments.shots is None:
-        arguments.shots = SHOTS
-    reading = Reading.of(arguments)
-    Path(arguments.output).mkdir(parents=True, exist_ok=True)
-    found: dict[str, Found] = {}
-    for argument in arguments.model:
-        encoder = load_encoder(argument, set(found), arguments.max_length)
-        found[encoder.name] = examine(encoder, reading, arguments)
-    report = write_report(found, reading, arguments)
-    measured = report["measured"]
-    print(
-        terminal(before_after_table(measured)),
-        *("\n" + textwrap.fill(one["sentence"], 80) for one in report["verdicts"].values()),
-        sep="\n",
-    )
-    print(f"\nWritten to {arguments.output}: report.html, one file that can be sent, report.md and report.json.")
-    if arguments.meds:
-        write_predictions(Path(arguments.meds), reading.probes.tasks if reading.probes else [], found)
+    from hf_densefeat.commands.examine import examine_all
+    from hf_densefeat.commands.probe_report import show, write_predictions, write_report
+
+    reading, found = examine_all(settings)
+    report = write_report(found, reading, settings)
+    show(report, settings.output)
+    if settings.meds:
+        write_predictions(settings.meds, reading, found)
     return report
-
-
-def few_shot_curves(results: dict[str, dict[str, ProbeResult]]) -> dict:
-    """Task to encoder to number of rows of a class to `Estimate`, the last for all rows."""
-    curves: dict[str, dict] = {}
-    for name, tasks in results.items():
-        for task, one in tasks.items():
-            if one.shots:
-                curves.setdefault(task, {})[name] = one.shots | {"all": one.metrics["auroc"]}
-    return curves
-
-
-def write_predictions(folder: Path, tasks: Sequence[ProbeTask], found: dict[str, Found]) -> None:
-    """One parquet file an encoder and binary task, readable by the user alone: unlike the report, they hold patient ids."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name, one in found.items():
-        for task in tasks:
-            if task.kind == "binary":
-                path = folder / f"{name} {task.name}.parquet"
-                path.touch(mode=0o600)
-                pq.write_table(meds_predictions(task, one.probes[task.name]), path)
-
-
-def _result(found: ProbeResult) -> dict:
-    return {
-        "kind": found.kind,
-        "metrics": {name: asdict(estimate) for name, estimate in found.metrics.items()},
-        "shots": {k: asdict(estimate) for k, estimate in found.shots.items()},
-        "rows": found.rows,
-        "strength": found.strength,
-    }
-
-
-def main(argv: Sequence[str] | None = None) -> dict:
-    """Read the command line and run."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("sentence_transformers", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    return run(probe_parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    main()

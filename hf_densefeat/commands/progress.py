@@ -6,6 +6,8 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from hf_densefeat.reporting.formats import number
+
 # Of the numbers in a log, those that say how the run goes; TensorBoard and its kin have all
 SHOWN = {
     "loss": "loss",
@@ -27,17 +29,13 @@ def in_words(state: TrainerState, logs: dict[str, Any]) -> str | None:
     evaluated = {name: value for name, value in logs.items() if name.startswith("eval_")}
     if evaluated:
         kept = {name: value for name, value in evaluated.items() if not name.endswith(("_runtime", "_per_second"))}
-        return line("evaluated", ", ".join(f"{name} {_short(value)}" for name, value in kept.items()))
+        return line("evaluated", ", ".join(f"{name} {number(value)}" for name, value in kept.items()))
     if "loss" not in logs:
         return None
-    said = [f"{words} {_short(logs[name])}" for name, words in SHOWN.items() if name in logs]
+    said = [f"{words} {number(logs[name])}" for name, words in SHOWN.items() if name in logs]
     if logs.get("skipped_updates"):
         said.append(f"{logs['skipped_updates']} updates skipped")
     return line("update", f"{state.global_step:,} of {state.max_steps:,}: {', '.join(said)}")
-
-
-def _short(value: Any) -> str:
-    return f"{float(value):.4g}"
 
 
 class Lines(TrainerCallback):
@@ -60,7 +58,7 @@ class Bar(ProgressCallback):
             return
         if "loss" in logs:
             shown = {"loss": logs["loss"], "rank": logs.get("effective_rank", float("nan"))}
-            bar.set_postfix({name: _short(value) for name, value in shown.items()})
+            bar.set_postfix({name: number(value) for name, value in shown.items()})
         elif any(name.startswith("eval_") for name in logs):
             bar.write(str(in_words(state, logs)))
 

@@ -3,13 +3,13 @@
 from statistics import median
 
 import torch
+from baselines.losses import vicreg
 from torch import nn
 from tqdm import tqdm
 
 from benchmarks.scaling import default_objective
 from benchmarks.timing import alternate, spread
 from hf_densefeat import DenseObjective, effective_rank
-from hf_densefeat.baselines.losses import vicreg
 
 WIDTHS, ROWS = (384, 768, 1024), (64, 256, 1024)
 

@@ -19,7 +19,7 @@ from domains import Domain, features
 from domains.rows import rows_with, training
 from domains.text import seen
 from hf_densefeat import AutoDenseModel, DensePairCollator, SimilarityTask, adjacent_pairs, load_notes
-from hf_densefeat.commands.measure import sample
+from hf_densefeat.commands.measuring import sample
 from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 from hf_densefeat.evaluation.embeddings import encoder_key

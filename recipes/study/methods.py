@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from baselines import affine
+from baselines import losses as b
 from torch import Tensor
-
-from hf_densefeat.baselines import affine
-from hf_densefeat.baselines import losses as b
 
 
 @dataclass(frozen=True)

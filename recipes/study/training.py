@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
+from baselines.trainer import SupervisedTrainer
 from domains import Domain
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_densefeat import BatchLoss, DenseObjective, DenseTrainer, DenseTrainingArguments
-from hf_densefeat.baselines.trainer import SupervisedTrainer
 from hf_densefeat.objective.extra_terms import BoundedRank
 from hf_densefeat.objective.objective import spectral_spreading_term
 from study.methods import Method

@@ -1,5 +1,6 @@
 """`densefeat` itself, its help, and the head for an encoder that nobody trains."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from transformers import HfArgumentParser
 
 import hf_densefeat
 from hf_densefeat import AutoDenseModel
-from hf_densefeat.commands import main, options, typos
-from hf_densefeat.commands.typos import pretrain_options, unknown_option
+from hf_densefeat.commands import main, pretrain
+from hf_densefeat.commands.settings import refuse_unknown
+from hf_densefeat.training.arguments import DenseTrainingArguments
 
 pytestmark = pytest.mark.recipe
 
@@ -31,19 +33,19 @@ def test_version_usage_and_an_unknown_command(capsys):
 def test_help_fits_a_screen_and_names_options_that_exist(capsys):
     """The options that people set, in groups; every one has a help."""
     with pytest.raises(SystemExit):
-        options.parse(["--help"])
+        pretrain.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 50
-    assert sum(line.startswith("  --") for line in lines) == sum(map(len, options.GROUPS.values()))
+    assert sum(line.startswith("  --") for line in lines) == sum(map(len, pretrain.GROUPS.values()))
 
 
 def test_a_misspelt_option_names_the_nearest(capsys):
     """And says where the list is."""
     with pytest.raises(SystemExit):
-        options.parse(["--notes", "x", "--model_name_or_path", "y", "--learnin_rate", "1", "--use_cpu"])
+        pretrain.parse(["--notes", "x", "--model_name_or_path", "y", "--learnin_rate", "1", "--use_cpu"])
     assert "Did you mean learning_rate" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        options.parse(["--notes", "x", "--model_name_or_path", "y", "--head", "centre", "--use_cpu"])
+        pretrain.parse(["--notes", "x", "--model_name_or_path", "y", "--head", "centre", "--use_cpu"])
     assert "center, auto or a number above 0" in capsys.readouterr().err
 
 
@@ -108,11 +110,17 @@ def test_interpolate_writes_an_encoder_between_start_and_model(tokenizer, tmp_pa
 
 def test_the_options_that_are_read_from_the_source_are_those_of_the_parser():
     """What the quick check knows, the parser takes, and the other way round."""
-    classes = [options.RecipeArguments, options.DenseTrainingArguments]
-    taken = {action.dest for action in HfArgumentParser(classes, add_help=False)._actions}
-    assert pretrain_options() - set(typos.EXTRA) == taken - set(typos.EXTRA)
+    parser = HfArgumentParser([pretrain.Settings, DenseTrainingArguments], add_help=False)
+    taken = {action.dest: action for action in parser._actions}
+    written = pretrain.written_options()
+    assert set(written) - set(pretrain.EXTRA) == set(taken) - set(pretrain.EXTRA)
+    for names in pretrain.GROUPS.values():
+        for name in names:
+            default, text = written[name]
+            assert text == taken[name].help
+            assert isinstance(default, (int, float, str)) <= (default == taken[name].default)
     switches = ["--no-center", "--no_center", "--center=false", "--learning-rate", "1e-4", "--max_gap=-1", "text--x"]
-    assert unknown_option(switches, pretrain_options()) is None
+    refuse_unknown(switches, written, argparse.ArgumentParser())
 
 
 @pytest.mark.parametrize(
@@ -121,16 +129,22 @@ def test_the_options_that_are_read_from_the_source_are_those_of_the_parser():
         (["pretrain", "--max_step", "3"], "unknown: --max_step. Did you mean max_steps"),
         (["probe", "--modle", "x"], "densefeat probe: error: unknown: --modle. Did you mean model?"),
         (["head", "--notes", "x"], "the following arguments are required: --model, --output"),
+        (["probe", "--k", "x", "--model", "m", "--notes", "n"], "argument --k: invalid int value"),
+        *(([name, "--help"], "") for name in main.COMMANDS),
+        (["--help"], ""),
         (["pretain"], "there is no command 'pretain'. Did you mean pretrain?"),
     ],
 )
 def test_a_misspelt_word_is_answered_before_anything_heavy_is_imported(words, said):
     """In a process in which torch, and with it transformers, cannot be imported."""
-    script = "import sys; sys.modules.update(torch=None, datasets=None, sklearn=None); "
+    script = "import atexit, sys; sys.modules.update(torch=None, datasets=None, numpy=None); "
+    script += "atexit.register(lambda: print('transformers' in sys.modules)); "
     script += f"from hf_densefeat.commands.main import main; main({words})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode in (1, 2)
+    assert done.returncode == 0 if "--help" in words else done.returncode in (1, 2)
     assert said in done.stderr
+    assert done.stdout.endswith("False\n")
+    assert ("usage: densefeat" in done.stdout) == ("--help" in words)
     assert "Traceback" not in done.stderr
 
 

@@ -13,7 +13,7 @@ from conftest import make_model, make_notes
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from hf_densefeat.commands import pretrain
+from hf_densefeat.commands import pretrain, pretraining
 from hf_densefeat.data.splits import SplitRecord
 
 DOCUMENTS = Path(__file__).parents[2] / "recipes" / "configs" / "documents.yaml"
@@ -88,14 +88,14 @@ def test_a_run_reads_measures_trains_and_writes_a_folder_that_opens(run, encoder
     assert set(np.bincount(record.parts_of(sorted(set(pq.read_table(table)["patient_id"].to_pylist()))))) == {28, 6}
 
 
-def test_a_new_head_is_trained_alone_first(run, tokenizer, encoder, table, tmp_path, recipe, monkeypatch):
+def test_a_new_head_is_trained_alone_first(run, tokenizer, encoder, table, tmp_path, monkeypatch):
     """A checkpoint without a masked-LM head gets one, and its encoder does not move while the head warms up."""
     bare = tmp_path / "bare"
     AutoModel.from_pretrained(encoder).save_pretrained(bare)
     tokenizer.save_pretrained(bare)
     start = load_file(bare / "model.safetensors")
     seen = {}
-    train = recipe.warm_up_head
+    train = pretraining.warm_up_head
 
     def watched(model, *args):
         head = model.cls.predictions.transform.dense.weight.detach().clone()
@@ -105,7 +105,7 @@ def test_a_new_head_is_trained_alone_first(run, tokenizer, encoder, table, tmp_p
         seen["body moved"] = any(not torch.equal(body[name], start[name]) for name in body)
         seen["all train again"] = all(parameter.requires_grad for parameter in model.parameters())
 
-    monkeypatch.setattr(recipe, "warm_up_head", watched)
+    monkeypatch.setattr(pretraining, "warm_up_head", watched)
     out = run("--notes", table, "--model_name_or_path", bare, "--head_warmup_steps", "2", *SMALL)
     assert "trained alone first, for 2 updates" in out
     assert seen == {"head moved": True, "body moved": False, "all train again": True}
@@ -207,12 +207,12 @@ def test_only_accelerates_single_thread_is_undone(recipe, monkeypatch, tmp_path,
     """A number of threads that the user chose stays."""
     args = recipe.parse(["--use_cpu", "--output_dir", str(tmp_path)], DOCUMENTS)[1]
     set_to = [1]
-    monkeypatch.setattr(recipe.os, "sched_getaffinity", lambda pid: {0, 1})
-    monkeypatch.setattr(recipe.torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(recipe.torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(pretraining.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(pretraining.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(pretraining.torch, "set_num_threads", set_to.append)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if chosen:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
-    recipe.use_every_core(args)
+    pretraining.use_every_core(args)
     assert set_to[-1] == expected

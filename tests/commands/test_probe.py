@@ -11,14 +11,20 @@ from conftest import make_model, make_notes
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import hf_densefeat.commands.probe as recipe
+from hf_densefeat.commands import probe
 from hf_densefeat.commands.examine import parse_tasks
+from hf_densefeat.commands.settings import parse
 from hf_densefeat.data.splits import split_record
 from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
 
 SENTINEL = "zebrasentinel"
 
 pytestmark = [pytest.mark.recipe, pytest.mark.slow]
+
+
+def measured(words):
+    """What the command returns for these words."""
+    return probe.run(parse(probe, words))
 
 
 def sick_notes(patients=60):
@@ -52,7 +58,7 @@ def folder(tmp_path_factory, tokenizer):
     tasks.append(f"--task=ward:multiclass:{work / 'letters.parquet'}")
     tasks += ["--similarity=same_patient", "--similarity=ward:neighbours"]
     options = ["--bootstraps", "50", "--shots", "1", "4", "--k", "4", "--no_cache"]
-    recipe.main([*models, "--notes", str(work / "notes.parquet"), *tasks, *options, "--output", str(work / "report")])
+    measured([*models, "--notes", str(work / "notes.parquet"), *tasks, *options, "--output", str(work / "report")])
     return work / "report"
 
 
@@ -118,7 +124,7 @@ def test_predictions_are_written_for_meds_on_request(folder, tmp_path):
     model, tasks = f"base={folder.parent / 'small'}", ["--task", "sick:binary", "--task", "ward:multiclass"]
     options = ["--notes", str(tmp_path / "notes.parquet"), "--bootstraps", "0", "--no_cache", "--shots"]
     places = ["--output", str(tmp_path / "report"), "--meds", str(tmp_path / "meds")]
-    report = recipe.main(["--model", model, *tasks, *options, *places])
+    report = measured(["--model", model, *tasks, *options, *places])
     (path,) = (tmp_path / "meds").iterdir()
     assert path.name == "base sick.parquet"
     assert (path.parent.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
@@ -146,8 +152,8 @@ def test_patients_of_pretraining_are_not_tested_on(folder, tmp_path, tokenizer):
     test = records[3].parts_of(ids) == 2
     trained = int((test & (records[4].parts_of(ids) == 0)).sum())
     with pytest.raises(ValueError, match=f"{trained} of {test.sum()} test patients were trained on"):
-        recipe.main([*models, *options, "--output", str(tmp_path / "report")])
-    report = recipe.main([*models, *options, "--allow_trained", "--output", str(tmp_path / "report")])
+        measured([*models, *options, "--output", str(tmp_path / "report")])
+    report = measured([*models, *options, "--allow_trained", "--output", str(tmp_path / "report")])
     assert report["probes"]["3"]["sick"]["rows"]["patients"] == test.sum()
 
 

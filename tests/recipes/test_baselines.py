@@ -1,5 +1,8 @@
 """Each loss against its definition in NumPy and its slope in finite differences; the trainer they share."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,11 @@ from scipy.integrate import trapezoid
 from scipy.stats import entropy
 
 from hf_densefeat import DenseTrainer, DenseTrainingArguments, geometry_report
-from hf_densefeat.baselines.affine import apply_affine, fit_all_but_the_top, fit_whitening
-from hf_densefeat.baselines.losses import (
+from hf_densefeat.objective.batch_loss import BatchLoss
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+from baselines.affine import apply_affine, fit_all_but_the_top, fit_whitening
+from baselines.losses import (
     Expanded,
     barlow_twins,
     i_vne,
@@ -20,8 +26,7 @@ from hf_densefeat.baselines.losses import (
     vicreg,
     von_neumann_entropy,
 )
-from hf_densefeat.baselines.trainer import SupervisedTrainer
-from hf_densefeat.objective.batch_loss import BatchLoss
+from baselines.trainer import SupervisedTrainer
 
 
 def unit(z):

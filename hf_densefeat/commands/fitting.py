@@ -1,0 +1,83 @@
+"""The dense head of an encoder, fitted on training patients' notes: of `head`, `interpolate` and `pretrain`."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from hf_densefeat.commands.head import Settings
+from hf_densefeat.commands.measuring import Lookup, Measurement, default_similarity, loading, quiet
+from hf_densefeat.data.notes import describe_notes
+from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.splits import split_by_patient
+from hf_densefeat.models.dense import AutoDenseModel
+from hf_densefeat.models.head import SAMPLE, DenseHead, epsilon_of, fit_head
+from hf_densefeat.models.tokenizers import load_tokenizer
+from hf_densefeat.reporting.tables import before_after_table, terminal
+
+
+def loaded(settings: Settings) -> Any:
+    """The encoder that the command names."""
+    quiet()
+    with loading(settings.model):
+        return AutoDenseModel.from_pretrained(settings.model, pooling=settings.pooling, max_length=settings.max_length)
+
+
+def fit_and_save(model: Any, settings: Settings) -> None:
+    """Read the notes, encode, fit, save, measure."""
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(settings.model)
+    notes = settings.read()
+    print(f"notes      {describe_notes(notes)}")
+    parts = split_by_patient(notes, seed=settings.seed)
+    held_out = parts["test"]
+    measure = Measurement(held_out, similarity=settings.similarity or default_similarity(held_out), seed=settings.seed)
+    if measure.uses and any(rows.queries for rows in measure.uses.rows.values()):
+        raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
+    Path(settings.output).mkdir(parents=True, exist_ok=True)  # what cannot be done is said before all is encoded
+    model.dense_head = None
+    encode = partial(
+        model.encode, tokenizer=tokenizer, batch_size=settings.batch_size, show_progress_bar=True, head=False
+    )
+    head = fit_on_parts(encode, parts, settings.epsilon, settings.seed)
+    model.dense_head = head
+    try:
+        model.save_pretrained(settings.output)
+        tokenizer.save_pretrained(settings.output)
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{settings.output} could not be written: {error}") from error
+    print(described(head, parts))
+    z = encode(measure.texts)
+    measured = [
+        measure(name, Lookup(measure.texts, rows)) for name, rows in (("as it is", z), ("with the head", head(z)))
+    ]
+    print(f"\n{terminal(before_after_table(measured))}\n")
+    print(f"Saved to {settings.output}: SentenceTransformer and AutoDenseModel apply the head, AutoModel does not.")
+
+
+def fit_on_parts(encode: Callable[..., torch.Tensor], parts: Mapping, epsilon: str, seed: int) -> DenseHead:
+    """The head of unmasked training notes; "auto" chooses epsilon by the next notes of validation patients.
+
+    Args:
+        encode: texts -> embeddings without a head.
+        parts: notes by split, as `split_by_patient` returns them.
+        epsilon: "center", "auto" or a number above 0, as a word.
+        seed: of the sample of training notes.
+    """
+    pairs = None
+    if epsilon == "auto":
+        following = adjacent_pairs(parts["validation"])
+        texts = np.array(parts["validation"]["text"][:], dtype=object)
+        pairs = (texts[following.earlier].tolist(), texts[following.later].tolist())
+    return fit_head(encode, parts["train"]["text"][:], epsilon=epsilon_of(epsilon), pairs=pairs, seed=seed)
+
+
+def described(head: DenseHead, parts: Mapping) -> str:
+    """One line of what was fitted, on how many notes."""
+    how = "centring alone" if math.isinf(head.epsilon) else f"epsilon {head.epsilon:g}"
+    return f"head       {how}, fitted on {min(len(parts['train']), SAMPLE):,} notes of training patients"

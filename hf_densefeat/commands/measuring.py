@@ -1,0 +1,161 @@
+"""What the commands share: models by name, uses and probes by the words of the command line, one encoder's numbers."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.evaluation.geometry import geometry_report, spectrum
+from hf_densefeat.evaluation.probes import ProbeEvaluator, ProbeResult
+from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
+from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
+from hf_densefeat.evaluation.tasks import Kind, ProbeTask
+from hf_densefeat.reporting.comparison import Measured, triples
+
+Results = tuple[dict[str, SimilarityResult], dict[str, ProbeResult]]
+SIMILARITY = {  # kind on the command line -> how the task is made of the column
+    "query": lambda column: {"kind": "retrieval", "question": column},
+    "same": lambda column: {"kind": "retrieval", "label": column},
+    "neighbours": lambda column: {"kind": "neighbours", "label": column},
+    "clusters": lambda column: {"kind": "clusters", "label": column},
+    "few_labels": lambda column: {"kind": "few_labels", "label": column},
+}
+
+
+def quiet() -> None:
+    """Warnings alone, and one progress bar: that of encoding."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@contextmanager
+def loading(source: str) -> Iterator[None]:
+    """Inside, what transformers and the Hub say of a missing model becomes a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        where = "In the folder" if Path(source).is_dir() else "There is no such folder, and from the Hub"
+        raise ValueError(f"the model {source!r} cannot be loaded. {where}: {reason}.") from error
+
+
+def similarity_tasks(words: Sequence[str], notes: Any) -> list[SimilarityTask]:
+    """Tasks of the words `column:kind`, and `same_patient` for a patient's own notes among everybody's.
+
+    * `question:query`: the text of the column is a query for the note of its row;
+    * `disease:same`: notes of one value are right for each other;
+    * `diagnosis:neighbours`, `diagnosis:clusters`, `diagnosis:few_labels`: see `SimilarityTask`.
+
+    Raises:
+        ValueError: for another word, with those that there are.
+    """
+    tasks = []
+    for word in words:
+        column, _, kind = word.rpartition(":")
+        if word == "same_patient":
+            tasks.append(SimilarityTask(name="own notes", kind="same_patient", notes=notes))
+        elif kind in SIMILARITY and column:
+            name = {"query": column, "same": f"same {column}"}.get(kind, f"{column} {kind.replace('_', ' ')}")
+            tasks.append(SimilarityTask(name=name, notes=notes, **SIMILARITY[kind](column)))
+        else:
+            raise ValueError(
+                f"Expected --similarity same_patient or column:kind, kind one of {', '.join(SIMILARITY)}, but got "
+                f"{word!r}, as in --similarity diagnosis:neighbours."
+            )
+    return tasks
+
+
+def default_similarity(notes: Any) -> list[str]:
+    """What is measured without words: a patient's own notes, where any patient has two."""
+    return ["same_patient"] if len(pairs_if_any(notes)) else []
+
+
+def pairs_if_any(notes: Any) -> NotePairs:
+    """Adjacent pairs, or none where no patient has two notes: then there is less to measure, and no mistake."""
+    patients = len(np.unique(np.asarray(notes["patient_id"])))
+    if patients < len(notes):
+        return adjacent_pairs(notes)
+    none = np.empty(0, dtype=np.int64)
+    return NotePairs(none, none, none, len(notes), patients)
+
+
+def probes_of(words: Sequence[str], parts: Mapping) -> list[ProbeTask]:
+    """Linear probes of the words `label:kind`, on notes by split."""
+    return [ProbeTask(label, parts, label, cast(Kind, kind)) for label, kind in (word.split(":") for word in words)]
+
+
+class Lookup:
+    """Embeddings that are already there, in the shape of an encoder."""
+
+    def __init__(self, texts: Sequence[str], z: Any) -> None:
+        self.rows, self.z = {text: row for row, text in enumerate(texts)}, z
+
+    def encode(self, texts: Sequence[str], tokenizer: Any = None, **_: Any) -> Any:
+        """Rows of the texts."""
+        return self.z[[self.rows[text] for text in texts]]
+
+
+class Measurement:
+    """Geometry and similarity of notes, and linear probes, of one frozen encoder after another.
+
+    Args:
+        notes: of patients that are held out.
+        similarity: uses by cosine of these, as words.
+        probes: with notes of their own.
+        k: subspace dimension.
+        seed: of noise floors, few labels and the bootstrap.
+    """
+
+    def __init__(
+        self, notes: Any, *, similarity: Sequence[str], probes: Sequence[ProbeTask] = (), k: int = 20, seed: int = 0
+    ) -> None:
+        self.pairs, self.texts, self.k, self.seed = pairs_if_any(notes), list(notes["text"]), k, seed
+        tasks = similarity_tasks(similarity, notes)
+        how: dict[str, Any] = {"cache": False, "seed": seed}
+        self.probes = ProbeEvaluator(probes, **how) if probes else None
+        self.uses = SimilarityEvaluator(tasks, codes=("float",), divisors=(1,), **how) if tasks else None
+        self.first: Results | None = None
+
+    def __call__(self, name: str, model: Any, tokenizer: Any = None) -> Measured:
+        """Numbers by name: geometry, similarity and probes with intervals, differences to the first call, the spectrum."""
+        z = torch.as_tensor(model.encode(self.texts, tokenizer, show_progress_bar=True))
+        earlier, later = (z[self.pairs.earlier], z[self.pairs.later]) if len(self.pairs) else (z, None)
+        groups = torch.from_numpy(self.pairs.patient) if len(self.pairs) else None
+        probes = self.probes.evaluate(model, tokenizer) if self.probes else {}
+        uses = self.uses.evaluate(model, tokenizer) if self.uses else {}
+        self.first = self.first or (uses, probes)
+        return measured_of(
+            name, z, geometry_report(earlier, later, k=self.k, groups=groups), (uses, probes), self.first
+        )
+
+
+def measured_of(name: str, z: torch.Tensor, geometry: dict[str, float], found: Results, first: Results) -> Measured:
+    """Plain numbers of one encoder, with the differences to what was found of the first, unless it is the same."""
+    (uses, probes), differences = found, {}
+    if uses is not first[0]:
+        differences = triples(uses, first[0]) | triples(probes, first[1])
+    return {
+        "name": name,
+        "geometry": geometry,
+        "spectrum": spectrum(z, center=True).tolist(),
+        "similarity": triples(uses),
+        "probes": triples(probes),
+        "differences": differences,
+    }
+
+
+def sample(notes: Any, maximum: int, seed: int) -> Any:
+    """Notes of whole patients, drawn at random, until there are `maximum`."""
+    patients, codes = np.unique(np.asarray(notes["patient_id"]), return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(patients))
+    kept = order[np.cumsum(np.bincount(codes)[order]) <= maximum]
+    return notes.select(np.flatnonzero(np.isin(codes, kept if len(kept) else order[:1])))

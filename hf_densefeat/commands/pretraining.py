@@ -1,0 +1,243 @@
+"""A run of `densefeat pretrain`: read, measure, train, fit the head, save, measure."""
+
+import json
+import os
+import sys
+import textwrap
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import disable_progress_bars
+from safetensors import SafetensorError
+from transformers import AutoConfig, set_seed
+from transformers.utils import logging as transformers_logging
+
+from hf_densefeat.commands.fitting import described, fit_on_parts
+from hf_densefeat.commands.measuring import Measurement, loading, probes_of, sample
+from hf_densefeat.commands.pretrain import Settings
+from hf_densefeat.commands.progress import line, show
+from hf_densefeat.commands.settings import error_line
+from hf_densefeat.data.notes import describe_notes
+from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.sections import split_into_sections
+from hf_densefeat.data.splits import split_by_patient, split_record
+from hf_densefeat.data.tokens import TokenPairs
+from hf_densefeat.models.dense import AutoDenseModel
+from hf_densefeat.models.tokenizers import load_tokenizer
+from hf_densefeat.reporting.comparison import Measured, plain_numbers, verdict
+from hf_densefeat.reporting.formats import markdown
+from hf_densefeat.reporting.tables import before_after_table, terminal
+from hf_densefeat.training.arguments import DenseTrainingArguments
+from hf_densefeat.training.checkpoints import CheckpointError, newest_whole
+from hf_densefeat.training.trainer import DenseTrainer
+
+
+def run(settings: Settings, args: DenseTrainingArguments) -> None:
+    """The run, with one line where it is stopped or its folder cannot be written."""
+    try:
+        train_and_measure(settings, args)
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped. {how_to_resume(args)}")
+    except SafetensorError as error:
+        sys.exit(f"pretrain: error: {args.output_dir} could not be written: {error}")
+
+
+def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
+    """Read, measure, train, fit the head, save, measure."""
+    set_seed(args.seed)
+    use_every_core(args)
+    transformers_logging.disable_progress_bar()  # of files read and written, which are there at once
+    if not args.should_save or not sys.stderr.isatty():  # no frames of a bar in a log file
+        disable_progress_bars()
+        args.disable_tqdm = True
+    try:
+        trainer, measure, parts, head_is_new = prepare(settings, args)
+    except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
+        sys.exit(f"pretrain: error: {error_line(error)}")
+
+    model, tokenizer = trainer.model, trainer.processing_class
+    before = measure("start", model.to(args.device), tokenizer) if args.should_save else None
+    if head_is_new and args.mlm_weight and settings.head_warmup_steps and not args.resume_from_checkpoint:
+        say(args, line("lm head", f"new: it is trained alone first, for {settings.head_warmup_steps} updates"))
+        try:
+            warm_up_head(model, settings, args, trainer.train_dataset, tokenizer)
+        except SystemExit:
+            say(args, "Stopped by SIGTERM while the new head was trained alone: start anew.")
+            raise
+    try:
+        last = args.resume_from_checkpoint == "last"
+        result = trainer.train(resume_from_checkpoint=True if last else args.resume_from_checkpoint)
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped at update {trainer.state.global_step}. {how_to_resume(args)}")
+    except SystemExit:
+        say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(args)}")
+        raise
+    except (OSError, CheckpointError) as error:  # anything else is a fault of ours, with its traceback
+        sys.exit(f"pretrain: error: {error}")
+    seconds = result.metrics.get("train_runtime", 0.0)
+    say(args, line("trained", f"{trainer.state.global_step:,} updates in {seconds:,.0f} s"))
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if settings.head != "none":
+        encode = partial(trainer.dense_model.encode, tokenizer=tokenizer, head=False)
+        head = fit_on_parts(encode, parts, settings.head, args.seed)
+        trainer.dense_model.dense_head = head
+        say(args, described(head, parts))
+    trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
+    if args.should_save:
+        # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
+        trained = AutoDenseModel.from_pretrained(str(args.output_dir))
+        name = "MLM + dense" if args.dense_weight else "MLM alone"
+        after = measure(name, trained.to(args.device), tokenizer)
+        assert before is not None
+        report([before, *kept_measurements(settings), after], trainer, args)
+    trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
+
+
+def use_every_core(args: DenseTrainingArguments) -> None:
+    """Undo the OMP_NUM_THREADS=1 that accelerate sets where one process has a CPU for itself; another number stays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() < cores and launched:
+        torch.set_num_threads(cores)
+        say(args, f"threads    {cores}, all cores: accelerate launch leaves one")
+
+
+def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, bool]:
+    """Notes split by patient, model, trainer and measurement, each checked; what was read is printed."""
+    source = str(settings.model_name_or_path or settings.config_name)
+    with loading(settings.tokenizer_name or source):  # first: a name that is wrong is said before the notes are read
+        tokenizer = load_tokenizer(settings.tokenizer_name or source)
+    with args.main_process_first(desc="reading notes"):
+        notes = settings.read()
+        if settings.sections:
+            notes = split_into_sections(notes)
+    say(args, line("notes", str(notes.info.description)), line("", describe_notes(notes)))
+    adjacent_pairs(notes, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
+    parts = split_by_patient(notes, seed=args.seed)
+
+    with loading(source):
+        model, head_is_new = load_model(settings, args)
+    model.config.densefeat["split"] = split_record(notes, seed=args.seed).to_dict()
+    model.dense_head = None  # that of another run: it is fitted anew
+    words = f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling"
+    say(args, line("model", words))
+
+    seed, most = args.seed, settings.max_measured_notes
+    probed = {name: sample(part, most // 3, seed) for name, part in parts.items()}
+    held_out = sample(parts["test"], most // 2, seed)
+    probes, uses = probes_of(settings.probe, probed), settings.similarity
+    measure = Measurement(held_out, similarity=uses, probes=probes, k=args.subspace_dim, seed=seed)
+    place = where_to(args)
+    validation = parts["validation"] if args.eval_strategy != "no" else None
+    trainer = DenseTrainer(
+        model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
+    )
+    say(
+        args,
+        line("pairs", str(cast(TokenPairs, trainer.train_dataset).pairs)),
+        line("tokens", str(trainer.reading_stats["train"])),
+        line("objective", objective_in_words(args)),
+        line("output", place),
+    )
+    show(trainer)
+    return trainer, measure, parts, head_is_new
+
+
+def where_to(args: DenseTrainingArguments) -> str:
+    """The output folder, and whether it has something in it already."""
+    folder = Path(str(args.output_dir))
+    full = folder.is_dir() and any(folder.iterdir()) and not args.resume_from_checkpoint
+    return f"{folder}{', which is not empty: files of the same names are written over' if full else ''}"
+
+
+def objective_in_words(args: DenseTrainingArguments) -> str:
+    """The weights of every term, as they stand in the loss."""
+    terms = args.dense_objective().terms.items()
+    weighted = " + ".join(f"{weight:g} {name}" for name, (weight, _) in terms if weight)
+    return f"{args.mlm_weight:g} mlm_loss + {args.dense_weight:g} ({weighted})"
+
+
+def load_model(settings: Settings, args: DenseTrainingArguments) -> tuple[Any, bool]:
+    """The model, and whether its language-modelling head has just been made."""
+    if not settings.model_name_or_path:
+        return AutoDenseModel.from_config(AutoConfig.from_pretrained(str(settings.config_name)), args.pooling), False
+    model, loading = AutoDenseModel.from_pretrained(
+        settings.model_name_or_path, pooling=args.pooling, output_loading_info=True
+    )
+    body = model.base_model_prefix + "."
+    return model, any(not name.startswith(body) for name in loading["missing_keys"])
+
+
+def warm_up_head(model: Any, settings: Settings, args: DenseTrainingArguments, train_dataset, tokenizer) -> None:
+    """Train the new head alone by MLM: the encoder must not be pulled about by a random head."""
+    trained = {id(parameter) for parameter in model.base_model.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in trained)
+    changed = {
+        "dense_weight": 0.0,
+        "mlm_weight": 1.0,
+        "max_steps": settings.head_warmup_steps,
+        "learning_rate": settings.head_warmup_learning_rate,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+        "report_to": "none",
+    }
+    values = {name: value for name, value in args.to_dict().items() if name in args.__dataclass_fields__} | changed
+    values = {name: value for name, value in values.items() if args.__dataclass_fields__[name].init}
+    trainer = DenseTrainer(
+        model, DenseTrainingArguments(**values), train_dataset=train_dataset, processing_class=tokenizer
+    )
+    show(trainer)
+    trainer.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def how_to_resume(args: DenseTrainingArguments) -> str:
+    """What to do after Ctrl-C or SIGTERM."""
+    found = newest_whole(Path(str(args.output_dir)))
+    if found is None:
+        return "There is no checkpoint to resume from: --save_steps says how often one is written."
+    return f"The same command with --resume_from_checkpoint last goes on from {found.name}."
+
+
+def kept_measurements(settings: Settings) -> list[Measured]:
+    """What was measured once of another training on the same notes, such as MLM alone, from the file that names it."""
+    return json.loads(Path(settings.beside).read_text()) if settings.beside else []
+
+
+def report(measured: list[Measured], trainer: DenseTrainer, args: DenseTrainingArguments) -> None:
+    """Print the table, and write it, the numbers, the pictures and the model card beside the model."""
+    table, folder = before_after_table(measured), Path(str(args.output_dir))
+    (folder / "report.md").write_text(markdown(table) + "\n")
+    numbers = {"before": measured[0], "after": measured[-1], "updates": trainer.state.global_step}
+    (folder / "report.json").write_text(json.dumps(plain_numbers(numbers), indent=1) + "\n")
+    trainer.measured = measured
+    trainer.create_model_card()
+    advice = textwrap.fill(verdict(measured[-1], measured[0]).sentence, 80)
+    say(args, f"\n{terminal(table)}\n\n{advice}\n\n{next_steps(args)}")
+
+
+def next_steps(args: DenseTrainingArguments) -> str:
+    """Where things are and what to do with them, in three lines."""
+    folder = args.output_dir
+    return (
+        f"Saved to {folder}: AutoModel and SentenceTransformer open it; report.md has this table.\n"
+        f'Search:   SentenceTransformer("{folder}").encode(texts)\n'
+        f"Measure:  densefeat probe --model {folder} --notes YOUR_NOTES --similarity same_patient\n"
+        f"Share:    hf upload YOUR_NAME/MODEL {folder} --private"
+    )
+
+
+def say(args: DenseTrainingArguments, *lines: str) -> None:
+    """Print once, not once a process."""
+    if args.should_save:
+        print(*lines, sep="\n", flush=True)

@@ -1,0 +1,128 @@
+"""The report of `densefeat probe`: page, Markdown, JSON and pictures of what was found."""
+
+import datetime
+import importlib.metadata
+import json
+import textwrap
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from hf_densefeat.commands.examine import Found, Reading
+from hf_densefeat.commands.measuring import measured_of
+from hf_densefeat.commands.probe import Settings
+from hf_densefeat.evaluation.probes import ProbeResult, meds_predictions
+from hf_densefeat.reporting.comparison import plain_numbers, verdict
+from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
+from hf_densefeat.reporting.plots import Picture, plot_projection
+from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
+
+
+def draw_projection(found: dict[str, Found], reading: Reading, settings: Settings) -> Picture | None:
+    """The first probe's rows in the plane."""
+    if reading.probes is None:
+        return None
+    task = reading.probes.tasks[0]
+    rows = reading.probes.rows[task.name]
+    some = np.random.default_rng(settings.seed).permutation(len(rows.y))[:2000]
+    sets = {name: one.known.encode(rows.texts)[some] for name, one in found.items()}
+    place = Path(settings.output) / "projection.png"
+    return plot_projection(sets, rows.y[some], rows.classes, label=task.label, path=place)
+
+
+def write_report(found: dict[str, Found], reading: Reading, settings: Settings) -> dict:
+    """Page, Markdown, JSON and pictures; returns what the JSON holds."""
+    output, base = Path(settings.output), next(iter(found.values()))
+    measured = [
+        measured_of(name, one.rows, one.geometry, (one.similarity, one.probes), (base.similarity, base.probes))
+        for name, one in found.items()
+    ]
+    others = measured[1:] or measured
+    # The newest encoder first: that is what the reader asks about.
+    verdicts = {one["name"]: verdict(one, measured[0] if measured[1:] else None) for one in reversed(others)}
+    angles = {name: one.angles for name, one in found.items() if one.angles is not None}
+    sections = report_sections(
+        measured,
+        output,
+        adjacent={name: one.adjacent for name, one in found.items()} if base.adjacent else None,
+        per_patient={name: one.per_patient for name, one in found.items()} if base.per_patient else None,
+        angles=angles,
+        shots=few_shot_curves({name: one.probes for name, one in found.items()}),
+        projection=draw_projection(found, reading, settings),
+        rows=rows_table(base.similarity) + rows_table(base.probes)[1:],
+    )
+    counts = {"notes": len(reading.notes), "patients": reading.pairs.num_patients, "pairs": len(reading.pairs)}
+    how = {
+        "facts": facts_of(found, counts, settings),
+        "method": METHOD.format(bootstraps=f"{settings.bootstraps:,}"),
+    }
+    report = {
+        "verdicts": {name: asdict(one) | {"sentence": one.sentence} for name, one in verdicts.items()},
+        "notes": counts,
+        "measured": measured,
+        "adjacent": {name: one.adjacent for name, one in found.items()},
+        "per_patient": {name: one.per_patient for name, one in found.items()},
+        "probes": {name: {task: _result(r) for task, r in one.probes.items()} for name, one in found.items()},
+        "encode_seconds": {name: one.seconds for name, one in found.items()},
+        "settings": {name: getattr(settings, name) for name in ("k", "bootstraps", "shots", "seed")},
+    }
+    text = render_markdown(list(verdicts.values()), sections, **how)
+    (output / "report.md").write_text(text)
+    (output / "report.json").write_text(json.dumps(plain_numbers(report), indent=1) + "\n")
+    (output / "report.html").write_text(render(list(verdicts.values()), sections, **how))
+    return report
+
+
+def facts_of(found: dict[str, Found], counts: dict[str, int], settings: Settings) -> str:
+    """When, with what, on what and with which options, in a paragraph."""
+    encoders = "; ".join(
+        f"{name}: {one.known.z.shape[1]} dimensions, {one.encoder.max_length:,} tokens, which cut "
+        f"{one.geometry['truncated']:.1%} of the notes"
+        for name, one in found.items()
+    )
+    return (
+        f"{datetime.date.today().isoformat()}, hf_densefeat {importlib.metadata.version('hf_densefeat')}. "
+        f"{counts['notes']:,} notes of {counts['patients']:,} patients, {counts['pairs']:,} adjacent pairs. {encoders}. "
+        f"Subspaces of {settings.k} dimensions, seed {settings.seed}."
+    )
+
+
+def show(report: dict, output: str) -> None:
+    """Print the table, the verdicts and where the report is."""
+    verdicts = ("\n" + textwrap.fill(one["sentence"], 80) for one in report["verdicts"].values())
+    print(terminal(before_after_table(report["measured"])), *verdicts, sep="\n")
+    print(f"\nWritten to {output}: report.html, one file that can be sent, report.md and report.json.")
+
+
+def few_shot_curves(results: dict[str, dict[str, ProbeResult]]) -> dict:
+    """Task to encoder to number of rows of a class to `Estimate`, the last for all rows."""
+    curves: dict[str, dict] = {}
+    for name, tasks in results.items():
+        for task, one in tasks.items():
+            if one.shots:
+                curves.setdefault(task, {})[name] = one.shots | {"all": one.metrics["auroc"]}
+    return curves
+
+
+def write_predictions(output: str, reading: Reading, found: dict[str, Found]) -> None:
+    """One parquet file an encoder and binary task, readable by the user alone: unlike the report, they hold patient ids."""
+    folder = Path(output)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, one in found.items():
+        for task in reading.probes.tasks if reading.probes else ():
+            if task.kind == "binary":
+                path = folder / f"{name} {task.name}.parquet"
+                path.touch(mode=0o600)
+                pq.write_table(meds_predictions(task, one.probes[task.name]), path)
+
+
+def _result(found: ProbeResult) -> dict:
+    return {
+        "kind": found.kind,
+        "metrics": {name: asdict(estimate) for name, estimate in found.metrics.items()},
+        "shots": {k: asdict(estimate) for k, estimate in found.shots.items()},
+        "rows": found.rows,
+        "strength": found.strength,
+    }

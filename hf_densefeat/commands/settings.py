@@ -1,0 +1,108 @@
+"""The options of a command: a dataclass, which becomes a parser before anything heavy is imported."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from types import ModuleType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMNS = {"patient_id": "patient_column", "time": "time_column", "text": "text_column"}
+
+
+def option(default: Any = MISSING, *, help: str) -> Any:
+    """A field of settings, with its help; it must be given where there is no default."""
+    value: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**value, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class NotesTable:
+    """Which notes a command reads, and how."""
+
+    notes: str = option(help="table of notes: a file, a folder or a Hub name")
+    patient_column: str | None = option(None, help="column of the patient; default: found by its name")
+    time_column: str | None = option(None, help="column of the time; default: found by its name")
+    text_column: str | None = option(None, help="column of the text; default: found by its name")
+    time_unit: str | None = option(None, help="what numbers of time count: days, seconds, milliseconds or yyyymmdd")
+    time_format: str | None = option(None, help="how times are written, such as %%d/%%m/%%Y")
+
+    def reading(self) -> dict[str, Any]:
+        """What `load_notes` takes beside the source: the columns that are named, and how times are written."""
+        named = {role: getattr(self, column) for role, column in COLUMNS.items()}
+        columns = {role: name for role, name in named.items() if name} or "auto"
+        return {"columns": columns, "time_unit": self.time_unit, "time_format": self.time_format}
+
+    def read(self) -> "Dataset":
+        """The notes."""
+        from hf_densefeat.data.notes import load_notes
+
+        return load_notes(self.notes, **self.reading())
+
+
+def parser_of(command: ModuleType) -> argparse.ArgumentParser:
+    """The parser of a command's module: its docstring is the usage, the fields of its `Settings` are the options.
+
+    `T | None` takes one value, a list several, in one place or option by option (and none where None is its default), a
+    bool is a switch, a Literal a choice.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"densefeat {command.__name__.rpartition('.')[2]}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(command.Settings)
+    for one in fields(command.Settings):
+        kinds = get_args(hints[one.name]) if isinstance(hints[one.name], UnionType) else (hints[one.name],)
+        kind, default = kinds[0], one.default_factory() if one.default_factory is not MISSING else one.default
+        how: dict[str, Any] = {"required": True} if default is MISSING else {"default": default}
+        if kind is bool:
+            how["action"] = "store_true"
+        elif get_origin(kind) is list:
+            how |= {"action": "extend", "nargs": "*" if default is None else "+", "type": get_args(kind)[0]}
+        elif get_origin(kind) is Literal:
+            how["choices"] = get_args(kind)
+        else:
+            how["type"] = kind
+        parser.add_argument(f"--{one.name}", help=one.metadata["help"], **how)
+    return parser
+
+
+def parse(command: ModuleType, words: Sequence[str]) -> Any:
+    """The `Settings` of a command's module from words of the command line; what is wrong with them ends the process."""
+    parser = parser_of(command)
+    refuse_unknown(words, {word.removeprefix("--") for word in parser._option_string_actions}, parser)
+    return command.Settings(**vars(parser.parse_args(words)))
+
+
+def refuse_unknown(words: Sequence[str], known: Iterable[str], parser: argparse.ArgumentParser) -> None:
+    """End the process at the first option that is not known, with the nearest ones.
+
+    Args:
+        words: of the command line.
+        known: names with underscores. `--no-x` of a switch and hyphens are taken too, as HfArgumentParser takes them.
+        parser: says it.
+    """
+    names = {name.replace("-", "_") for name in known}
+    for word in words:
+        name = word.split("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name and name not in names and name.removeprefix("no_") not in names:
+            message = f"unknown: {word}.{nearest(name, names)} --help lists the options."
+            parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence with the names that a misspelt one comes close to, or nothing."""
+    close = difflib.get_close_matches(word.lstrip("-").split("=")[0], sorted(known), 3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def error_line(error: Exception) -> str:
+    """What a room says of a mistake, with options of the command in the place of Python's."""
+    options = ", ".join(f"--{column}" for column in COLUMNS.values())
+    return re.sub(r"Name yours with\s+`columns=.*?`", f"Name yours with {options}", str(error), flags=re.DOTALL)
