@@ -163,7 +163,7 @@ class Reading:
         """Read everything that the command names, before anything is encoded."""
         split = recorded_split(settings.model)  # first: a model that is not there is said before the notes are read
         notes = settings.read()
-        options = {"bootstraps": settings.bootstraps, "cache": False, "seed": settings.seed}
+        options: dict[str, Any] = {"bootstraps": settings.bootstraps, "cache": False, "seed": settings.seed}
         tasks = parse_tasks(settings.task, notes)
         probes = ProbeEvaluator(tasks, shots=settings.shots, split=split, **options) if tasks else None
         uses = parse_similarity(settings.similarity, notes, settings.seed, split)

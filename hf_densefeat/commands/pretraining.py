@@ -57,7 +57,8 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
     except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
         sys.exit(f"pretrain: error: {error_line(error)}")
 
-    model, tokenizer = trainer.model, trainer.processing_class
+    model: Any = trainer.model
+    tokenizer = trainer.processing_class
     before = measure("start", model.to(args.device), tokenizer) if args.should_save else None
     if head_is_new and args.mlm_weight and settings.head_warmup_steps and not args.resume_from_checkpoint:
         say(args, line("lm head", f"new: it is trained alone first, for {settings.head_warmup_steps} updates"))
