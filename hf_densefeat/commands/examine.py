@@ -21,7 +21,7 @@ from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.data.readers import read_files
 from hf_densefeat.data.splits import SplitRecord, split_by_patient
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
-from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles
+from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles, spectrum
 from hf_densefeat.evaluation.probes import SHOTS, ProbeEvaluator, ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
@@ -165,7 +165,8 @@ class Reading:
         notes = settings.read()
         options: dict[str, Any] = {"bootstraps": settings.bootstraps, "cache": False, "seed": settings.seed}
         tasks = parse_tasks(settings.task, notes)
-        probes = ProbeEvaluator(tasks, shots=settings.shots, split=split, **options) if tasks else None
+        shots = SHOTS if settings.shots is None else settings.shots
+        probes = ProbeEvaluator(tasks, shots=shots, split=split, **options) if tasks else None
         uses = parse_similarity(settings.similarity, notes, settings.seed, split)
         similarity = SimilarityEvaluator(uses, **options) if uses else None
         own = set(notes["text"])
@@ -185,7 +186,7 @@ class Found:
     encoder: Encoder
     known: Lookup
     geometry: dict[str, float]
-    rows: torch.Tensor
+    spectrum: torch.Tensor
     adjacent: dict[str, float]
     per_patient: dict[str, float]
     angles: tuple[np.ndarray, np.ndarray] | None
@@ -228,7 +229,7 @@ def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
         encoder,
         known,
         geometry,
-        rows,
+        spectrum(rows, center=True),
         adjacent,
         per_patient,
         angles,
@@ -262,7 +263,6 @@ def examine_all(settings: Settings) -> tuple[Reading, dict[str, Found]]:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    settings.shots = list(SHOTS) if settings.shots is None else settings.shots
     reading = Reading.of(settings)
     Path(settings.output).mkdir(parents=True, exist_ok=True)
     found: dict[str, Found] = {}

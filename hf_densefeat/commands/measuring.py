@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.data.pairs import NotePairs, adjacent_pairs
+from hf_densefeat.data.pairs import NotePairs, adjacent_pairs, pair_notes
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
-from hf_densefeat.evaluation.probes import ProbeEvaluator, ProbeResult
-from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
+from hf_densefeat.evaluation.probes import ProbeEvaluator
+from hf_densefeat.evaluation.similarity import SimilarityEvaluator
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
 from hf_densefeat.evaluation.tasks import Kind, ProbeTask
-from hf_densefeat.reporting.comparison import Measured, triples
+from hf_densefeat.reporting.comparison import Both, Measured, measured_of
 
-Results = tuple[dict[str, SimilarityResult], dict[str, ProbeResult]]
 SIMILARITY = {  # kind on the command line -> how the task is made of the column
     "query": lambda column: {"kind": "retrieval", "question": column},
     "same": lambda column: {"kind": "retrieval", "label": column},
@@ -110,20 +109,29 @@ class Measurement:
     Args:
         notes: of patients that are held out.
         similarity: uses by cosine of these, as words.
+        pairs: how these are paired for the geometry.
         probes: with notes of their own.
         k: subspace dimension.
-        seed: of noise floors, few labels and the bootstrap.
+        seed: of few labels and the bootstrap.
     """
 
     def __init__(
-        self, notes: Any, *, similarity: Sequence[str], probes: Sequence[ProbeTask] = (), k: int = 20, seed: int = 0
+        self,
+        notes: Any,
+        *,
+        similarity: Sequence[str],
+        pairs: Sequence[str] = ("adjacent",),
+        probes: Sequence[ProbeTask] = (),
+        k: int = 20,
+        seed: int = 0,
     ) -> None:
-        self.pairs, self.texts, self.k, self.seed = pairs_if_any(notes), list(notes["text"]), k, seed
+        texts, self.pairs = (notes, pairs_if_any(notes)) if tuple(pairs) == ("adjacent",) else pair_notes(notes, pairs)
+        self.texts, self.k = list(texts["text"]), k
         tasks = similarity_tasks(similarity, notes)
         how: dict[str, Any] = {"cache": False, "seed": seed}
         self.probes = ProbeEvaluator(probes, **how) if probes else None
         self.uses = SimilarityEvaluator(tasks, codes=("float",), divisors=(1,), **how) if tasks else None
-        self.first: Results | None = None
+        self.first: Both | None = None
 
     def __call__(self, name: str, model: Any, tokenizer: Any = None) -> Measured:
         """Numbers by name: geometry, similarity and probes with intervals, differences to the first call, the spectrum."""
@@ -132,25 +140,10 @@ class Measurement:
         groups = torch.from_numpy(self.pairs.patient) if len(self.pairs) else None
         probes = self.probes.evaluate(model, tokenizer) if self.probes else {}
         uses = self.uses.evaluate(model, tokenizer) if self.uses else {}
+        geometry = geometry_report(earlier, later, k=self.k, groups=groups)
+        found = measured_of(name, geometry, spectrum(z, center=True), (uses, probes), base=self.first)
         self.first = self.first or (uses, probes)
-        return measured_of(
-            name, z, geometry_report(earlier, later, k=self.k, groups=groups), (uses, probes), self.first
-        )
-
-
-def measured_of(name: str, z: torch.Tensor, geometry: dict[str, float], found: Results, first: Results) -> Measured:
-    """Plain numbers of one encoder, with the differences to what was found of the first, unless it is the same."""
-    (uses, probes), differences = found, {}
-    if uses is not first[0]:
-        differences = triples(uses, first[0]) | triples(probes, first[1])
-    return {
-        "name": name,
-        "geometry": geometry,
-        "spectrum": spectrum(z, center=True).tolist(),
-        "similarity": triples(uses),
-        "probes": triples(probes),
-        "differences": differences,
-    }
+        return found
 
 
 def sample(notes: Any, maximum: int, seed: int) -> Any:

@@ -30,7 +30,6 @@ class Settings(NotesTable):
     model_name_or_path: str | None = option(None, help="Hub name or folder of the encoder.")
     config_name: str | None = option(None, help="Start from random weights with this config.")
     tokenizer_name: str | None = option(None, help="Default: beside the model or config.")
-    sections: bool = option(False, help="Pair the sections of each note, for one long note a stay.")
     similarity: list[str] = option(
         [], help="Search and neighbours: column:query, column:same, column:neighbours, column:few_labels."
     )
@@ -47,7 +46,7 @@ class Settings(NotesTable):
 
 
 GROUPS = {  # what people set; --help_all lists the rest
-    "data": ("notes", "patient_column", "time_column", "text_column", "max_gap", "sections"),
+    "data": ("notes", "patient_column", "time_column", "text_column", "pairs", "max_gap"),
     "model": ("model_name_or_path", "pooling", "max_length", "long_notes", "head"),
     "objective": ("mlm_weight", "dense_weight", "lambda_pair", "lambda_sub", "mlm_probability"),
     "training": ("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "bf16"),

@@ -20,8 +20,7 @@ from hf_densefeat.commands.pretrain import Settings
 from hf_densefeat.commands.progress import line, show
 from hf_densefeat.commands.settings import error_line
 from hf_densefeat.data.notes import describe_notes
-from hf_densefeat.data.pairs import adjacent_pairs
-from hf_densefeat.data.sections import split_into_sections
+from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.splits import split_by_patient, split_record
 from hf_densefeat.data.tokens import TokenPairs
 from hf_densefeat.models.dense import AutoDenseModel
@@ -116,10 +115,8 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
         tokenizer = load_tokenizer(settings.tokenizer_name or source)
     with args.main_process_first(desc="reading notes"):
         notes = settings.read()
-        if settings.sections:
-            notes = split_into_sections(notes)
     say(args, line("notes", str(notes.info.description)), line("", describe_notes(notes)))
-    adjacent_pairs(notes, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
+    pair_notes(notes, args.pairs, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     parts = split_by_patient(notes, seed=args.seed)
 
     with loading(source):
@@ -132,8 +129,9 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     seed, most = args.seed, settings.max_measured_notes
     probed = {name: sample(part, most // 3, seed) for name, part in parts.items()}
     held_out = sample(parts["test"], most // 2, seed)
-    probes, uses = probes_of(settings.probe, probed), settings.similarity
-    measure = Measurement(held_out, similarity=uses, probes=probes, k=args.subspace_dim, seed=seed)
+    how: dict[str, Any] = {"pairs": args.pairs, "k": args.subspace_dim, "seed": seed}
+    probes = probes_of(settings.probe, probed)
+    measure = Measurement(held_out, similarity=settings.similarity, probes=probes, **how)
     place = where_to(args)
     validation = parts["validation"] if args.eval_strategy != "no" else None
     trainer = DenseTrainer(

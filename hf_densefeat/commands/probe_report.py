@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from hf_densefeat.commands.examine import Found, Reading
-from hf_densefeat.commands.measuring import measured_of
 from hf_densefeat.commands.probe import Settings
 from hf_densefeat.evaluation.probes import ProbeResult, meds_predictions
-from hf_densefeat.reporting.comparison import plain_numbers, verdict
+from hf_densefeat.reporting.comparison import measured_of, plain_numbers, verdict
 from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
 from hf_densefeat.reporting.plots import Picture, plot_projection
 from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
@@ -35,8 +34,11 @@ def draw_projection(found: dict[str, Found], reading: Reading, settings: Setting
 def write_report(found: dict[str, Found], reading: Reading, settings: Settings) -> dict:
     """Page, Markdown, JSON and pictures; returns what the JSON holds."""
     output, base = Path(settings.output), next(iter(found.values()))
+    first = (base.similarity, base.probes)
     measured = [
-        measured_of(name, one.rows, one.geometry, (one.similarity, one.probes), (base.similarity, base.probes))
+        measured_of(
+            name, one.geometry, one.spectrum, (one.similarity, one.probes), base=None if one is base else first
+        )
         for name, one in found.items()
     ]
     others = measured[1:] or measured
@@ -66,7 +68,8 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
         "per_patient": {name: one.per_patient for name, one in found.items()},
         "probes": {name: {task: _result(r) for task, r in one.probes.items()} for name, one in found.items()},
         "encode_seconds": {name: one.seconds for name, one in found.items()},
-        "settings": {name: getattr(settings, name) for name in ("k", "bootstraps", "shots", "seed")},
+        "settings": {name: getattr(settings, name) for name in ("k", "bootstraps", "seed")}
+        | {"shots": reading.probes.shots if reading.probes else []},
     }
     text = render_markdown(list(verdicts.values()), sections, **how)
     (output / "report.md").write_text(text)
