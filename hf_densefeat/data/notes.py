@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hf_densefeat.data.columns import column, dense_codes, order_of_notes, shown, time_ticks
+from hf_densefeat.data.identity import NONE_WORDS, identities
 from hf_densefeat.data.layouts import FLAGGED, PRESETS, match_columns
 from hf_densefeat.data.readers import SourceTable
 from hf_densefeat.data.sources import open_source
-from hf_densefeat.data.times import TIME_UNITS, read_times, stripped
+from hf_densefeat.data.times import TIME_UNITS, read_times
 
 logger = logging.getLogger(__name__)
 
-NONE_WORDS = ("null", "nan", "none", "[null]", "\\n", "<na>")  # what exports write for a missing text, in any case
 PLACEHOLDERS = ("0001-01-01", "1900-01-01", "9999-12-31")  # what they write for a missing date
 
 
@@ -58,9 +58,9 @@ def load_notes(
         `text`, and every other column of the table under its own name. Rows without text and exact duplicates
         (patient, time, text) are dropped and counted in a warning. `notes.info.description` holds what was read.
 
-        Two ids are one patient if they are equal: numbers as numbers (floats must be whole and below 2^53; 64 bits and
-        more are fine as integers or strings), strings letter by letter, without spaces around them. So `007` and `7` are
-        two patients where any id of the column is no plain number, and a UUID in another case is another patient.
+        Two ids are one patient if they are equal in the form of `identities`: numbers as numbers (floats must be whole and
+        below 2^53), strings letter by letter, without spaces around them, `1.0` as `1`. So `007` and `7` are two patients,
+        and a UUID in another case is another patient. Words for nothing (NULL, nan, None) are no patient.
 
     Raises:
         ValueError: If the source cannot be read, has no rows, lacks a column, has times that cannot be read, rows
@@ -214,30 +214,13 @@ def _copies(hashes: np.ndarray, patient: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _patients(values: pa.ChunkedArray, source: SourceTable) -> pa.ChunkedArray:
-    """Return patient ids as integers or strings, empty ones null."""
-    kind = values.type
-    if pa.types.is_integer(kind):
-        return values
-    if pa.types.is_floating(kind):
-        values = pc.if_else(pc.is_finite(values), values, None)
-        # Beyond 2⁵³ a float no longer tells neighbouring integers apart.
-        odd = (
-            pc.or_(pc.not_equal(values, pc.floor(values)), pc.greater(pc.abs(values), 2**53))
-            .fill_null(False)
-            .to_numpy()
-        )
-        if odd.any():
-            raise ValueError(
-                f"Column patient_id holds floats that are no identifiers, first {source.place(int(odd.argmax()))}: "
-                "expected integers or strings. Which column holds the patient?"
-            )
-        return values.cast(pa.int64())
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise ValueError(f"Column patient_id holds {kind}: expected integers or strings. Which one holds the patient?")
-    values = stripped(values)
+    """Patient ids as integers or strings, empty ones null."""
+    values = identities(values, place=source.place)
     # A csv file knows no types. Identifiers such as 007 stay what they are.
-    numbers = pc.match_substring_regex(values, r"^(0|-?[1-9]\d{0,17})$").fill_null(True)
-    return values.cast(pa.int64()) if source.untyped and pc.all(numbers).as_py() else values
+    if source.untyped and not pa.types.is_integer(values.type):
+        numbers = pc.match_substring_regex(values, r"^(0|-?[1-9]\d{0,17})$").fill_null(True)
+        return values.cast(pa.int64()) if pc.all(numbers).as_py() else values
+    return values
 
 
 def _no_text(values: pa.ChunkedArray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from sklearn.cluster import KMeans
 
-from hf_densefeat.data.splits import SplitRecord
+from hf_densefeat.data.splits import SplitRecord, refuse_trained
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.linear import ALPHAS, CS, Rows, fit_path, predict
 from hf_densefeat.evaluation.metrics import (
@@ -27,7 +27,7 @@ from hf_densefeat.evaluation.metrics import (
     patient_weights,
     replicate,
 )
-from hf_densefeat.evaluation.tasks import Kind, ProbeTask, refuse_trained, task_rows
+from hf_densefeat.evaluation.tasks import Kind, ProbeTask, task_rows
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ class ProbeEvaluator:
         max_length: int | None = None,
         cache: str | Path | bool = True,
         seed: int = 0,
-        split: SplitRecord | None = None,
+        record: SplitRecord | None = None,
         allow_trained: bool = False,
     ) -> None:
         """Read the tasks' tables and split them; nothing is encoded yet.
@@ -263,7 +263,7 @@ class ProbeEvaluator:
             max_length: passed to ``encode`` where it takes it.
             cache: disk cache of `evaluate`, see `embed`.
             seed: seed of splits, k-means, samples and bootstrap.
-            split: record of a model's pretraining (`trained_split`), for tables without a split of their own.
+            record: of a trained model, or of several (`a | b`): nobody whom it names is tested.
             allow_trained: test on patients that the model was trained on, instead of refusing them by their number.
 
         Raises:
@@ -275,15 +275,18 @@ class ProbeEvaluator:
         self.tasks, self.bootstraps, self.shots = list(tasks), bootstraps, shots
         self.batch_size, self.max_length, self.cache, self.seed = batch_size, max_length, cache, seed
         self.allow_trained = allow_trained
-        self.rows = {task.name: task_rows(task, seed, split) for task in tasks}
+        self.rows = {task.name: task_rows(task, seed, record, allow_trained=allow_trained) for task in tasks}
         for name, rows in self.rows.items():
             if rows.unlabelled:
                 logger.info("Probe %s: %d rows without a label are left out.", name, rows.unlabelled)
 
+    def refuse_trained(self, model: Any) -> None:
+        """ValueError, with their number, for test patients that the model was trained on, unless that is allowed."""
+        for name, rows in self.rows.items() if not self.allow_trained else ():
+            refuse_trained(rows.tested, model, f"Probe {name!r}")
+
     def _embeddings(self, model: Any, tokenizer: Any, cache: str | Path | bool) -> dict[str, np.ndarray]:
-        if not self.allow_trained:
-            for name, rows in self.rows.items():
-                refuse_trained(rows, name, model)
+        self.refuse_trained(model)
         key = encoder_key(model, tokenizer) if cache else None
         texts = [text for rows in self.rows.values() for text in rows.texts]
         options: dict[str, Any] = {

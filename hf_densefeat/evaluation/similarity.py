@@ -18,6 +18,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from hf_densefeat.data.splits import refuse_trained
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.metrics import CODES, METRICS_OF, Estimate, metric_named, patient_weights, replicate
 from hf_densefeat.evaluation.ranking import coded, few_labels, ranking, same_group, same_label, unit_rows
@@ -172,6 +173,7 @@ class SimilarityEvaluator:
         max_length: int | None = None,
         cache: str | Path | bool = True,
         seed: int = 0,
+        allow_trained: bool = False,
     ) -> None:
         """Read the tasks' tables; nothing is encoded yet.
 
@@ -186,6 +188,7 @@ class SimilarityEvaluator:
             max_length: passed to ``encode`` where it takes it.
             cache: disk cache of `evaluate`, see `embed`.
             seed: seed of k-means, samples and bootstrap.
+            allow_trained: score notes of patients that the model was trained on, instead of refusing them by their number.
 
         Raises:
             ValueError: for tasks that cannot be read, see `similarity_rows`; before any encoding.
@@ -196,6 +199,7 @@ class SimilarityEvaluator:
         self.tasks, self.head, self.bootstraps = list(tasks), head, bootstraps
         self.codes, self.divisors = tuple(codes), tuple(divisors)
         self.batch_size, self.max_length, self.cache, self.seed = batch_size, max_length, cache, seed
+        self.allow_trained = allow_trained
         self.rows = {task.name: similarity_rows(task) for task in tasks}
         self._say_left_out()
 
@@ -205,9 +209,15 @@ class SimilarityEvaluator:
             if left_out:
                 logger.info("Similarity %s: rows left out: %s.", name, left_out)
 
+    def refuse_trained(self, model: Any) -> None:
+        """ValueError, with their number, for scored patients that the model was trained on, unless that is allowed."""
+        for name, rows in self.rows.items() if not self.allow_trained else ():
+            refuse_trained(rows.tested, model, f"Similarity {name!r}")
+
     def _results(
         self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int
     ) -> dict[str, SimilarityResult]:
+        self.refuse_trained(model)
         # All texts in one call, so that a text of several tasks is encoded once.
         parts = [part for rows in self.rows.values() for part in (rows.texts, rows.queries)]
         key = encoder_key(model, tokenizer) if cache else None

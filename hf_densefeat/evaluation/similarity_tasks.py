@@ -1,10 +1,12 @@
 """Uses of embeddings' own metric as tasks: tables of notes, or of queries and documents, read into arrays."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+
+from hf_densefeat.data.identity import identities
 
 SimilarityKind = Literal["neighbours", "retrieval", "same_patient", "clusters", "few_labels"]
 KINDS = ("neighbours", "retrieval", "same_patient", "clusters", "few_labels")
@@ -69,6 +71,7 @@ class SimilarityRows:
         index: rows of the task's table, (N,) or (Q,).
         apart: a row's own patient is not searched.
         left_out: number of rows left out, by reason.
+        tested: ids of the patients of the scored rows; for the comparison with a `SplitRecord`, never written anywhere.
     """
 
     kind: SimilarityKind
@@ -81,6 +84,7 @@ class SimilarityRows:
     index: np.ndarray
     apart: bool
     left_out: dict[str, int]
+    tested: list = field(default_factory=list, repr=False)
 
 
 def _columns(table: Any) -> list[str]:
@@ -105,15 +109,17 @@ def _missing(value: Any) -> bool:
     return value is None or value != value or value == ""
 
 
-def _group_codes(task: SimilarityTask, table: Any, required: bool) -> np.ndarray:
+def _groups(task: SimilarityTask, table: Any, required: bool) -> tuple[np.ndarray, list]:
+    """Patient codes of the rows, and the id of each code; none where every row is its own patient."""
     count = len(_column(task, table, _columns(table)[0]))
     if task.group is None or (not required and task.group not in _columns(table)):
-        return np.arange(count)
-    groups = _column(task, table, task.group)
-    if any(_missing(one) for one in groups):
-        row = next(i for i, one in enumerate(groups) if _missing(one))
+        return np.arange(count), []
+    groups = identities(_column(task, table, task.group))
+    if groups.null_count:
+        row = int(groups.is_null().to_numpy().argmax())
         raise ValueError(f"Similarity {task.name!r}: row {row} has nothing in column {task.group!r}.")
-    return np.unique(np.asarray([str(one) for one in groups], dtype=object), return_inverse=True)[1]
+    ids, codes = np.unique(groups.cast("string").to_numpy(), return_inverse=True)
+    return codes, ids.tolist()
 
 
 def _texts(task: SimilarityTask, values: Sequence, column: str) -> list[str]:
@@ -136,6 +142,11 @@ def _following(task: SimilarityTask, group: np.ndarray) -> np.ndarray:
     same = group[order[:-1]] == group[order[1:]]
     following[order[:-1][same]] = order[1:][same]
     return following
+
+
+def _of(ids: list, group: np.ndarray) -> list:
+    """The ids of the patients that are among these codes."""
+    return [ids[code] for code in np.unique(group)] if ids else []
 
 
 def _beir(task: SimilarityTask) -> SimilarityRows:
@@ -165,12 +176,23 @@ def _beir(task: SimilarityTask) -> SimilarityRows:
     # a query without a relevant document has no rank
     kept = np.unique(relevant[:, 0])
     queries = _texts(task, _column(task, task.queries, "text", "query"), "text")
-    group = _group_codes(task, task.queries, required=False)[kept]
+    group, who = _groups(task, task.queries, required=False)
+    group = group[kept]
     # From rows of the table to rows of the queries that are asked.
     relevant[:, 0] = np.searchsorted(kept, relevant[:, 0])
     left_out = {"without_relevant": len(ids) - len(kept)}
     return SimilarityRows(
-        task.kind, texts, [queries[i] for i in kept], kept, group, relevant, np.empty(0), kept, False, left_out
+        task.kind,
+        texts,
+        [queries[i] for i in kept],
+        kept,
+        group,
+        relevant,
+        np.empty(0),
+        kept,
+        False,
+        left_out,
+        _of(who, group),
     )
 
 
@@ -178,11 +200,14 @@ def _questions(task: SimilarityTask) -> SimilarityRows:
     texts = _texts(task, _column(task, task.notes, task.text), task.text)
     asked = _column(task, task.notes, task.question or "")
     kept = np.array([i for i, one in enumerate(asked) if not _missing(one)], dtype=np.int64)
-    group = _group_codes(task, task.notes, required=True)[kept]
+    group, ids = _groups(task, task.notes, required=True)
+    group = group[kept]
     relevant = np.column_stack([np.arange(len(kept)), kept])
     left_out = {"without_question": len(texts) - len(kept)}
     queries = [str(asked[i]) for i in kept]
-    return SimilarityRows(task.kind, texts, queries, kept, group, relevant, np.empty(0), kept, False, left_out)
+    return SimilarityRows(
+        task.kind, texts, queries, kept, group, relevant, np.empty(0), kept, False, left_out, _of(ids, group)
+    )
 
 
 def _labelled(task: SimilarityTask) -> SimilarityRows:
@@ -194,13 +219,14 @@ def _labelled(task: SimilarityTask) -> SimilarityRows:
             f"Similarity {task.name!r}: column {task.label!r} has {len(classes)} different values in {len(kept)} "
             "labelled rows, at least two are needed."
         )
-    group = _group_codes(task, task.notes, required=True)[kept]
+    group, ids = _groups(task, task.notes, required=True)
+    group = group[kept]
     # for neighbours a patient's own notes would be found for their template, not their label
     apart = task.kind == "neighbours" if task.apart is None else task.apart
     chosen = _texts(task, [texts[i] for i in kept], task.text)
     left_out = {"unlabelled": len(texts) - len(kept)}
     none = np.empty((0, 2), dtype=np.int64)
-    return SimilarityRows(task.kind, chosen, [], y, group, none, np.empty(0), kept, apart, left_out)
+    return SimilarityRows(task.kind, chosen, [], y, group, none, np.empty(0), kept, apart, left_out, _of(ids, group))
 
 
 def similarity_rows(task: SimilarityTask) -> SimilarityRows:
@@ -227,10 +253,11 @@ def similarity_rows(task: SimilarityTask) -> SimilarityRows:
         )
     if task.kind == "same_patient":
         texts = _texts(task, _column(task, task.notes, task.text), task.text)
-        group, every = _group_codes(task, task.notes, required=True), np.arange(len(texts))
+        (group, ids), every = _groups(task, task.notes, required=True), np.arange(len(texts))
         none, alone = np.empty((0, 2), dtype=np.int64), int((np.bincount(group) == 1).sum())
         following = _following(task, group)
-        rows = SimilarityRows(task.kind, texts, [], every, group, none, following, every, False, {"alone": alone})
+        left_out = {"alone": alone}
+        rows = SimilarityRows(task.kind, texts, [], every, group, none, following, every, False, left_out, ids)
     elif task.kind == "retrieval" and all(tables):
         rows = _beir(task)
     elif task.kind == "retrieval" and task.question:

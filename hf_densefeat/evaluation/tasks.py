@@ -1,15 +1,18 @@
 """Questions put to frozen embeddings: labelled rows of a table, and their split by patient."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from hf_densefeat.data.splits import SPLITS, SplitRecord, split_patients
+from hf_densefeat.data.identity import identities
+from hf_densefeat.data.splits import SplitRecord, one_part_each, parts_of_patients, split_codes
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["binary", "multiclass", "regression", "clustering"]
 PROBE_KINDS = get_args(Kind)
-SPLIT_CODES = {alias: code for code, aliases in enumerate(SPLITS.values()) for alias in aliases}
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,15 @@ class ProbeTask:
         dataset: a `datasets.Dataset`, or a mapping of split names to such (a `DatasetDict`).
         label: label column. Rows without a label are left out and counted.
         kind: ``binary`` (two values; the larger one is the positive class), ``multiclass``, ``regression``,
-            ``clustering`` (k-means of all labelled rows, k = number of classes; nothing is trained).
+            ``clustering`` (k-means of all labelled rows, k = number of classes; nothing is trained; with the record of a
+            model, of the test rows).
         patient: patient column; splits and bootstrap keep a patient's rows together. None where every row is a
             patient.
         text: text column.
         split: column of a given split; used if the table has it. Its values, like the keys of a mapping, are train,
             validation (valid, val, dev, tuning) and test (held_out). Without validation rows, 15 in 85 of the training
             patients serve. Without such a column patients are split as `split_by_patient` splits them.
-        stratify: split patients by their largest label instead, so that a rare outcome reaches every split. Then the test
-            patients are not those of `split_by_patient`, which pretraining left out.
+        stratify: split patients by their largest label instead, so that a rare outcome reaches every split.
     """
 
     name: str
@@ -62,7 +65,8 @@ class Rows:
         classes: the label of each code.
         index: positions in the task's table, (N,).
         unlabelled: rows left out.
-        ids: patient ids; for the comparison with a `SplitRecord`, never written anywhere.
+        tested: ids of the patients of the test rows, or of all rows that are clustered; none where the table has no
+            patients. For the comparison with a `SplitRecord`, never written anywhere.
     """
 
     texts: list[str]
@@ -72,13 +76,7 @@ class Rows:
     classes: list
     index: np.ndarray
     unlabelled: int
-    ids: list = field(repr=False)
-
-
-def _split_code(name: Any, task: ProbeTask) -> int:
-    if str(name) not in SPLIT_CODES:
-        raise ValueError(f"Probe {task.name!r}: expected split names among {sorted(SPLIT_CODES)} but got {name!r}.")
-    return SPLIT_CODES[str(name)]
+    tested: list = field(repr=False)
 
 
 def _encoded_labels(labels: list, task: ProbeTask) -> tuple[np.ndarray, list]:
@@ -102,30 +100,34 @@ def _read(task: ProbeTask) -> tuple[list[Any], list[Any], list[Any], list[int]]:
     texts: list[Any] = []
     labels: list[Any] = []
     patients: list[Any] = []
-    splits: list[int] = []
+    splits: list[Any] = []
     for name, table in parts.items():
         texts += task.column(table, task.text)
         labels += task.column(table, task.label)
-        alone = ((name, i) for i in range(len(table)))
-        patients += list(alone) if task.patient is None else task.column(table, task.patient)
+        if task.patient is not None:
+            patients += identities(task.column(table, task.patient)).to_pylist()
         if name is not None:
-            splits += [_split_code(name, task)] * len(table)
+            splits += [name] * len(table)
         elif task.split in table.column_names:
-            splits += [_split_code(value, task) for value in task.column(table, task.split)]
-    return texts, labels, patients, splits
+            splits += task.column(table, task.split)
+    # in one form and type in all tables of a mapping
+    return texts, labels, [None if one is None else str(one) for one in patients] or list(range(len(texts))), splits
 
 
-def task_rows(task: ProbeTask, seed: int = 0, split: SplitRecord | None = None) -> Rows:
+def task_rows(
+    task: ProbeTask, seed: int = 0, record: SplitRecord | None = None, *, allow_trained: bool = False
+) -> Rows:
     """Read a task's table: labelled rows, label codes, patient codes, the split.
 
     Args:
         task: the task.
         seed: seed of the split, where the table has none and no record is given.
-        split: a trained model's record: its test patients are tested on here, in any table.
+        record: of a trained model: nobody whom it was trained on is tested, in any table; see `parts_of_patients`.
+        allow_trained: keep the table's own split where it tests such patients.
 
     Raises:
         ValueError: for a missing column, an unknown split name, a wrong number of classes, patients in two splits,
-            or a split without rows (or, for classes, without two classes).
+            or a split without rows (or, for classes, without two classes), or that tests who was trained on.
     """
     if task.kind not in PROBE_KINDS:
         raise ValueError(f"Probe {task.name!r}: expected a kind among {PROBE_KINDS} but got {task.kind!r}.")
@@ -137,50 +139,51 @@ def task_rows(task: ProbeTask, seed: int = 0, split: SplitRecord | None = None) 
         if not isinstance(texts[i], str) or patients[i] is None:
             column = task.patient if patients[i] is None else task.text
             raise ValueError(f"Probe {task.name!r}: row {i} has a label but nothing in column {column!r}.")
-    ids = sorted({patients[i] for i in keep}, key=str)
-    codes = {patient: code for code, patient in enumerate(ids)}
-    patient = np.array([codes[patients[i]] for i in keep])
+    # Of all patients of the table, labelled or not: these are who pretraining on the table splits.
+    names = np.array(["" if one is None else str(one) for one in patients], dtype=object)
+    everybody, code = np.unique(names, return_inverse=True)
+    chosen = np.array(keep)
+    present, patient = np.unique(code[chosen], return_inverse=True)
+    ids, what = everybody[present].tolist(), f"Probe {task.name!r}, its splits"
+    options: dict[str, Any] = {
+        "record": record,
+        "seed": seed,
+        "allow_trained": allow_trained,
+        "table": f"probe {task.name!r}",
+    }
+    if task.patient is None and record is not None:
+        options["record"] = None
+        logger.warning(
+            "Probe %s: its table has no patients, so nobody can say whom the model was trained on.", task.name
+        )
     if splits:
-        part = np.array([splits[i] for i in keep])
-        _refuse_leak(patient, part, task)
-        train = part == 0
-        if train.any() and not (part == 1).any():
-            part[train] = _stratified(patient[train], y[train], ids, task, (0.85, 0.15), seed)
+        of_patient = parts_of_patients(ids, one_part_each(split_codes(splits, what)[chosen], patient, what), **options)
+        train = np.flatnonzero(of_patient == 0)
+        if len(train) and not (of_patient == 1).any():
+            stratum = _largest_label(patient, y, task)[train]
+            some = {"shares": (0.85, 0.15), "seed": seed, "stratum": stratum}
+            of_patient[train] = parts_of_patients([ids[i] for i in train], **some)
     elif task.stratify:
-        part = _stratified(patient, y, ids, task, (0.7, 0.15, 0.15), seed)
+        of_patient = parts_of_patients(ids, stratum=_largest_label(patient, y, task), **options)
     else:
-        everybody = sorted({one for one in patients if one is not None}, key=str)
-        found = None if split is None else split.parts_of(everybody)
-        # Of all patients of the table, labelled or not: these are who pretraining on the table splits.
-        of_all = split_patients(everybody, seed=seed)[0] if found is None else found
-        part_of = dict(zip(everybody, of_all, strict=True))
-        part = np.array([part_of[one] for one in ids])[patient]
+        named = everybody[everybody != ""]
+        of_patient = parts_of_patients(named, **options)[np.searchsorted(named, ids)]
+    part = of_patient[patient]
     if task.kind != "clustering":
         _refuse_empty(y, part, task)
-    return Rows([texts[i] for i in keep], y, patient, part, classes, np.array(keep), len(labels) - len(keep), ids)
+    elif record is not None and not allow_trained:  # all rows are clustered, so they must be those of the test
+        chosen, y, patient, part = (some[part == 2] for some in (chosen, y, patient, part))
+    tested = part >= 0 if task.kind == "clustering" else part == 2
+    who = [] if task.patient is None else [ids[one] for one in np.unique(patient[tested])]
+    return Rows([texts[i] for i in chosen], y, patient, part, classes, chosen, len(labels) - len(keep), who)
 
 
-def _stratified(
-    patient: np.ndarray, y: np.ndarray, ids: list, task: ProbeTask, shares: tuple[float, ...], seed: int
-) -> np.ndarray:
-    """Split codes of the rows, whole patients each, patients stratified by their largest label code."""
-    present, own = np.unique(patient, return_inverse=True)
-    stratum = np.zeros(len(present))
+def _largest_label(patient: np.ndarray, y: np.ndarray, task: ProbeTask) -> np.ndarray:
+    """The largest label code of each patient, by which patients are stratified; one stratum for numbers."""
+    stratum = np.zeros(int(patient.max()) + 1)
     if task.kind != "regression":
-        np.maximum.at(stratum, own, y)
-    return split_patients([ids[code] for code in present], shares, seed, stratum)[0][own]
-
-
-def _refuse_leak(patient: np.ndarray, split: np.ndarray, task: ProbeTask) -> None:
-    seen = np.zeros((patient.max() + 1, 3), dtype=bool)
-    seen[patient, split] = True
-    shared = seen.sum(1) > 1
-    if shared.any():
-        row = int(np.flatnonzero(shared[patient])[0])
-        raise ValueError(
-            f"Probe {task.name!r}: {int(shared.sum())} patients have rows in more than one split (first such: "
-            f"labelled row {row}). Split by patient, or drop the column {task.split!r} and have it split here."
-        )
+        np.maximum.at(stratum, patient, y)
+    return stratum
 
 
 def _refuse_empty(y: np.ndarray, split: np.ndarray, task: ProbeTask) -> None:
@@ -191,29 +194,3 @@ def _refuse_empty(y: np.ndarray, split: np.ndarray, task: ProbeTask) -> None:
                 f"Probe {task.name!r}: the {name} split has {len(present)} labelled rows of "
                 f"{len(np.unique(present))} classes. Give more labelled patients or another split, or set stratify=True."
             )
-
-
-def refuse_trained(rows: Rows, name: str, model: Any) -> None:
-    """Refuse test patients that the model was trained on, as far as the split in its config tells.
-
-    Raises:
-        ValueError: with their number.
-    """
-    record = trained_split(model)
-    parts = None if record is None else record.parts_of(rows.ids)
-    if parts is None:
-        return
-    test = np.unique(rows.patient[rows.split == 2])
-    trained = int((parts[test] == 0).sum())
-    if trained:
-        raise ValueError(
-            f"Probe {name!r}: {trained} of {len(test)} test patients were trained on, by the split that the model's config "
-            "records. Split as it does (split=trained_split(model)); or, if these are other patients with the same ids or "
-            "you want it so, allow it (allow_trained=True)."
-        )
-
-
-def trained_split(model: Any) -> SplitRecord | None:
-    """The record of the patients that a model was trained on, if its config has one."""
-    block = getattr(getattr(model, "config", None), "densefeat", None) or {}
-    return SplitRecord.from_dict(block["split"]) if block.get("split") else None

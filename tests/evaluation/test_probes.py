@@ -3,6 +3,7 @@
 import datetime
 import json
 import stat
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from letters import LetterCounts, features, notes, tasks, thirds
 
-from hf_densefeat.data.splits import split_by_patient, split_record
+from hf_densefeat.data.splits import SplitRecord, hold_out, split_by_patient
 from hf_densefeat.evaluation import probes
 from hf_densefeat.evaluation.embeddings import embed
 from hf_densefeat.evaluation.metrics import paired_difference
 from hf_densefeat.evaluation.probes import ProbeEvaluator, meds_predictions, probe
-from hf_densefeat.evaluation.tasks import ProbeTask, task_rows, trained_split
+from hf_densefeat.evaluation.tasks import ProbeTask, task_rows
 
 # ------------------------------------------------------------------------------------------------- what it can find
 
@@ -116,13 +117,12 @@ def test_stratified_where_asked():
     assert all(rows.y[rows.split == code].sum() > 0 for code in range(3))
 
 
-def test_patients_that_were_trained_on_are_refused(tmp_path):
+def test_patients_that_were_trained_on_are_refused():
     """By their number, in another table too; not where split as the record says, nor where told."""
     table = notes(200)
-    record, model = split_record(table, seed=42), LetterCounts()
+    (parts, record), model = hold_out(table, seed=42), LetterCounts()
     model.config = SimpleNamespace(densefeat={"split": json.loads(json.dumps(record.to_dict()))}, to_json_string=str)
-    task = ProbeTask("t", table, "sick")
-    trained = set(split_by_patient(table, seed=42)["train"]["patient_id"])
+    task, trained = ProbeTask("t", table, "sick"), set(parts["train"]["patient_id"])
     rows = task_rows(task)
     test = {table[int(i)]["patient_id"] for i in rows.index[rows.split == 2]}
     with pytest.raises(
@@ -131,13 +131,19 @@ def test_patients_that_were_trained_on_are_refused(tmp_path):
         ProbeEvaluator([task], cache=False)(model)
     assert not any(f"'{one}'" in str(error.value) for one in test)
     ProbeEvaluator([task], cache=False, allow_trained=True)(model)
-    assert trained_split(model) == record
-    ProbeEvaluator([task], cache=False, split=trained_split(model))(model)
+    assert SplitRecord.of(model) == record
+    ProbeEvaluator([task], cache=False, record=record)(model)
     part = ProbeTask("t", table.select(range(150, 600)), "sick")
-    few = task_rows(part, split=record)
+    few = task_rows(part, record=record)
     assert not {part.dataset[int(i)]["patient_id"] for i in few.index[few.split == 2]} & trained
-    model.config.densefeat["split"]["rule"] = "column"
-    ProbeEvaluator([task], cache=False)(model)
+    # all rows are clustered, so with a record those of its test patients alone
+    clusters = replace(task, kind="clustering")
+    with pytest.raises(ValueError, match=f"{len(trained)} of 200 test patients were trained on"):
+        ProbeEvaluator([clusters], cache=False)(model)
+    ProbeEvaluator([clusters], cache=False, record=record)(model)
+    model.config.densefeat["split"]["listed"] = True
+    with pytest.raises(ValueError, match="cannot be told"):
+        ProbeEvaluator([task], cache=False)(model)
 
 
 def test_given_splits_are_used_and_validation_is_cut_from_train():
@@ -180,7 +186,7 @@ def test_planted_leak_across_given_splits_is_refused_without_naming_the_patient(
         ({"patient": "nobody"}, "needs the column 'nobody'"),
         ({"label": "grade"}, "3 different values, exactly two"),
         ({"kind": "ordinal"}, "expected a kind among"),
-        ({"split": "coin"}, "expected split names among"),
+        ({"split": "coin"}, "no split or one of another name"),
     ],
 )
 def test_bad_tasks_are_refused_before_encoding(change, message):
