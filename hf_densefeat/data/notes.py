@@ -50,7 +50,8 @@ def load_notes(
         on_missing: What to do with rows without a patient or a time: refuse the table, or drop and count the rows.
             Events of a MEDS folder without a time are static, and are always dropped and counted.
         time_unit: What numbers in the column of times count: "days", "seconds" or "milliseconds" since 1970, or
-            "yyyymmdd" (also with HHMMSS). Without it they are days, and numbers that look like anything else are refused.
+            "yyyymmdd" (also with HHMMSS). Without it they are days, and what looks like anything else, or is more than a
+            million days, is refused.
         time_format: How strings in the column of times are written, as for `strptime`: "%d/%m/%Y".
 
     Returns:
@@ -188,7 +189,7 @@ def _oddities(table: datasets.Dataset, rows: np.ndarray, hashes: np.ndarray) -> 
             "a time before 1800 or after 2300": ((ticks < low) | (ticks > high)) & ~none,
         }
     else:
-        found = {"a negative time": ticks < 0, "a time beyond 1,000,000 days": ticks > 1e6}
+        found = {"a negative time": ticks < 0}
     if "note_id" in table.column_names and pc.count_distinct(column(table, "note_id")).as_py() < len(table):
         codes = dense_codes(table, "note_id")
         found["a note_id that another note has too"] = np.bincount(codes)[codes] > 1

@@ -14,6 +14,7 @@ from hf_densefeat.data.readers import SourceTable
 MICROSECONDS = pa.timestamp("us")
 TIME_UNITS = ("days", "seconds", "milliseconds", "yyyymmdd")
 DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}  # of dates without separators
+MOST_DAYS = 1e6  # what is beyond counts something shorter than days
 # 31/12/2020, 12-31-20 3:04 PM; 01-JAN-2020
 NUMBERS = re.compile(r"(\d{1,2})([/.-])(\d{1,2})\2(\d{4}|\d{2})( .*)?$")
 MONTHS = re.compile(r"\d{1,2}([ -])[A-Za-z]{3}\1(\d{4}|\d{2})( .*)?$")
@@ -62,11 +63,12 @@ def read_times(
 
 
 def _numbers(values: pa.ChunkedArray, source: SourceTable, unit: str | None) -> tuple[pa.ChunkedArray, str]:
-    """Numbers as what the unit says; without one they are days, unless all of them look like dates."""
+    """Numbers as what the unit says; without one they are days, unless they look like dates or are too many days."""
     if unit is None:
         looks = _disguise(values.drop_null().to_numpy())
         if looks:
-            first = int(values.is_valid().to_numpy().argmax())
+            much = pc.greater(pc.abs(values.cast(pa.float64())), MOST_DAYS).fill_null(False).to_numpy()
+            first = int((much if much.any() else values.is_valid().to_numpy()).argmax())
             raise ValueError(
                 f"Column time holds numbers that look like {looks}, first {source.place(first)}, not like days. Say what "
                 f"they are: `time_unit=` (`--time_unit`) one of {', '.join(TIME_UNITS)}."
@@ -83,27 +85,34 @@ def _numbers(values: pa.ChunkedArray, source: SourceTable, unit: str | None) -> 
 
 
 def _disguise(numbers: np.ndarray) -> str:
-    """What all numbers look like, if they do not look like days; 43831, a spreadsheet's serial, counts days."""
-    if not len(numbers) or (numbers != np.floor(numbers)).any() or numbers.min() < 0:
+    """What numbers look like, if they do not look like days; 43831, a spreadsheet's serial, counts days."""
+    if not len(numbers):
         return ""
-    low, high = numbers.min(), numbers.max()
-    for zeros, what in (
-        (1e6, "dates with a time, YYYYMMDDHHMMSS"),
-        (1e4, "dates with a time, YYYYMMDDHHMM"),
-        (1, "dates, YYYYMMDD"),
+    if (numbers == np.floor(numbers)).all() and numbers.min() >= 0:
+        for zeros, what in (
+            (1e6, "dates with a time, YYYYMMDDHHMMSS"),
+            (1e4, "dates with a time, YYYYMMDDHHMM"),
+            (1, "dates, YYYYMMDD"),
+        ):
+            year, month, day = numbers // (1e4 * zeros), numbers // (100 * zeros) % 100, numbers // zeros % 100
+            if _years(year) and (month >= 1).all() and (month <= 12).all() and (day >= 1).all() and (day <= 31).all():
+                return what
+        if _years(numbers // 100) and (numbers % 100 >= 1).all() and (numbers % 100 <= 12).all():
+            return "months, YYYYMM"
+        if numbers.min() >= 1900 and numbers.max() <= 2100:
+            return "years, YYYY"
+    # A single number decides: days since the year 0 are below a million until 2737, and MIMIC shifts dates up to 2200.
+    most = np.abs(numbers).max()
+    for limit, what in (
+        (MOST_DAYS, ""),
+        (1e8, "a unit shorter than days (divide minutes by 1440)"),
+        (1e10, "seconds since 1970"),
+        (1e13, "milliseconds since 1970"),
+        (1e16, "microseconds since 1970"),
     ):
-        year, month, day = numbers // (1e4 * zeros), numbers // (100 * zeros) % 100, numbers // zeros % 100
-        if _years(year) and (month >= 1).all() and (month <= 12).all() and (day >= 1).all() and (day <= 31).all():
+        if most <= limit:
             return what
-    if _years(numbers // 100) and (numbers % 100 >= 1).all() and (numbers % 100 <= 12).all():
-        return "months, YYYYMM"
-    if low >= 1900 and high <= 2100:
-        return "years, YYYY"
-    # 3e8 days are 800,000 years: such a number counts something shorter
-    for scale, what in ((1, "seconds"), (1e3, "milliseconds"), (1e6, "microseconds")):
-        if low >= 3e8 * scale and high <= 5e9 * scale:  # 1979 to 2128
-            return f"{what} since 1970"
-    return ""
+    return "nanoseconds since 1970"
 
 
 def _years(year: np.ndarray) -> bool:

@@ -157,6 +157,21 @@ DISGUISED = {
     "seconds since 1970": [1577923200, 1578182400, 1578009600],
     "milliseconds since 1970": [1577923200000, 1578182400000, 1578009600000],
 }
+SHIFTED = {  # as MIMIC shifts dates, and one date before 1979 among others
+    "seconds since 1970, first row 1": [5685379200, 5688057600, 7226582400],
+    "milliseconds since 1970, first row 1": [5685379200000.5, 5688057600000, 7226582400000],
+    "microseconds since 1970, first row 1": [5685379200000000, 5688057600000000, 7226582400000000],
+    "seconds since 1970, first row 2": [86400, 162864000, 1577923200],
+    "a unit shorter than days .divide minutes by 1440., first row 1": [26300000, 26300060, 26300120],
+}
+
+
+@pytest.mark.parametrize("looks", SHIFTED)
+def test_more_than_a_million_days_count_something_else(looks):
+    with pytest.raises(ValueError, match=f"look like {looks}, not like days"):
+        load_notes(table(SHIFTED[looks]))
+    assert len(load_notes(table(SHIFTED[looks]), time_unit="days")) == 3
+
 
 
 @pytest.mark.parametrize("how", ["numbers", "strings", "floats"])
