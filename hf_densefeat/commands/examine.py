@@ -19,13 +19,13 @@ from hf_densefeat.commands.probe import Settings
 from hf_densefeat.data.layouts import Layout
 from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.data.readers import read_files
-from hf_densefeat.data.splits import SplitRecord, split_by_patient
+from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles, spectrum
 from hf_densefeat.evaluation.probes import SHOTS, ProbeEvaluator, ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
-from hf_densefeat.evaluation.tasks import PROBE_KINDS, Kind, ProbeTask, refuse_trained
+from hf_densefeat.evaluation.tasks import PROBE_KINDS, Kind, ProbeTask
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.tokenizers import load_tokenizer
 
@@ -83,12 +83,14 @@ def _config(source: str) -> dict[str, Any]:
 
 
 def recorded_split(models: Sequence[str]) -> SplitRecord | None:
-    """How the patients of the first model that says so were split for training: all models are tested on the others."""
+    """Who any of the models was trained on, as far as their folders say so: all of them are tested on the others."""
+    record: SplitRecord | None = None
     for argument in models:
-        block = _config(argument.rpartition("=")[2]).get("densefeat") or {}
+        source = argument.rpartition("=")[2]
+        block = _config(source).get("densefeat") or {}
         if block.get("split"):
-            return SplitRecord.from_dict(block["split"])
-    return None
+            record = SplitRecord.from_dict(block["split"], source) | record
+    return record
 
 
 def parse_tasks(arguments: Sequence[str], notes: datasets.Dataset) -> list[ProbeTask]:
@@ -111,11 +113,8 @@ def parse_tasks(arguments: Sequence[str], notes: datasets.Dataset) -> list[Probe
     return [task if names.count(task.name) == 1 else replace(task, name=f"{task.name} {task.kind}") for task in tasks]
 
 
-def parse_similarity(
-    arguments: Sequence[str] | None, notes: datasets.Dataset, seed: int, split: SplitRecord | None
-) -> list[SimilarityTask]:
+def parse_similarity(arguments: Sequence[str] | None, test: datasets.Dataset) -> list[SimilarityTask]:
     """Uses by cosine, on the notes of held-out patients; without words a patient's own notes, where any has two."""
-    test = split_by_patient(notes, seed=seed, record=split)["test"]
     return similarity_tasks(default_similarity(test) if arguments is None else arguments, test)
 
 
@@ -143,7 +142,7 @@ class Reading:
     """The notes, what is asked of an encoder on them, and the texts that have to be encoded for it.
 
     Attributes:
-        notes: all of them; geometry is that of these.
+        notes: those that geometry is measured on: of held-out patients where a model says whom it was trained on, else all.
         pairs: adjacent ones.
         patients: patient codes (N,).
         probes: linear probes and k-means, if any.
@@ -161,14 +160,17 @@ class Reading:
     @classmethod
     def of(cls, settings: Settings) -> "Reading":
         """Read everything that the command names, before anything is encoded."""
-        split = recorded_split(settings.model)  # first: a model that is not there is said before the notes are read
-        notes = settings.read()
+        record = recorded_split(settings.model)  # first: a model that is not there is said before the notes are read
+        notes, allow = settings.read(), settings.allow_trained
+        parts, _ = hold_out(notes, seed=settings.seed, record=record, allow_trained=allow, need=("test",))
         options: dict[str, Any] = {"bootstraps": settings.bootstraps, "cache": False, "seed": settings.seed}
+        options["allow_trained"] = allow
         tasks = parse_tasks(settings.task, notes)
         shots = SHOTS if settings.shots is None else settings.shots
-        probes = ProbeEvaluator(tasks, shots=shots, split=split, **options) if tasks else None
-        uses = parse_similarity(settings.similarity, notes, settings.seed, split)
+        probes = ProbeEvaluator(tasks, shots=shots, record=record, **options) if tasks else None
+        uses = parse_similarity(settings.similarity, parts["test"])
         similarity = SimilarityEvaluator(uses, **options) if uses else None
+        notes = notes if record is None else parts["test"]
         own = set(notes["text"])
         rows = probes.rows.values() if probes else ()
         others = sorted({text for one in rows for text in one.texts} - own)
@@ -198,9 +200,9 @@ class Found:
 def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
     """Encode what is asked for, once, and measure."""
     start, texts = time.perf_counter(), list(reading.notes["text"])
-    if reading.probes and not settings.allow_trained:
-        for name, task in reading.probes.rows.items():
-            refuse_trained(task, name, encoder.model)
+    for evaluator in (reading.probes, reading.similarity):
+        if evaluator:
+            evaluator.refuse_trained(encoder.model)
     how: dict[str, Any] = {
         "tokenizer": encoder.tokenizer,
         "batch_size": settings.batch_size,

@@ -14,7 +14,7 @@ from hf_densefeat.commands.head import Settings
 from hf_densefeat.commands.measuring import Lookup, Measurement, default_similarity, loading, quiet
 from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import adjacent_pairs
-from hf_densefeat.data.splits import split_by_patient
+from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.head import SAMPLE, DenseHead, epsilon_of, fit_head
 from hf_densefeat.models.tokenizers import load_tokenizer
@@ -28,13 +28,23 @@ def loaded(settings: Settings) -> Any:
         return AutoDenseModel.from_pretrained(settings.model, pooling=settings.pooling, max_length=settings.max_length)
 
 
-def fit_and_save(model: Any, settings: Settings) -> None:
-    """Read the notes, encode, fit, save, measure."""
+def fit_and_save(model: Any, settings: Settings, record: SplitRecord | None = None) -> None:
+    """Read the notes, encode, fit, save, measure.
+
+    Args:
+        model: the encoder.
+        settings: of the command.
+        record: of whom another model was trained on that is in the encoder's weights.
+    """
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(settings.model)
     notes = settings.read()
     print(f"notes      {describe_notes(notes)}")
-    parts = split_by_patient(notes, seed=settings.seed)
+    own = SplitRecord.of(model)
+    record = own | record if own else record
+    need = ("train", "validation", "test") if settings.epsilon == "auto" else ("train", "test")
+    how: dict[str, Any] = {"seed": settings.seed, "record": record, "allow_trained": settings.allow_trained}
+    parts, record = hold_out(notes, need=need, **how)
     held_out = parts["test"]
     measure = Measurement(held_out, similarity=settings.similarity or default_similarity(held_out), seed=settings.seed)
     if measure.uses and any(rows.queries for rows in measure.uses.rows.values()):
@@ -47,7 +57,9 @@ def fit_and_save(model: Any, settings: Settings) -> None:
     head = fit_on_parts(encode, parts, settings.epsilon, settings.seed)
     model.dense_head = head
     try:
+        record.write_to(model)  # the patients whose notes fit the head were trained on too
         model.save_pretrained(settings.output)
+        record.save(settings.output)
         tokenizer.save_pretrained(settings.output)
     except SafetensorError as error:  # a full disk
         raise OSError(f"{settings.output} could not be written: {error}") from error
@@ -65,7 +77,7 @@ def fit_on_parts(encode: Callable[..., torch.Tensor], parts: Mapping, epsilon: s
 
     Args:
         encode: texts -> embeddings without a head.
-        parts: notes by split, as `split_by_patient` returns them.
+        parts: notes by split, as `hold_out` returns them.
         epsilon: "center", "auto" or a number above 0, as a word.
         seed: of the sample of training notes.
     """

@@ -24,7 +24,8 @@ class Settings(NotesTable):
     max_length: int | None = option(None, help="tokens of a note; default: what the encoder can see")
     batch_size: int = option(32, help="notes at once")
     similarity: list[str] | None = option(None, help="same_patient (the default) or column:kind, as in probe")
-    seed: int = option(0, help="of the split by patient and of the sample")
+    seed: int = option(0, help="of the split by patient, where the encoder records none, and of the sample")
+    allow_trained: bool = option(False, help="hold out patients that the encoder was trained on, where the table does")
 
 
 def run(settings: Settings) -> None:

@@ -28,6 +28,7 @@ def run(settings: Settings) -> None:
     """
     from hf_densefeat.commands.fitting import fit_and_save, loaded
     from hf_densefeat.commands.measuring import loading
+    from hf_densefeat.data.splits import SplitRecord
     from hf_densefeat.models.dense import AutoDenseModel
     from hf_densefeat.models.head import epsilon_of
     from hf_densefeat.models.interpolation import interpolate_weights
@@ -42,4 +43,4 @@ def run(settings: Settings) -> None:
             "the start that the model was trained from."
         )
     interpolate_weights(model, start, settings.share, new=info["missing_keys"])
-    fit_and_save(model, settings)
+    fit_and_save(model, settings, SplitRecord.of(start))

@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from hf_densefeat.data.pairs import NotePairs, adjacent_pairs, pair_notes
+from hf_densefeat.data.splits import SplitRecord
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
 from hf_densefeat.evaluation.probes import ProbeEvaluator
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator
@@ -113,6 +114,8 @@ class Measurement:
         probes: with notes of their own.
         k: subspace dimension.
         seed: of few labels and the bootstrap.
+        record: of whom the encoders were trained on, as for `ProbeEvaluator`.
+        allow_trained: measure on those too.
     """
 
     def __init__(
@@ -124,12 +127,14 @@ class Measurement:
         probes: Sequence[ProbeTask] = (),
         k: int = 20,
         seed: int = 0,
+        record: SplitRecord | None = None,
+        allow_trained: bool = False,
     ) -> None:
         texts, self.pairs = (notes, pairs_if_any(notes)) if tuple(pairs) == ("adjacent",) else pair_notes(notes, pairs)
         self.texts, self.k = list(texts["text"]), k
         tasks = similarity_tasks(similarity, notes)
-        how: dict[str, Any] = {"cache": False, "seed": seed}
-        self.probes = ProbeEvaluator(probes, **how) if probes else None
+        how: dict[str, Any] = {"cache": False, "seed": seed, "allow_trained": allow_trained}
+        self.probes = ProbeEvaluator(probes, record=record, **how) if probes else None
         self.uses = SimilarityEvaluator(tasks, codes=("float",), divisors=(1,), **how) if tasks else None
         self.first: Both | None = None
 

@@ -38,6 +38,7 @@ class Settings(NotesTable):
         None, help="JSON of measurements that the table shows beside this run's, such as MLM alone."
     )
     head: str = option("center", help="Dense head after training: none, center, auto, or an epsilon.")
+    allow_trained: bool = option(False, help="Hold out patients that the start was trained on, where the table does.")
     max_measured_notes: int = option(4000, help="Notes, of whole patients, to measure on.")
     head_warmup_steps: int = option(
         100, help="If the language-modelling head is new, train it alone for so many updates first."

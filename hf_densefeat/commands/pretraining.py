@@ -21,7 +21,7 @@ from hf_densefeat.commands.progress import line, show
 from hf_densefeat.commands.settings import error_line
 from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import pair_notes
-from hf_densefeat.data.splits import split_by_patient, split_record
+from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.data.tokens import TokenPairs
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.tokenizers import load_tokenizer
@@ -117,11 +117,15 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
         notes = settings.read()
     say(args, line("notes", str(notes.info.description)), line("", describe_notes(notes)))
     pair_notes(notes, args.pairs, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
-    parts = split_by_patient(notes, seed=args.seed)
-
     with loading(source):
         model, head_is_new = load_model(settings, args)
-    model.config.densefeat["split"] = split_record(notes, seed=args.seed).to_dict()
+    validated = args.eval_strategy != "no" or settings.head == "auto" or settings.probe
+    need = ("train", "validation", "test") if validated else ("train", "test")
+    allow = settings.allow_trained
+    parts, record = hold_out(notes, seed=args.seed, record=SplitRecord.of(model), allow_trained=allow, need=need)
+    record.write_to(model)
+    if args.should_save:
+        record.save(args.output_dir)
     model.dense_head = None  # that of another run: it is fitted anew
     words = f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling"
     say(args, line("model", words))
@@ -131,6 +135,7 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     held_out = sample(parts["test"], most // 2, seed)
     how: dict[str, Any] = {"pairs": args.pairs, "k": args.subspace_dim, "seed": seed}
     probes = probes_of(settings.probe, probed)
+    how |= {"record": record, "allow_trained": allow}
     measure = Measurement(held_out, similarity=settings.similarity, probes=probes, **how)
     place = where_to(args)
     validation = parts["validation"] if args.eval_strategy != "no" else None
@@ -232,7 +237,7 @@ def next_steps(args: DenseTrainingArguments) -> str:
         f"Saved to {folder}: AutoModel and SentenceTransformer open it; report.md has this table.\n"
         f'Search:   SentenceTransformer("{folder}").encode(texts)\n'
         f"Measure:  densefeat probe --model {folder} --notes YOUR_NOTES --similarity same_patient\n"
-        f"Share:    hf upload YOUR_NAME/MODEL {folder} --private"
+        f"Share:    hf upload YOUR_NAME/MODEL {folder} --private --exclude '_*'"
     )
 
 

@@ -36,7 +36,7 @@ class Settings(NotesTable):
     max_length: int | None = option(None, help="tokens of a note, default: what the encoder can see")
     no_cache: bool = option(False, help="do not keep embeddings under HF_HOME/hf_densefeat")
     meds: str | None = option(None, help="folder for binary tasks' predictions as MEDS tables; these hold patient ids")
-    seed: int = option(0, help="of the split by patient and of every draw")
+    seed: int = option(0, help="of the split by patient, where no model records one, and of every draw")
     allow_trained: bool = option(False, help="test on patients that a model was trained on")
 
 

@@ -116,6 +116,7 @@ class SplitRecord:
         path = Path(folder) / LISTED
         path.unlink(missing_ok=True)
         if self.lists:
+            path.parent.mkdir(parents=True, exist_ok=True)
             arrays = {}
             for i, (key, hashes) in enumerate(self.lists):
                 arrays |= {f"{i}.key": np.frombuffer(key, np.uint8), f"{i}.hashes": hashes}

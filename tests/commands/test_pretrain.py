@@ -85,7 +85,10 @@ def test_a_run_reads_measures_trains_and_writes_a_folder_that_opens(run, encoder
     assert any(not torch.equal(x, y) for x, y in zip(before.parameters(), after.parameters(), strict=True))
     assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(encoder))
     record = SplitRecord.from_dict(after.config.densefeat["split"])
-    assert set(np.bincount(record.parts_of(sorted(set(pq.read_table(table)["patient_id"].to_pylist()))))) == {28, 6}
+    assert set(np.bincount(record.rules[0].parts_of(sorted(set(pq.read_table(table)["patient_id"].to_pylist()))))) == {
+        28,
+        6,
+    }
 
 
 def test_a_new_head_is_trained_alone_first(run, tokenizer, encoder, table, tmp_path, monkeypatch):

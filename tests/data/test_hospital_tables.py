@@ -173,7 +173,6 @@ def test_more_than_a_million_days_count_something_else(looks):
     assert len(load_notes(table(SHIFTED[looks]), time_unit="days")) == 3
 
 
-
 @pytest.mark.parametrize("how", ["numbers", "strings", "floats"])
 @pytest.mark.parametrize("looks", DISGUISED)
 def test_dates_in_disguise_are_refused_and_read_when_said(looks, how):
