@@ -125,7 +125,7 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     parts, record = hold_out(notes, seed=args.seed, record=SplitRecord.of(model), allow_trained=allow, need=need)
     record.write_to(model)
     if args.should_save:
-        record.save(args.output_dir)
+        record.save(str(args.output_dir))
     model.dense_head = None  # that of another run: it is fitted anew
     words = f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling"
     say(args, line("model", words))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -56,10 +55,11 @@ def identities(
     return pc.if_else(pc.is_in(pc.utf8_lower(values), value_set=pa.array(NONE_WORDS)), None, values)
 
 
-def id_keys(ids: pa.ChunkedArray | Sequence[Any]) -> np.ndarray:
+def id_keys(ids: pa.ChunkedArray | Sequence[Any]) -> list[str]:
     """The text of each id by which he is split and recorded, (n,), with "" for none.
 
     It is wider than identity: 007 and 7, or a UUID in capitals, may be one patient in two tables, and share a key.
     """
     texts = pc.utf8_lower(identities(ids).cast(pa.string())).fill_null("")
-    return pc.replace_substring_regex(texts, r"^0+(\d)", r"\1").to_numpy()
+    keys: list[str] = pc.replace_substring_regex(texts, r"^0+(\d)", r"\1").to_pylist()
+    return keys

@@ -89,8 +89,10 @@ class SplitRecord:
         if block["listed"]:
             places = [] if not folder else [Path(folder) / LISTED, Path(folder).absolute().parent / LISTED]
             found = next((load_file(place) for place in places if place.exists()), None)
-            lists = found and tuple(
-                (found[f"{i}.key"].tobytes(), found[f"{i}.hashes"]) for i in range(len(found) // 2)
+            lists = (
+                None
+                if found is None
+                else tuple((found[f"{i}.key"].tobytes(), found[f"{i}.hashes"]) for i in range(len(found) // 2))
             )
         return cls(tuple(rules), lists, str(block["ids"]))
 
@@ -117,7 +119,7 @@ class SplitRecord:
         path.unlink(missing_ok=True)
         if self.lists:
             path.parent.mkdir(parents=True, exist_ok=True)
-            arrays = {}
+            arrays: dict[str, np.ndarray] = {}
             for i, (key, hashes) in enumerate(self.lists):
                 arrays |= {f"{i}.key": np.frombuffer(key, np.uint8), f"{i}.hashes": hashes}
             path.touch(mode=0o600)
@@ -260,7 +262,7 @@ def parts_of_patients(
         free = np.flatnonzero(~trained)
         wanted = np.array(shares[1:]) * len(ids)
         held = np.minimum(1, len(free) / wanted.sum()) * wanted / max(1, len(free))
-        place = _places([ids[i] for i in free], seed)
+        place = _places([ids[int(i)] for i in free], seed)
         parts = np.zeros(len(ids), dtype=np.int64)
         parts[free] = _stratified(
             place,
@@ -325,7 +327,8 @@ def one_part_each(parts: np.ndarray, patient: np.ndarray, what: str) -> np.ndarr
             f"{what}: {int(shared.sum()):,} patients have rows in more than one split, first row {row + 1:,}: what is "
             "learnt there would leak. Mend the column, or remove or rename it, and patients are split anew."
         )
-    return seen.argmax(1)
+    found: np.ndarray = seen.argmax(1)
+    return found
 
 
 def hold_out(

@@ -161,7 +161,7 @@ def task_rows(
         train = np.flatnonzero(of_patient == 0)
         if len(train) and not (of_patient == 1).any():
             stratum = _largest_label(patient, y, task)[train]
-            some = {"shares": (0.85, 0.15), "seed": seed, "stratum": stratum}
+            some: dict[str, Any] = {"shares": (0.85, 0.15), "seed": seed, "stratum": stratum}
             of_patient[train] = parts_of_patients([ids[i] for i in train], **some)
     elif task.stratify:
         of_patient = parts_of_patients(ids, stratum=_largest_label(patient, y, task), **options)
