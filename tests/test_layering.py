@@ -17,7 +17,7 @@ FLOORS = {
     "data": set(),
     "models": set(),
     "events": {"data", "models"},
-    "evaluation": {"models", "data.splits", "data.columns", "objective.moments"},
+    "evaluation": {"models", "data.splits", "data.identity", "data.columns", "objective.moments"},
     "reporting": {"evaluation", "models.pooling"},
     "training": {"data", "models", "events", "objective", "evaluation", "reporting"},
     "commands": {"data", "models", "events", "objective", "evaluation", "reporting", "training"},
