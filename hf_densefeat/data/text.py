@@ -23,6 +23,7 @@ class TextProcessor:
         chunk: read a note longer than `max_length` in chunks; False: cut it.
         whole_words: mask all tokens of a word or none; needs a fast tokenizer.
         predict_marks: mask de-identification marks too.
+        prompt: what stands before every text.
         num_proc: processes that tokenise.
     """
 
@@ -33,10 +34,11 @@ class TextProcessor:
         chunk: bool = False,
         whole_words: bool = False,
         predict_marks: bool = False,
+        prompt: str = "",
         num_proc: int | None = None,
     ):
         self.tokenizer, self.chunk, self.num_proc = tokenizer, chunk, num_proc
-        self.whole_words, self.predict_marks = whole_words, predict_marks
+        self.whole_words, self.predict_marks, self.prompt = whole_words, predict_marks, prompt
 
     def pairs(
         self, notes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
@@ -50,6 +52,7 @@ class TextProcessor:
             word_ids=self.whole_words,
             chunk=self.chunk,
             marks=not self.predict_marks,
+            prompt=self.prompt,
         )
         if not stats.marks and "marked" in tokens.column_names:
             tokens = tokens.remove_columns("marked")  # nothing to be left out: no column to be read with every batch
@@ -83,6 +86,7 @@ class TextProcessor:
             word_ids=self.whole_words,
             chunk=self.chunk,
             marks=not self.predict_marks,
+            prompt=self.prompt,
         )
 
     def save_pretrained(self, save_directory: str | Path) -> Any:

@@ -92,6 +92,7 @@ def tokenize_notes(
     word_ids: bool = False,
     chunk: bool = False,
     marks: bool = False,
+    prompt: str = "",
 ) -> tuple[datasets.Dataset, TokenStats]:
     """Tokenise every note once, memory-mapped and cached by `datasets`; row i of the result is note i.
 
@@ -107,6 +108,7 @@ def tokenize_notes(
             tokens; for a `DensePairCollator` with that `chunk_length`.
         marks: Also keep which tokens are part of a de-identification mark, so that none of them is masked. A slow
             tokenizer does not say where in the text a token stands: none is marked then, with a warning.
+        prompt: What stands before every text.
 
     Returns:
         A dataset with `input_ids`, `length` and, if asked for, `word_ids` (−1 for special tokens) and `marked` (1 for
@@ -138,7 +140,7 @@ def tokenize_notes(
         input_columns="text",
         remove_columns=notes.column_names,
         fn_kwargs={"tokenizer": tokenizer, "max_length": max_length}
-        | {"word_ids": word_ids, "chunk": chunk, "marks": marks},
+        | {"word_ids": word_ids, "chunk": chunk, "marks": marks, "prompt": prompt},
         num_proc=num_proc,
         desc="Tokenising notes",
     )
@@ -152,11 +154,13 @@ def tokenize_texts(
     word_ids: bool,
     chunk: bool,
     marks: bool = False,
+    prompt: str = "",
 ) -> dict[str, list[Any]]:
     """Tokenise without a limit and cut afterwards: what a limit cuts is to be counted, in one pass.
 
     A tokenizer that truncates also changes its own state, and with it the key under which `datasets` caches.
     """
+    texts = [prompt + text for text in texts] if prompt else texts
     encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     # how many special tokens stand before and after the text, whatever the family
     special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from hf_densefeat.events.processing_event import EventProcessor
 from hf_densefeat.models.dense import DenseFeatureMixin
+from hf_densefeat.models.encoding import Rows
 
 CARD_USE = """With hf_densefeat; one value is a code, a number, and hours since the episode began:
 
@@ -138,8 +140,8 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
         """What the head predicts: "mlm", what is masked; None for a model without a head."""
         return None if self.base_model is self else "mlm"
 
-    def _rows(self, texts: list[str], tokenizer, max_length: int | None) -> tuple[dict[str, list], None]:
-        return tokenizer.rows(texts, max_length), None
+    def _rows(self, texts: list[str], tokenizer, max_length: int | None) -> Rows:
+        return Rows(tokenizer.rows(texts, max_length))
 
     def _padded(self, rows: dict[str, list], tokenizer) -> dict[str, Tensor]:
         return tokenizer.pad(rows)
@@ -150,7 +152,7 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
         """As in transformers, and the head: sentence-transformers reads texts, so there are no files for it."""
         PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and self.dense_head is not None:
-            self.dense_head.save(save_directory)
+            self.dense_head.module().save(Path(save_directory) / "2_Dense")
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the codes."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -19,13 +19,20 @@ from transformers import (
     AutoModelForMaskedLM,
     PreTrainedModel,
 )
-from transformers.utils import cached_file
 
-from hf_densefeat.models.batches import batches_by_length
-from hf_densefeat.models.families import check_family, language_modeling_of
-from hf_densefeat.models.head import FOLDER, DenseHead
-from hf_densefeat.models.pooling import POOLINGS, over_chunks, pool
-from hf_densefeat.models.sentence_transformers import write_files
+from hf_densefeat.models.capture import capturing
+from hf_densefeat.models.encoding import Rows, evaluating, pooled_texts, token_rows
+from hf_densefeat.models.families import check_family, language_modeling_of, positions_of
+from hf_densefeat.models.head import DenseHead
+from hf_densefeat.models.modules import SentenceModule, through
+from hf_densefeat.models.pooling import POOLINGS, pool
+from hf_densefeat.models.sentence_transformers import (
+    SentenceFolder,
+    SentenceSettings,
+    fetcher,
+    read_folder,
+    write_folder,
+)
 from hf_densefeat.models.tokenizers import ABSENT, load_tokenizer
 
 Native: Any = PreTrainedModel if TYPE_CHECKING else object  # what the mixin is mixed into
@@ -39,6 +46,7 @@ HUB_OPTIONS = (
     "token",
     "trust_remote_code",
 )
+IN_MODULES = ("pooling", "max_length", "head")  # of the config's block, what a folder's modules.json says instead
 
 
 class DenseFeatureMixin(Native):
@@ -55,10 +63,28 @@ class DenseFeatureMixin(Native):
         """The snippets of the model card for another input kind; None for texts, whose snippets the card has."""
         return None
 
+    sentence = SentenceSettings()  # prompts, the modules after pooling: what a sentence-transformers folder adds
+
     @property
     def pooling(self) -> str:
-        """How tokens become an embedding: "mean", "cls", "last" or "max"."""
+        """How tokens become an embedding, a name of `POOLINGS`: "mean", "cls", "last", "max" or "mean_sqrt_len"."""
         return self.config.densefeat["pooling"]
+
+    @property
+    def tail(self) -> tuple[SentenceModule, ...]:
+        """Frozen modules between pooling and the embedding (`Dense`, `Normalize`); () without a folder that has some."""
+        return self.sentence.tail
+
+    @property
+    def prompt(self) -> str:
+        """What stands before every text, in training too; "" for nothing."""
+        return self.sentence.prompt()
+
+    @property
+    def embedding_dimension(self) -> int:
+        """Width d of the embedding: that of the hidden states, or what the last `Dense` of `tail` makes of it."""
+        widths = [module.options["out_features"] for module in self.tail if module.kind == "Dense"]
+        return widths[-1] if widths else self.config.hidden_size
 
     @property
     def language_modeling(self) -> str | None:
@@ -68,15 +94,8 @@ class DenseFeatureMixin(Native):
     @property
     def max_length(self) -> int | None:
         """Tokens of a note that the embedding sees: the config's `densefeat.max_length`, or all positions there are."""
-        positions = getattr(self.config, "max_position_embeddings", None)
-        # the RoBERTa family numbers positions from padding_idx + 1
-        embeddings = getattr(self.base_model, "embeddings", None)
-        padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-        if positions and padding is not None:
-            positions -= padding + 1
-        # XLNet says -1 for no limit
-        limits = [limit for limit in (positions, self.config.densefeat.get("max_length")) if limit and limit > 0]
-        return min(limits, default=None)
+        limits = (positions_of(self), self.config.densefeat.get("max_length"))
+        return min((limit for limit in limits if limit), default=None)
 
     @property
     def long_notes(self) -> str:
@@ -93,10 +112,10 @@ class DenseFeatureMixin(Native):
 
     @dense_head.setter
     def dense_head(self, head: DenseHead | None) -> None:
-        if head is not None and len(head.mean) != self.config.hidden_size:
+        if head is not None and len(head.mean) != self.embedding_dimension:
             raise ValueError(
                 f"The head was fitted on embeddings of width {len(head.mean)}, but {type(self).__name__} has embeddings "
-                f"of width {self.config.hidden_size}: fit it on this encoder's."
+                f"of width {self.embedding_dimension}: fit it on this encoder's."
             )
         self.__dict__["_dense_head"] = head
         block = {name: value for name, value in self.config.densefeat.items() if name != "head"}
@@ -108,8 +127,7 @@ class DenseFeatureMixin(Native):
         """The module that gives the hidden states: the head of OPT calls the decoder inside the base model, not that."""
         return self.base_model.get_decoder()
 
-    @contextmanager
-    def capture_hidden(self, chosen: Tensor | None = None) -> Iterator[None]:
+    def capture_hidden(self, chosen: Tensor | None = None) -> AbstractContextManager[None]:
         """Inside, `pooled(mask)` after a forward of the (wrapped) model gives embeddings with their graph.
 
         The forward goes through whatever wraps the model (DDP, FSDP2, torch.compile), and no layer but the last is kept.
@@ -117,18 +135,25 @@ class DenseFeatureMixin(Native):
         Args:
             chosen: (B, L), True at n positions; the head then sees these alone, as (1, n, d), and logits are (1, n, V).
         """
-        body = self._body
-        if not hasattr(body, "_densefeat_hook"):
-            body._densefeat_hook = body.register_forward_hook(_keep_hidden)
-        body._densefeat_capture, body._densefeat_chosen = True, chosen
-        try:
-            yield
-        finally:
-            body._densefeat_capture, body._densefeat_hidden, body._densefeat_chosen = False, None, None
+        return capturing(self._body, chosen)
 
-    def pooled(self, attention_mask: Tensor) -> Tensor:
-        """Embeddings (B, d) of the forward that just ran inside `capture_hidden`."""
-        return pool(self._body._densefeat_hidden, attention_mask, self.pooling)
+    def pooled(self, attention_mask: Tensor, *, prompt_length: int | None = None, tail: bool = True) -> Tensor:
+        """Embeddings (B, d) of the forward that just ran inside `capture_hidden`.
+
+        Args:
+            attention_mask: of its rows, padded on the right.
+            prompt_length: tokens at the beginning that are not pooled; None for those of the default prompt, where the
+                folder leaves the prompt out.
+            tail: apply `tail`; False for the pooled states, such as of chunks that are to be averaged first.
+        """
+        if prompt_length is None:
+            settings = self.sentence
+            prompt_length = 0 if settings.include_prompt else settings.excluded(self.prompt, self._default_tokenizer())
+        if prompt_length:
+            attention_mask = attention_mask.clone()
+            attention_mask[:, :prompt_length] = 0
+        z = pool(self._body._densefeat_hidden, attention_mask, self.pooling)
+        return through(self.tail, z) if tail else z
 
     @torch.no_grad()
     def encode(
@@ -140,12 +165,15 @@ class DenseFeatureMixin(Native):
         show_progress_bar: bool = False,
         head: bool = True,
         *,
+        prompt_name: str | None = None,
         convert_to_numpy: bool = False,
         normalize_embeddings: bool = False,
-    ) -> Tensor:
+        return_cut: bool = False,
+    ) -> Any:
         """Embeddings (N, d), float32 on the CPU, row i of text i; without dropout, whatever mode the model is in.
 
-        Longer texts are cut, or with `long_notes` "chunk" read whole; SentenceTransformer cuts them always.
+        Longer texts are cut, or with `long_notes` "chunk" read whole; SentenceTransformer cuts them always. Beside the
+        texts and the result, memory does not grow with N. For texts that do not fit in memory see `encode_stream`.
 
         Args:
             texts: notes, or one batch of tokens (`input_ids`, `attention_mask`).
@@ -154,67 +182,61 @@ class DenseFeatureMixin(Native):
             max_length: tokens kept of a text; by default `max_length` of the model.
             show_progress_bar: show a progress bar.
             head: apply `dense_head`, if the model has one; False for the embeddings below it.
+            prompt_name: which of the folder's prompts to put before every text; by default the folder's default.
             convert_to_numpy: an array in the place of a tensor, as of sentence-transformers.
             normalize_embeddings: rows of length 1, as of sentence-transformers.
+            return_cut: return the embeddings, and of each text whether it was cut (N,).
         """
-        z = self._encode(texts, tokenizer, batch_size, max_length, show_progress_bar)
+        if isinstance(texts, str):
+            raise ValueError("Expected a list of texts but got one string: wrap it in a list.")
+        with evaluating(self):
+            if hasattr(texts, "keys"):
+                tokens = dict(texts)
+                z = self._embed(tokens, int(tokens.pop("prompt_length", 0)))
+                cut = torch.zeros(len(z), dtype=torch.bool)
+            else:
+                tokenizer, prompt = tokenizer or self._default_tokenizer(), self.sentence.prompt(prompt_name)
+                z, cut = pooled_texts(
+                    self,
+                    [prompt + text for text in texts] if prompt else list(texts),
+                    tokenizer,
+                    batch_size=batch_size,
+                    max_length=max_length,
+                    excluded=self.sentence.excluded(prompt, tokenizer),
+                    progress=show_progress_bar,
+                )
+        z = through(self.tail, z)
         z = self.dense_head(z) if head and self.dense_head is not None else z
         z = torch.nn.functional.normalize(z, dim=1) if normalize_embeddings else z
-        return z.numpy() if convert_to_numpy else z  # type: ignore[return-value]
+        found = z.numpy() if convert_to_numpy else z
+        return (found, cut.numpy() if convert_to_numpy else cut) if return_cut else found
 
-    def _encode(
-        self, texts: Any, tokenizer: Any, batch_size: int, max_length: int | None, show_progress_bar: bool
-    ) -> Tensor:
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            if not isinstance(texts, list):
-                if isinstance(texts, str):
-                    raise ValueError("Expected a list of texts but got one string: wrap it in a list.")
-                if not hasattr(texts, "keys"):
-                    texts = list(texts)
-            if not isinstance(texts, list):
-                return self._embed(texts)
-            if not texts:
-                return torch.empty(0, self.config.hidden_size)
-            tokenizer = tokenizer or self._default_tokenizer()
-            tokens, chunk_to_note = self._rows(texts, tokenizer, max_length)
-            lengths = [len(ids) for ids in tokens["input_ids"]]
-            parts, order = [], []
-            with tqdm(total=len(lengths), desc="Encoding", disable=None if show_progress_bar else True) as bar:
-                for rows in batches_by_length(lengths, batch_size, self.device):
-                    batch = {name: [values[i] for i in rows] for name, values in tokens.items()}
-                    parts.append(self._embed(self._padded(batch, tokenizer)))
-                    order += rows
-                    bar.update(len(rows))
-            out = torch.cat(parts)
-            out = torch.empty_like(out).index_copy_(0, torch.tensor(order), out)
-            if chunk_to_note is None:
-                return out
-            return over_chunks(out, torch.tensor(lengths), torch.tensor(chunk_to_note), len(texts))
-        finally:
-            for module in training:
-                module.training = True
+    def encode_stream(self, texts: Iterable[str], *, block: int = 10_000, **options: Any) -> Iterator[Any]:
+        """What `encode` gives of `block` texts at a time, in order: for texts that do not fit in memory.
 
-    def _rows(
-        self, texts: list[str], tokenizer: Any, max_length: int | None
-    ) -> tuple[dict[str, list], list[int] | None]:
-        """Columns of rows, not padded, and which text each row is of where long ones are read in chunks."""
+        Args:
+            texts: a generator, or anything else to iterate over.
+            block: texts in memory at once; sorted by length among themselves.
+            options: of `encode`.
+        """
+        remaining = iter(texts)
+        while some := list(itertools.islice(remaining, block)):
+            yield self.encode(some, **options)
+
+    def _rows(self, texts: list[str], tokenizer: Any, max_length: int | None) -> Rows:
         limit = max_length or self.max_length or tokenizer.model_max_length
-        chunk = self.long_notes == "chunk"
-        tokens = dict(tokenizer(texts, truncation=True, max_length=limit, return_overflowing_tokens=chunk))
-        return tokens, tokens.pop("overflow_to_sample_mapping", None)
+        return token_rows(texts, tokenizer, limit, chunk=self.long_notes == "chunk")
 
     def _padded(self, rows: dict[str, list], tokenizer: Any) -> dict[str, Tensor]:
         """One batch, padded to the right as in training: learned positions count from the left."""
         return tokenizer.pad(rows, padding_side="right", return_tensors="pt")
 
-    def _embed(self, tokens: Any) -> Tensor:
+    def _embed(self, tokens: Any, prompt_length: int) -> Tensor:
         tokens = {name: values.to(self.device) for name, values in tokens.items()}
         with self.capture_hidden():
             # the base model alone: no logits. Under FSDP2 only the root's forward gathers the parameters
             (self if type(self).__name__.startswith("FSDP") else self.base_model)(**tokens)
-            return self.pooled(tokens["attention_mask"]).float().cpu()
+            return self.pooled(tokens["attention_mask"], prompt_length=prompt_length, tail=False).float().cpu()
 
     def _default_tokenizer(self) -> Any:
         if getattr(self, "_densefeat_tokenizer", None) is None:
@@ -225,31 +247,21 @@ class DenseFeatureMixin(Native):
         return self._densefeat_tokenizer
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers, always with the native keys, plus the files that pin pooling for sentence-transformers."""
+        """As in transformers, always with the native keys, plus the files of a sentence-transformers folder.
+
+        These say how the folder embeds a text, and the config does not say it again: another program may change them.
+        """
         # keys renamed on load would be saved under their old names, which a resumed Trainer does not find
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        block = self.config.densefeat
+        self.config.densefeat = {name: value for name, value in block.items() if name not in IN_MODULES}
+        try:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        finally:
+            self.config.densefeat = block
         if is_main_process:
-            write_files(
-                save_directory,
-                width=self.config.hidden_size,
-                pooling=self.pooling,
-                max_length=self.max_length,
-                head=self.dense_head,
-            )
-
-
-def _keep_hidden(module: Any, args: Any, output: Any) -> Any:
-    """Keep the last hidden states for the pooling, and hand on the chosen positions alone where some are chosen."""
-    if not module._densefeat_capture:
-        return None
-    module._densefeat_hidden = output[0]
-    if module._densefeat_chosen is None:
-        return None
-    chosen = output[0][module._densefeat_chosen][None]
-    if isinstance(output, tuple):
-        return (chosen, *output[1:])
-    return type(output)(**(dict(output) | {next(iter(output)): chosen}))
+            folder = SentenceFolder(self.pooling, self.max_length, self.sentence, self.dense_head)
+            write_folder(save_directory, folder, width=self.config.hidden_size)
 
 
 @functools.cache
@@ -310,27 +322,27 @@ class AutoDenseModel:
         """
         kwargs.setdefault("dtype", torch.float32)
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        folder = read_folder(name_or_path, hub)
         config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
         loaded = _auto_class(config).from_pretrained(name_or_path, **kwargs)
         loaded, *info = loaded if kwargs.get("output_loading_info") else (loaded,)
-        saved = (getattr(loaded.config, "densefeat", None) or {}).get("head")
-        model: Any = as_dense(loaded, pooling, max_length)
-        if saved is not None:
-            model.dense_head = load_head(name_or_path, float(saved["epsilon"]), hub)
+        if folder is None:
+            head = (
+                DenseHead.of_module(SentenceModule.load("Dense", "2_Dense", fetcher(name_or_path, hub)))
+                if (getattr(config, "densefeat", None) or {}).get("head")
+                else None
+            )
+            model: Any = as_dense(loaded, pooling, max_length)
+        else:
+            model, head = as_dense(loaded, pooling or folder.pooling, max_length or folder.max_length), folder.head
+            model.sentence = folder.settings
+        model.dense_head = head
         return (model, *info) if info else model
 
     @classmethod
     def from_config(cls, config, pooling: str | None = None, max_length: int | None = None, **kwargs):
         """A model with random weights."""
         return as_dense(_auto_class(config).from_config(config, **kwargs), pooling, max_length)
-
-
-def load_head(name_or_path: str, epsilon: float, hub: dict) -> DenseHead:
-    """The head of a folder or repository whose config names one."""
-    subfolder = f"{hub['subfolder']}/{FOLDER}" if hub.get("subfolder") else FOLDER
-    options = {name: value for name, value in hub.items() if name not in ("trust_remote_code", "subfolder")}
-    weights = cached_file(name_or_path, "model.safetensors", subfolder=subfolder, **options)
-    return DenseHead.load(str(weights), epsilon)
 
 
 def _auto_class(config: Any) -> Any:

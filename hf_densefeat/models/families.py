@@ -24,6 +24,18 @@ def language_modeling_of(name: str) -> str | None:
     return "causal" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
 
 
+def positions_of(model: Any) -> int | None:
+    """Tokens for which a model has positions; None for no limit."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # the RoBERTa family numbers positions from padding_idx + 1
+    embeddings = getattr(model.base_model, "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    if positions and padding is not None:
+        positions -= padding + 1
+    # XLNet says -1 for no limit
+    return positions if positions and positions > 0 else None
+
+
 def check_family(model: PreTrainedModel) -> None:
     """Refuse a native model that would fail later, or whose embeddings others would not get.
 

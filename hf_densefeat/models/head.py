@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FOLDER = "2_Dense"  # sentence-transformers' name for the third module of a folder
+from hf_densefeat.models.modules import SentenceModule
+
 EPSILONS = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 SAMPLE = 20_000  # notes are plenty for a covariance: d is some hundreds
 
@@ -98,39 +96,24 @@ class DenseHead:
         mean, matrix = self.mean.to(z.device), self.matrix.to(z.device)
         return ((z.double() - mean) @ matrix).to(z.dtype)
 
-    def save(self, folder: Path | str) -> None:
-        """Write `2_Dense` beside the encoder, a `Dense` module of sentence-transformers without activation: z W^T + b."""
-        target = Path(folder) / FOLDER
-        target.mkdir(parents=True, exist_ok=True)
+    def module(self) -> SentenceModule:
+        """The map as a `Dense` module of sentence-transformers without activation, z W^T + b; its metadata say epsilon."""
         d = len(self.mean)
-        config = {
-            "in_features": d,
-            "out_features": d,
-            "bias": True,
-            "activation_function": "torch.nn.modules.linear.Identity",
-        }
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        weights = {
-            "linear.weight": self.matrix.mT.float().contiguous(),
-            "linear.bias": (-self.mean @ self.matrix).float().contiguous(),
-        }
-        epsilon = {"format": "pt", "epsilon": str(self.epsilon)}
-        save_file(weights, target / "model.safetensors", metadata=epsilon)
+        activation = "torch.nn.modules.linear.Identity"
+        options = {"in_features": d, "out_features": d, "bias": True, "activation_function": activation}
+        weights = {"linear.weight": self.matrix.mT.float(), "linear.bias": (-self.mean @ self.matrix).float()}
+        return SentenceModule("Dense", options, weights, {"epsilon": str(self.epsilon)})
 
     @classmethod
-    def load(cls, weights: Path | str, epsilon: float) -> DenseHead:
-        """Read the weights that `save` wrote; the mean is found from the bias.
-
-        Raises:
-            ValueError: if the file is no head.
-        """
-        state = {name: value.double() for name, value in load_file(weights).items()}
-        if set(state) != {"linear.weight", "linear.bias"}:
-            raise ValueError(f"Expected the weight and bias of a dense head but got {sorted(state)}.")
-        matrix = state["linear.weight"].mT.contiguous()
+    def of_module(cls, module: SentenceModule) -> DenseHead | None:
+        """The head that `module` wrote, with the mean found from the bias; None for a module that no head wrote."""
+        if "epsilon" not in module.metadata:
+            return None
+        matrix = module.weights["linear.weight"].double().mT.contiguous()
+        bias = module.weights["linear.bias"].double()
         # b = -mu W has a solution in the span of W, and only that part of mu matters
-        mean = -torch.linalg.lstsq(matrix.mT, state["linear.bias"][:, None], driver="gelsd").solution[:, 0]
-        return cls(mean, matrix, epsilon)
+        mean = -torch.linalg.lstsq(matrix.mT, bias[:, None], driver="gelsd").solution[:, 0]
+        return cls(mean, matrix, float(module.metadata["epsilon"]))
 
 
 def epsilon_of(word: str) -> float | str:

@@ -13,6 +13,12 @@ def mean_pooling(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
+def mean_sqrt_len_pooling(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the n attended tokens over sqrt(n): (B, L, d), (B, L) -> (B, d); zeros where none is attended."""
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1).sqrt()
+
+
 def cls_pooling(hidden: Tensor, mask: Tensor) -> Tensor:
     """First attended token, left- or right-padded: (B, L, d), (B, L) -> (B, d)."""
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.long().argmax(1)]
@@ -60,6 +66,11 @@ POOLINGS = {
         max_pooling,
         "max_tokens",
         'mask = tokens["attention_mask"].unsqueeze(-1) == 0\nembeddings = hidden.masked_fill(mask, -torch.inf).amax(1)',
+    ),
+    "mean_sqrt_len": Pooling(
+        mean_sqrt_len_pooling,
+        "mean_sqrt_len_tokens",
+        'mask = tokens["attention_mask"].unsqueeze(-1)\nembeddings = (hidden * mask).sum(1) / mask.sum(1).sqrt()',
     ),
 }
 

@@ -1,58 +1,217 @@
-"""What sentence-transformers needs: files by which it pools, truncates and maps as we do, and a live model as its own."""
+"""Folders of sentence-transformers: read as they are, written so that it embeds as we do, and a live model as its own."""
 
-import json
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import cached_file
 
-from hf_densefeat.models.head import FOLDER, DenseHead
+from hf_densefeat.models.head import DenseHead
+from hf_densefeat.models.modules import Fetch, SentenceModule, read_json, write_json
 from hf_densefeat.models.pooling import POOLINGS
 
-FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling", FOLDER)
+MODULES, TRANSFORMER, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+TOKENIZER = "tokenizer_config.json"
+# by the classes of the first releases
+OLDER = ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
-def write_files(
-    folder: Path | str, *, width: int, pooling: str, max_length: int | None, head: DenseHead | None = None
-) -> None:
+@dataclass(frozen=True)
+class SentenceSettings:
+    """What a sentence-transformers folder adds to a transformer and its pooling.
+
+    Attributes:
+        tail: modules after pooling, in order.
+        prompts: name to the text that is put before every text.
+        default_prompt_name: the prompt where `encode` names none; None for no prompt.
+        include_prompt: pool over the tokens of the prompt too.
+        lower_case: the tokenizer lowers every text first.
+        similarity: the function by which the embeddings are to be compared; None for what the library takes.
+    """
+
+    tail: tuple[SentenceModule, ...] = ()
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    include_prompt: bool = True
+    lower_case: bool = False
+    similarity: str | None = "cosine"
+
+    def prompt(self, name: str | None = None) -> str:
+        """The prompt of a name, by default the default one; ValueError for a name that the folder does not have."""
+        name = name or self.default_prompt_name
+        if name is not None and name not in self.prompts:
+            raise ValueError(
+                f"Expected prompt_name to be one of {', '.join(self.prompts) or 'none'} but got {name!r}."
+            )
+        return self.prompts[name] if name is not None else ""
+
+    def excluded(self, prompt: str, tokenizer: Any) -> int:
+        """How many tokens of a prompt, the opening one included, stand before what is pooled; 0 where all is pooled."""
+        if self.include_prompt or not prompt:
+            return 0
+        ids = tokenizer(prompt)["input_ids"]
+        return len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+
+@dataclass(frozen=True)
+class SentenceFolder:
+    """What `modules.json` and the files that it names say of a folder: the one record of how it embeds a text.
+
+    Attributes:
+        pooling: a name of `POOLINGS`.
+        max_length: tokens that are kept of a text; None for as many as the transformer has positions.
+        settings: what comes beside and after pooling.
+        head: the last module, where a `DenseHead` wrote it.
+    """
+
+    pooling: str
+    max_length: int | None
+    settings: SentenceSettings
+    head: DenseHead | None = None
+
+
+def fetcher(name_or_path: str, hub: dict[str, Any]) -> Fetch:
+    """What finds a file of a folder or Hub repository: its path, or None where there is no such file."""
+    options = {name: value for name, value in hub.items() if name not in ("trust_remote_code", "subfolder")}
+
+    def fetch(name: str) -> str | None:
+        path = f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
+        return cached_file(str(name_or_path), path, _raise_exceptions_for_missing_entries=False, **options)
+
+    return fetch
+
+
+def read_folder(name_or_path: str, hub: dict[str, Any]) -> SentenceFolder | None:
+    """What a folder or Hub repository says, in the layout of any release from 2 to 6; None without `modules.json`.
+
+    Args:
+        name_or_path: folder or Hub name.
+        hub: options of `from_pretrained` that say where and how to look.
+
+    Raises:
+        ValueError: for what another model than ours would have to compute.
+        OSError: if there is no such folder or repository.
+    """
+    fetch = fetcher(name_or_path, hub)
+    if fetch(MODULES) is None:
+        return None
+    try:
+        return _read(fetch)
+    except ValueError as error:
+        raise ValueError(
+            f"{Path(name_or_path).name} cannot be kept as it is: {error}. A sentence-transformers folder is read where it has "
+            "a text Transformer, then Pooling by one mode, then Dense, Normalize, LayerNorm or Dropout."
+        ) from error
+
+
+def _read(fetch: Fetch) -> SentenceFolder:
+    modules = read_json(fetch(MODULES))
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    other = [module["type"] for module in modules if not str(module["type"]).startswith("sentence_transformers.")]
+    if other or kinds[:2] != ["Transformer", "Pooling"] or modules[0]["path"]:
+        raise ValueError(f"its modules are {', '.join(other or kinds)}")
+    settings, transformer = read_json(fetch(SETTINGS)), read_transformer(fetch)
+    model, task = settings.get("model_type", "SentenceTransformer"), transformer.get("transformer_task")
+    if model != "SentenceTransformer" or task not in (None, "feature-extraction"):
+        raise ValueError(f"it is a {model} for the task {task}")
+    modality = transformer.get("modality_config", {"text": OUTPUT})
+    if modality.get("text") != OUTPUT or "message" in modality:
+        raise ValueError(f"its Transformer takes {', '.join(modality)}, or not the last hidden state")
+    known = (
+        "max_seq_length",
+        "do_lower_case",
+        "transformer_task",
+        "modality_config",
+        "module_output_name",
+        "unpad_inputs",
+    )
+    unknown = [name for name, value in transformer.items() if value and name not in known]
+    unknown += ["truncate_dim"] if settings.get("truncate_dim") else []
+    if unknown:
+        raise ValueError(f"it sets {', '.join(unknown)}")
+    pooling, include_prompt = _read_pooling(read_json(fetch(f"{modules[1]['path']}/config.json")))
+    tail = [
+        SentenceModule.load(kind, module["path"], fetch) for kind, module in zip(kinds[2:], modules[2:], strict=True)
+    ]
+    head = DenseHead.of_module(tail[-1]) if tail else None
+    length = transformer.get("max_seq_length") or read_json(fetch(TOKENIZER)).get("model_max_length")
+    return SentenceFolder(
+        pooling,
+        int(length) if length and length < 10**9 else None,  # tokenizers without a limit say 10^30
+        SentenceSettings(
+            tuple(tail[:-1] if head else tail),
+            settings.get("prompts") or {},
+            settings.get("default_prompt_name"),
+            include_prompt,
+            bool(transformer.get("do_lower_case")),
+            settings.get("similarity_fn_name"),
+        ),
+        head,
+    )
+
+
+def read_transformer(fetch: Fetch) -> dict[str, Any]:
+    """The config of the module Transformer; {} where there is none."""
+    names = (TRANSFORMER, *(f"sentence_{name}_config.json" for name in OLDER))
+    return next((read_json(file) for name in names if (file := fetch(name))), {})
+
+
+def _read_pooling(config: dict[str, Any]) -> tuple[str, bool]:
+    """The name of the pooling, and whether it pools over the prompt; from release 6 on the mode is one word."""
+    modes = config.get("pooling_mode") or [mode for mode in MODES if config.get(f"pooling_mode_{mode}")] or "mean"
+    modes = [modes] if isinstance(modes, str) else modes
+    short = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}
+    names = {entry.mode: name for name, entry in POOLINGS.items()}
+    found = [names.get(short.get(mode, mode)) for mode in modes]
+    if len(found) != 1 or found[0] is None:
+        raise ValueError(f"it pools by {' and '.join(modes)}")
+    return found[0], config.get("include_prompt", True)
+
+
+def write_folder(target: Path | str, folder: SentenceFolder, *, width: int) -> None:
     """Write the files into a folder that has a transformers model, in the older form, which every release from 2 to 6 reads.
 
     Args:
-        folder: the model's.
-        width: d.
-        pooling: a name of `POOLINGS`.
-        max_length: tokens that are kept of a text; None for all that the tokenizer keeps.
-        head: the map that follows pooling, saved as a `Dense` module.
+        target: the model's folder.
+        folder: what is written.
+        width: of the hidden states.
     """
-    types = "sentence_transformers.models"
-    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if head is not None:
-        head.save(folder)
-        modules.append((FOLDER, "Dense"))
-    files = {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"{types}.{kind}"}
-            for i, (path, kind) in enumerate(modules)
+    settings = folder.settings
+    flags = {f"pooling_mode_{mode}": mode == POOLINGS[folder.pooling].mode for mode in MODES}
+    options = {"word_embedding_dimension": width, **flags, "include_prompt": settings.include_prompt}
+    modules = [SentenceModule("Pooling", options), *settings.tail]
+    if folder.head is not None:
+        modules.append(folder.head.module())
+    entries = [("", "Transformer")]
+    for place, module in enumerate(modules, start=1):
+        entries.append((f"{place}_{module.kind}", module.kind))
+        module.save(Path(target) / entries[-1][0])
+    files: dict[str, Any] = {
+        MODULES: [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(entries)
         ],
-        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": width,
-            **{f"pooling_mode_{mode}": mode == POOLINGS[pooling].mode for mode in modes},
-            "include_prompt": True,
-        },
-        "config_sentence_transformers.json": {
+        TRANSFORMER: {"max_seq_length": folder.max_length, "do_lower_case": settings.lower_case},
+        SETTINGS: {
             "model_type": "SentenceTransformer",
             "__version__": {},
-            "prompts": {},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
+            "prompts": settings.prompts,
+            "default_prompt_name": settings.default_prompt_name,
+            "similarity_fn_name": settings.similarity,
         },
     }
     for name, content in files.items():
-        path = Path(folder) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(Path(target) / name, content)
+
+
+def files_of(folder: Path | str) -> list[str]:
+    """Names of the files that `write_folder` writes, and of the folders of modules that are there."""
+    return [MODULES, TRANSFORMER, SETTINGS, *(path.name for path in Path(folder).glob("[0-9]*_*"))]
 
 
 class _Live(torch.nn.Module):
@@ -62,22 +221,24 @@ class _Live(torch.nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
 
-    def preprocess(self, texts: list[str], **_: Any) -> dict[str, torch.Tensor]:
-        """Tokens of a batch; `tokenize` is the name before release 6."""
+    def preprocess(self, texts: list[str], prompt: str | None = None, **_: Any) -> dict[str, Any]:
+        """Tokens of a batch; `tokenize` is the name before release 6, which gets texts with their prompt."""
         length = self.model.max_length or self.tokenizer.model_max_length
         options = {"truncation": True, "max_length": length, "padding": True, "padding_side": "right"}
-        return dict(self.tokenizer(list(texts), return_tensors="pt", **options))
+        tokens = self.tokenizer([(prompt or "") + text for text in texts], return_tensors="pt", **options)
+        return dict(tokens) | {"prompt_length": self.model.sentence.excluded(prompt or "", self.tokenizer)}
 
     tokenize = preprocess
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """The features with the embeddings of `encode`."""
-        tokens = {name: value for name, value in features.items() if name in self.tokenizer.model_input_names}
+        names = (*self.tokenizer.model_input_names, "prompt_length")
+        tokens = {name: value for name, value in features.items() if name in names}
         return features | {"sentence_embedding": self.model.encode(tokens)}
 
     def get_embedding_dimension(self) -> int:
         """d; `get_sentence_embedding_dimension` is the name before release 6."""
-        return self.model.config.hidden_size
+        return self.model.embedding_dimension
 
     get_sentence_embedding_dimension = get_embedding_dimension
 
@@ -91,7 +252,9 @@ def as_sentence_transformer(model: Any, tokenizer: Any) -> Any:
     """
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(modules=[_Live(model, tokenizer)], device=str(model.device))
+    settings = model.sentence
+    prompts = {"prompts": dict(settings.prompts), "default_prompt_name": settings.default_prompt_name}
+    return SentenceTransformer(modules=[_Live(model, tokenizer)], device=str(model.device), **prompts)
 
 
 def evaluated(evaluator: Any, model: Any, tokenizer: Any) -> dict[str, float]:

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from tokenizers import normalizers
 from transformers import AutoTokenizer
+
+from hf_densefeat.models.sentence_transformers import MODULES, fetcher, read_transformer
 
 ABSENT = (
     "No tokenizer beside the model: pass one, model.encode(texts, tokenizer) or --tokenizer_name, or save one there, "
@@ -13,6 +16,8 @@ ABSENT = (
 
 def load_tokenizer(name_or_path: Path | str, **options: Any) -> Any:
     """As `AutoTokenizer.from_pretrained`, which makes one without a vocabulary of a folder that has a config alone.
+
+    Where the config of a sentence-transformers folder says so, the tokenizer lowers every text first.
 
     Raises:
         ValueError: if there is no tokenizer, or it knows no token but the special ones.
@@ -28,4 +33,14 @@ def load_tokenizer(name_or_path: Path | str, **options: Any) -> Any:
         raise ValueError(ABSENT) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(ABSENT)
+    fetch = fetcher(str(name_or_path), options)
+    if fetch(MODULES) and read_transformer(fetch).get("do_lower_case"):
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "do_lower_case needs a fast tokenizer, but the folder has a slow one: save a tokenizer.json."
+            )
+        backend = tokenizer.backend_tokenizer
+        if '"type":"Lowercase"' not in backend.to_str():
+            steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
+            backend.normalizer = normalizers.Sequence(steps)
     return tokenizer

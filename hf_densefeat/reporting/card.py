@@ -217,7 +217,7 @@ def _text(repository: str, model: Any, run: Run, measured: Sequence[Measured], p
         local="" if "/" in repository else LOCAL.format(repository=repository),
         architecture=type(model).__name__.removeprefix("FSDP"),
         parameters=model.num_parameters(),
-        width=model.config.hidden_size,
+        width=model.embedding_dimension,
         pooling=model.pooling,
         span=f"the first {model.max_length:,} tokens" if model.max_length else "all tokens",
         longer=CHUNKED if model.long_notes == "chunk" else "",
@@ -240,7 +240,7 @@ def _origin(base_model: str | None) -> str:
 
 def _use(repository: str, model: Any) -> str:
     """The snippets."""
-    shared = {"repository": repository, "width": model.config.hidden_size}
+    shared = {"repository": repository, "width": model.embedding_dimension}
     own = model.card_use()
     if own is not None:
         return own.format(**shared)

@@ -125,4 +125,4 @@ def check_run(trainer: Any) -> None:
         objective.to(args.device)
     elif trainer.train_dataset is not None and args.dense_weight:
         pairs = math.inf if streamed else len(trainer.train_dataset)
-        check_subspace(pairs, trainer.get_total_train_batch_size(args), model.config.hidden_size, objective)
+        check_subspace(pairs, trainer.get_total_train_batch_size(args), model.embedding_dimension, objective)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_densefeat.models.modules import through
 from hf_densefeat.models.pooling import over_chunks
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def forward_pairs(
         chosen = (predicted if predict else torch.zeros_like(predicted)) if by_position else None
         with dense.capture_hidden(chosen):
             outputs = model(**part)
-            parts.append(dense.pooled(part["attention_mask"]))
+            parts.append(dense.pooled(part["attention_mask"], tail="chunk_to_note" not in batch))
         if predict:
             logits = outputs.logits[0] if by_position else outputs.logits[predicted]
             losses.append(summed_cross_entropy(logits, wanted[predicted]))
@@ -80,7 +81,7 @@ def forward_pairs(
     pairs = int(batch["num_pairs"])
     if "chunk_to_note" in batch:
         tokens = batch["attention_mask"].sum(1)
-        z = over_chunks(z, tokens, batch["chunk_to_note"], 2 * max(pairs, 1))
+        z = through(dense.tail, over_chunks(z, tokens, batch["chunk_to_note"], 2 * max(pairs, 1)))
     half = len(z) // 2
     mlm = torch.stack(losses).sum() if predict else z.new_zeros(())
     return Forward(mlm, z[:pairs], z[half : half + pairs], slots)

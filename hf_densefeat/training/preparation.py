@@ -56,6 +56,7 @@ def pair_processor(processing_class: Any, model: Any, args: DenseTrainingArgumen
         return TextProcessor(
             processing_class,
             chunk=model.long_notes == "chunk",
+            prompt=model.prompt,
             whole_words=args.whole_word_mask,
             predict_marks=args.predict_marks,
             num_proc=args.preprocessing_num_workers,

@@ -24,7 +24,7 @@ from transformers.trainer_utils import (
 )
 
 from hf_densefeat.models.adapters import ADAPTER, load_adapter, merged, save_adapter
-from hf_densefeat.models.sentence_transformers import FILES
+from hf_densefeat.models.sentence_transformers import files_of
 from hf_densefeat.training.checkpoints import (
     UNFINISHED,
     CheckpointError,
@@ -223,7 +223,7 @@ class ResumableTrainer(Trainer):
                     return  # as the Trainer does; what is being uploaded must not change
                 self._finish_current_push()
             self.create_model_card()
-            for name in (*FILES, ADAPTER):
+            for name in (*files_of(checkpoint_folder), ADAPTER):
                 source, target = Path(checkpoint_folder) / name, Path(self.args.output_dir) / name
                 if source.is_dir():
                     shutil.copytree(source, target, dirs_exist_ok=True)

@@ -52,7 +52,7 @@ class SupervisedTrainer(DenseTrainer):
     """
 
     def __init__(self, model, args, *, labels: Sequence[int] | np.ndarray, classes: int, **kwargs):
-        self.classifier = Classifier(model.config.hidden_size, classes, args.seed)
+        self.classifier = Classifier(model.embedding_dimension, classes, args.seed)
         super().__init__(model, args, objective=BatchLoss(self.classifier, name="pair_loss"), **kwargs)
         labels, rows = np.asarray(labels), self.train_dataset.pairs.num_notes
         if len(labels) != rows or labels.min() < -1 or labels.max() >= classes:

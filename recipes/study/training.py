@@ -106,7 +106,7 @@ def make_trainer(domain: Domain, method: Method, model, seed: int, steps: int, f
         trainer = SupervisedTrainer(labels=domain.supervised, classes=domain.classes, **common)
     elif method.pair_loss is not None:
         torch.manual_seed(seed)
-        objective = BatchLoss(method.pair_loss(model.config.hidden_size), name="pair_loss")
+        objective = BatchLoss(method.pair_loss(model.embedding_dimension), name="pair_loss")
         trainer = DenseTrainer(objective=objective, **common)
     else:
         trainer = StudyTrainer(objective=study_objective(args, method), **common)

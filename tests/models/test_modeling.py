@@ -116,7 +116,7 @@ def test_nothing_is_added_to_the_model(family, tokenizer, tmp_path):
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["architectures"] == [FAMILIES[family]]
     assert config["model_type"] == family
-    assert config["densefeat"] == {"pooling": "mean"}
+    assert config["densefeat"] == {}
     assert "auto_map" not in config
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs")]
     assert weights[0].keys() == weights[1].keys()
@@ -275,12 +275,12 @@ def test_base_model_without_a_head(tokenizer, tmp_path):
     bare.save_pretrained(tmp_path / "bare")
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     assert (config["architectures"], config["model_type"]) == (["BertModel"], "bert")
-    assert AutoModel.from_pretrained(tmp_path / "bare").config.densefeat == {"pooling": "mean"}
+    assert AutoModel.from_pretrained(tmp_path / "bare").config.densefeat == {}
 
 
 def test_unknown_pooling_is_refused(tokenizer):
-    """The error names the four poolings and what came."""
-    with pytest.raises(ValueError, match="one of mean, cls, last, max but got 'average'"):
+    """The error names the poolings and what came."""
+    with pytest.raises(ValueError, match="one of mean, cls, last, max, mean_sqrt_len but got 'average'"):
         make_model("bert", tokenizer, pooling="average")
 
 

@@ -1,0 +1,100 @@
+"""Texts to pooled embeddings, a slice at a time: memory is that of the texts and the result, however many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_densefeat.models.batches import batches_by_length, slices_by_length
+from hf_densefeat.models.pooling import over_chunks
+
+
+class Rows(NamedTuple):
+    """Token rows of some texts.
+
+    Attributes:
+        tokens: columns of rows, not padded.
+        chunk_to_note: which text each row is of, where long ones are read in chunks.
+        cut: of each text, whether it lost tokens; None for inputs of which nothing is counted.
+    """
+
+    tokens: dict[str, list]
+    chunk_to_note: list[int] | None = None
+    cut: list[bool] | None = None
+
+
+def token_rows(texts: Sequence[str], tokenizer: Any, limit: int, *, chunk: bool) -> Rows:
+    """Tokens of texts, at most `limit` a row: a longer text is cut, or is several rows."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=limit, return_overflowing_tokens=chunk)
+    tokens = dict(encoded)
+    owner = tokens.pop("overflow_to_sample_mapping", None)
+    if chunk:
+        return Rows(tokens, owner, [False] * len(texts))
+    # only a row of the full length can be of a text that was longer
+    full = [i for i, ids in enumerate(tokens["input_ids"]) if len(ids) == limit]
+    cut = [False] * len(texts)
+    for i in full:
+        if tokenizer.is_fast:
+            cut[i] = bool(encoded.encodings[i].overflowing)
+        else:
+            cut[i] = len(tokenizer(texts[i], verbose=False)["input_ids"]) > limit
+    return Rows(tokens, None, cut)
+
+
+def pooled_texts(
+    model: Any,
+    texts: list[str],
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    max_length: int | None,
+    excluded: int,
+    progress: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pooled embeddings (N, d), float32 on the CPU, and whether each text was cut (N,).
+
+    Texts are sorted by characters, tokenised 1,000 at a time, and each slice is sorted by tokens: little is padded.
+
+    Args:
+        model: with `DenseFeatureMixin`, in evaluation mode.
+        texts: with their prompt.
+        tokenizer: the model's.
+        batch_size: most rows of a forward.
+        max_length: tokens kept of a text; None for what the model says.
+        excluded: tokens at the beginning of each text that are not pooled.
+        progress: show a progress bar.
+    """
+    z = torch.empty(len(texts), model.config.hidden_size)
+    cut = torch.zeros(len(texts), dtype=torch.bool)
+    with tqdm(total=len(texts), desc="Encoding", disable=None if progress else True) as bar:
+        for part in slices_by_length(texts):
+            rows = model._rows([texts[i] for i in part], tokenizer, max_length)
+            lengths = [len(ids) for ids in rows.tokens["input_ids"]]
+            found = torch.empty(len(lengths), z.shape[1])
+            for some in batches_by_length(lengths, batch_size, model.device):
+                batch = {name: [values[i] for i in some] for name, values in rows.tokens.items()}
+                found[some] = model._embed(model._padded(batch, tokenizer), excluded)
+                bar.update(len(some) * len(part) / len(lengths))
+            if rows.chunk_to_note is not None:
+                found = over_chunks(found, torch.tensor(lengths), torch.tensor(rows.chunk_to_note), len(part))
+            z[part] = found
+            if rows.cut is not None:
+                cut[part] = torch.tensor(rows.cut)
+    return z, cut
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, every module is in evaluation mode; afterwards each is in its own again, also after an error."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
