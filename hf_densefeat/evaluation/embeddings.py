@@ -18,7 +18,7 @@ def _accepted(model: Any, **options: Any) -> dict[str, Any]:
 
 
 def encoder_key(model: Any, tokenizer: Any = None) -> str:
-    """SHA-256 over body, dense head, architecture, config and tokenizer: equal keys, equal embeddings."""
+    """SHA-256 over body, architecture, config, tokenizer, and what follows pooling: equal keys, equal embeddings."""
     digest = hashlib.sha256(repr(model).encode())
     if hasattr(model, "config"):
         digest.update(model.config.to_json_string().encode())
@@ -30,6 +30,9 @@ def encoder_key(model: Any, tokenizer: Any = None) -> str:
     head = getattr(model, "dense_head", None)
     if head is not None:
         weights |= {"dense_head.mean": head.mean, "dense_head.matrix": head.matrix}
+    digest.update(repr(getattr(model, "sentence", "")).encode())  # prompts, and modules without their weights
+    for place, module in enumerate(getattr(model, "tail", ())):
+        weights |= {f"{place}.{name}": weight for name, weight in module.weights.items()}
     for name, weight in sorted(weights.items()):
         digest.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -46,8 +49,9 @@ def embed(
     cache: str | Path | bool = False,
     key: str | None = None,
     head: bool = True,
-) -> np.ndarray:
-    """Embeddings (N, d) float32 of the texts, each different text encoded once, longest first; bf16 autocast on CUDA.
+    return_cut: bool = False,
+) -> Any:
+    """Embeddings (N, d) float32 of the texts, each different text encoded once; bf16 autocast on CUDA.
 
     Args:
         model: anything with ``encode(texts, ...)``: one of our encoders or a `SentenceTransformer`.
@@ -56,36 +60,38 @@ def embed(
         batch_size: passed on.
         max_length: passed on where ``encode`` takes it.
         cache: True for the private folder ``$HF_HOME/hf_densefeat/embeddings``, or a folder; made with mode 0700.
-            The file name is a hash of weights, tokenizer, options and texts; the file holds numbers only.
+            The file name is a hash of weights, tokenizer, options, precision and texts; the file holds numbers only.
         key: `encoder_key` of the model, where it is known already.
         head: False for the embeddings below the model's dense head, where ``encode`` takes ``head``.
+        return_cut: Return the embeddings, and of each text whether it was cut (N,), as far as ``encode`` says so.
     """
     unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
-    options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, return_cut=True)
     if not head:
         options |= _accepted(model, head=False)
+    device = next(model.parameters()).device.type if isinstance(model, torch.nn.Module) else "cpu"
+    precision = "bfloat16" if device == "cuda" else "float32"
     path = None
     if cache:
         folder = Path(HF_HOME) / "hf_densefeat" / "embeddings" if cache is True else Path(cache)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        digest = hashlib.sha256(f"{key or encoder_key(model, tokenizer)} {max_length} {head}".encode())
+        digest = hashlib.sha256(f"{key or encoder_key(model, tokenizer)} {max_length} {head} {precision}".encode())
         for text in unique:
             digest.update(hashlib.sha256(text.encode()).digest())
-        path = folder / f"{digest.hexdigest()}.npy"
+        path = folder / f"{digest.hexdigest()}.npz"
         if path.exists():
-            return np.load(path, allow_pickle=False)[inverse]
-    # Longest first: batches hold texts of one length, and memory is highest at once.
-    order = np.argsort([-len(text) for text in unique], kind="stable")
-    device = next(model.parameters()).device.type if isinstance(model, torch.nn.Module) else "cpu"
-    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        encoded = torch.as_tensor(model.encode([unique[i] for i in order], **options)).float().cpu().numpy()
-    z = np.empty_like(encoded)
-    z[order] = encoded
+            with np.load(path, allow_pickle=False) as known:
+                z, cut = known["z"][inverse], known["cut"][inverse]
+            return (z, cut) if return_cut else z
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        found = model.encode(unique.tolist(), **options)
+    z, cut = found if "return_cut" in options else (found, np.zeros(len(unique), dtype=bool))
+    z, cut = torch.as_tensor(z).float().cpu().numpy(), np.asarray(cut)
     if path is not None:
         # Written beside and renamed, so that another process never reads half a file.
         partial = path.with_suffix(f".{time.monotonic_ns()}.tmp")
         with open(partial, "wb") as file:
             partial.chmod(0o600)
-            np.save(file, z)
+            np.savez(file, z=z, cut=cut)
         partial.rename(path)
-    return z[inverse]
+    return (z[inverse], cut[inverse]) if return_cut else z[inverse]

@@ -50,7 +50,9 @@ def test_padded_tokens_get_no_gradient(pooling):
 def test_equal_to_sentence_transformers(pooling, side):
     """Each pooling equals sentence-transformers' module of the name that is written into the saved folder."""
     hidden, mask = batch(side)
-    theirs = Pooling(6, **{f"pooling_mode_{POOLINGS[pooling].mode}": True})({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
+    theirs = Pooling(6, **{f"pooling_mode_{POOLINGS[pooling].mode}": True})(
+        {"token_embeddings": hidden, "attention_mask": mask}
+    )["sentence_embedding"]
     torch.testing.assert_close(pool(hidden, mask, pooling), theirs, rtol=1e-6, atol=1e-6)
 
 
