@@ -147,7 +147,8 @@ class Reading:
         patients: patient codes (N,).
         probes: linear probes and k-means, if any.
         similarity: uses by cosine, on held-out patients' notes, if any.
-        others: texts of other tables.
+        others: texts of other tables, and of patients who were trained on.
+        record: of whom the models were trained on.
     """
 
     notes: datasets.Dataset
@@ -156,6 +157,7 @@ class Reading:
     probes: ProbeEvaluator | None
     similarity: SimilarityEvaluator | None
     others: list[str]
+    record: SplitRecord | None
 
     @classmethod
     def of(cls, settings: Settings) -> "Reading":
@@ -178,7 +180,7 @@ class Reading:
             asked = {text for one in similarity.rows.values() for text in (*one.texts, *one.queries)}
             others = sorted({*others, *asked} - own)
         patients = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
-        return cls(notes, pairs_if_any(notes), patients, probes, similarity, others)
+        return cls(notes, pairs_if_any(notes), patients, probes, similarity, others, record)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from hf_densefeat.commands.examine import Found, Reading
 from hf_densefeat.commands.probe import Settings
+from hf_densefeat.data.notes import copied
 from hf_densefeat.evaluation.probes import ProbeResult, meds_predictions
 from hf_densefeat.reporting.comparison import measured_of, plain_numbers, verdict
 from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
@@ -56,8 +57,9 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
         rows=rows_table(base.similarity) + rows_table(base.probes)[1:],
     )
     counts = {"notes": len(reading.notes), "patients": reading.pairs.num_patients, "pairs": len(reading.pairs)}
+    counts["copied"] = copied(reading.notes)
     how = {
-        "facts": facts_of(found, counts, settings),
+        "facts": facts_of(found, counts, reading, settings),
         "method": METHOD.format(bootstraps=f"{settings.bootstraps:,}"),
     }
     report = {
@@ -78,16 +80,26 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
     return report
 
 
-def facts_of(found: dict[str, Found], counts: dict[str, int], settings: Settings) -> str:
+def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, settings: Settings) -> str:
     """When, with what, on what and with which options, in a paragraph."""
     encoders = "; ".join(
         f"{name}: {one.known.z.shape[1]} dimensions, {one.encoder.max_length:,} tokens, which cut "
         f"{one.geometry['truncated']:.1%} of the notes"
         for name, one in found.items()
     )
+    whose = " of patients that no model was trained on" if reading.record else ""
+    copies = (
+        ""
+        if not counts["copied"]
+        else (
+            f"{counts['copied']:,} of the notes have a text that the same patient has at another time, white space aside: "
+            "they lift what finds a patient's own notes, and --drop_copies leaves them out. "
+        )
+    )
     return (
         f"{datetime.date.today().isoformat()}, hf_densefeat {importlib.metadata.version('hf_densefeat')}. "
-        f"{counts['notes']:,} notes of {counts['patients']:,} patients, {counts['pairs']:,} adjacent pairs. {encoders}. "
+        f"{counts['notes']:,} notes of {counts['patients']:,} patients, {counts['pairs']:,} adjacent pairs{whose}. "
+        f"{copies}{encoders}. "
         f"Subspaces of {settings.k} dimensions, seed {settings.seed}."
     )
 

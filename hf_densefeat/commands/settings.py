@@ -31,11 +31,14 @@ class NotesTable:
     time_unit: str | None = option(None, help="what numbers of time count: days, seconds, milliseconds or yyyymmdd")
     time_format: str | None = option(None, help="how times are written, such as %%d/%%m/%%Y")
 
+    drop_copies: bool = option(False, help="leave out notes whose text an earlier note of the same patient has")
+
     def reading(self) -> dict[str, Any]:
         """What `load_notes` takes beside the source: the columns that are named, and how times are written."""
         named = {role: getattr(self, column) for role, column in COLUMNS.items()}
         columns = {role: name for role, name in named.items() if name} or "auto"
-        return {"columns": columns, "time_unit": self.time_unit, "time_format": self.time_format}
+        how = {"time_unit": self.time_unit, "time_format": self.time_format, "drop_copies": self.drop_copies}
+        return {"columns": columns} | how
 
     def read(self) -> "Dataset":
         """The notes."""

@@ -35,8 +35,9 @@ class PairStream(IterableDataset[dict[str, Any]]):
     Notes of a patient follow each other, in the order of time; shards are read one after another, so that pairs
     across their borders are kept. Of the stream's pairs, in order, `buffer` at a time are held, in whole step batches of
     `batch_size · ranks · accumulation` pairs, and `PairBatchSampler` mixes them: a step batch depends on (seed, number
-    of the buffer) alone, not on how it is cut. Lengths are those of the texts, in characters. All ranks read all notes,
-    and tokenise what is theirs.
+    of the buffer) alone, not on how it is cut. A stream with fewer pairs than `buffer` has a smaller one, so that no
+    buffer holds a pair twice. Lengths are those of the texts, in characters. All ranks read all notes, and tokenise what
+    is theirs.
 
     Every batch brings `stream`, the JSON of where reading is to go on after it, the same on every rank; it holds no
     text and no id. Reading goes on with the shard and the buffer it was in, not at the beginning.
@@ -96,8 +97,8 @@ class PairStream(IterableDataset[dict[str, Any]]):
             "seed": seed,
         }
         self.kinds, self.max_gap = check_kinds(kinds), max_gap
-        step_size = batch_size * ranks * accumulation
-        self.buffer = max(1, buffer // step_size) * step_size
+        self.step_size = batch_size * ranks * accumulation
+        self.buffer = max(1, buffer // self.step_size) * self.step_size
         self.start = {"row": 0, "notes": self.notes.state_dict()}
         self.state: dict[str, Any] = {"position": self.start, "number": 0, "steps": 0}
         self.position = ""  # `stream` of the last batch that was trained on, which checkpoints keep
@@ -110,9 +111,20 @@ class PairStream(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield batches."""
         position, number, done = self.state["position"], self.state["number"], self.state["steps"]
-        pairs = self._pairs(position)
+        size, over = self.state.get("size", self.buffer), list[Any]()
+        pairs = self._pairs(position, fewer_than=0 if "size" in self.state else self.buffer)
         while True:
-            held = list(islice(pairs, self.buffer))
+            held = over + list(islice(pairs, max(0, size - len(over))))
+            if None in held:  # the stream ended before its first buffer was full: no buffer may hold a pair twice
+                found = held.index(None)
+                held.pop(found)
+                size = found // self.step_size * self.step_size
+                if not size:
+                    raise ValueError(
+                        f"The stream has {found:,} pairs, fewer than the {self.step_size:,} of one update, which "
+                        "would hold copies of a pair. Lower the batch size or accumulation, or bring more notes."
+                    )
+            held, over = held[:size], held[size:]
             earlier, later = zip(*held, strict=True)
             rows, texts = np.arange(2 * len(held)), [note.text for note in (*earlier, *later)]
             runs = np.array([note.run for note in earlier])
@@ -125,7 +137,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
                 steps, rest = divmod(micro_step + 1, self.cut["accumulation"])
                 # what was trained on before the checkpoint is drawn again, and left out
                 if steps + (rest > 0) > done:
-                    state = {"position": position, "number": number, "steps": steps}
+                    state = {"position": position, "number": number, "steps": steps, "size": size}
                     yield self._batch(items, texts) | {"stream": json.dumps(state)}
             position, number, done = later[-1].position, number + 1, 0
 
@@ -140,21 +152,22 @@ class PairStream(IterableDataset[dict[str, Any]]):
             logger.warning("The stream has notes longer than the limit on tokens: they are cut, and not counted.")
         return self.collate(pair_tokens(columns, [mask_seed for _, mask_seed in items]))
 
-    def _pairs(self, position: dict[str, Any]) -> Iterator[tuple[_Note, _Note]]:
+    def _pairs(self, position: dict[str, Any], fewer_than: int) -> Iterator[tuple[_Note, _Note] | None]:
         """Yield the pairs from a position on, one pass after another: of a note and the one before, then those inside it.
 
-        A position within a note has `done`, how many of the pairs inside it were yielded before.
+        A position within a note has `done`, how many of the pairs inside it were yielded before. None follows the first
+        pass if that had fewer pairs than this.
         """
         runs = count()
         while True:
-            found, done = False, position.get("done", 0)
+            found, done = 0, position.get("done", 0)
             before: _Note | None = None
             for note in self._read(position, runs):
                 if before and "adjacent" in self.kinds and before.run == note.run and self._near(before, note):
-                    found = True
+                    found += 1
                     yield before, note
                 for place, (first, second) in enumerate(spans_of(note.text, self.kinds)[done:], done + 1):
-                    found = True
+                    found += 1
                     after = note._replace(text=second, position=note.position | {"done": place})
                     yield note._replace(text=first), after
                 before, done = note, 0
@@ -164,7 +177,9 @@ class PairStream(IterableDataset[dict[str, Any]]):
                     f"The stream has no pair of {' or '.join(self.kinds)} notes: expected patients with at least two notes in "
                     f"a row{gap}, or notes that can be cut."
                 )
-            position = self.start
+            if found < fewer_than:
+                yield None
+            position, fewer_than = self.start, 0
 
     def _near(self, earlier: _Note, later: _Note) -> bool:
         if self.max_gap is None:

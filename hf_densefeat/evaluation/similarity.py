@@ -207,7 +207,7 @@ class SimilarityEvaluator:
         for name, rows in self.rows.items():
             left_out = {reason: count for reason, count in rows.left_out.items() if count}
             if left_out:
-                logger.info("Similarity %s: rows left out: %s.", name, left_out)
+                logger.info("Similarity %s: rows apart: %s.", name, left_out)
 
     def refuse_trained(self, model: Any) -> None:
         """ValueError, with their number, for scored patients that the model was trained on, unless that is allowed."""

@@ -1,5 +1,6 @@
 """Uses of embeddings' own metric as tasks: tables of notes, or of queries and documents, read into arrays."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,7 +22,8 @@ class SimilarityTask:
         * ``retrieval``: MRR, recall and nDCG at 10 of relevant documents, in one of three forms: ``queries``,
           ``documents`` and ``relevance`` tables, as BEIR has them; ``notes`` with a ``question`` column, each question
           the query for its own row; ``notes`` with a ``label``, each row the query for the rows of the same value.
-        * ``same_patient``: a patient's other notes among everybody's, and the next one among those of others.
+        * ``same_patient``: a patient's other notes among everybody's, and the next one among those of others. Notes that are
+          copies of another of the patient's are counted, and stay: `load_notes(drop_copies=True)` leaves them out.
         * ``clusters``: NMI and ARI of k-means, k the number of classes.
         * ``few_labels``: accuracy of the nearest class centroid with 4, 8 and 16 labelled notes of each class.
 
@@ -70,7 +72,7 @@ class SimilarityRows:
         following: row of the patient's next note, −1 for none, (N,).
         index: rows of the task's table, (N,) or (Q,).
         apart: a row's own patient is not searched.
-        left_out: number of rows left out, by reason.
+        left_out: number of rows left out, by reason; of ``same_patient`` also how many are ``copied``, and stay.
         tested: ids of the patients of the scored rows; for the comparison with a `SplitRecord`, never written anywhere.
     """
 
@@ -127,6 +129,12 @@ def _texts(task: SimilarityTask, values: Sequence, column: str) -> list[str]:
         if not isinstance(value, str):
             raise ValueError(f"Similarity {task.name!r}: row {row} has no text in column {column!r}.")
     return list(values)
+
+
+def _copied(texts: Sequence[str], group: np.ndarray) -> int:
+    """Notes with a text that their patient has again, white space aside: these are found without any understanding."""
+    found = Counter((patient, "".join(text.split())) for patient, text in zip(group.tolist(), texts, strict=True))
+    return sum(count for count in found.values() if count > 1)
 
 
 def _following(task: SimilarityTask, group: np.ndarray) -> np.ndarray:
@@ -256,7 +264,7 @@ def similarity_rows(task: SimilarityTask) -> SimilarityRows:
         (group, ids), every = _groups(task, task.notes, required=True), np.arange(len(texts))
         none, alone = np.empty((0, 2), dtype=np.int64), int((np.bincount(group) == 1).sum())
         following = _following(task, group)
-        left_out = {"alone": alone}
+        left_out = {"alone": alone, "copied": _copied(texts, group)}
         rows = SimilarityRows(task.kind, texts, [], every, group, none, following, every, False, left_out, ids)
     elif task.kind == "retrieval" and all(tables):
         rows = _beir(task)

@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from hf_densefeat.data.notes import describe_notes, load_notes
+from hf_densefeat.data.notes import copied, describe_notes, load_notes
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.splits import split_by_patient
 
@@ -275,6 +275,28 @@ def test_rows_are_dropped_with_a_count_and_the_first_row(caplog):
     ):
         assert words in notes.info.description
         assert words.removeprefix("dropped ").removeprefix("kept ") in caplog.text
+
+
+def test_copies_that_differ_in_white_space_are_counted_and_left_out_when_asked():
+    """Copied forward with a space more, at the same time or later; the same letters in another order are no copy."""
+    texts = [
+        "chest pain 12 mg",
+        "chest  pain\n12 mg ",
+        "chest pain 12 mg\t",
+        "chest pain 21 mg",
+        "chest pain 12 mg",
+        "x",
+    ]
+    table = plain(patient_id=[1, 1, 1, 1, 2, 2], time=[0, 0, 5, 6, 0, 1], text=texts)
+    notes = load_notes(table)
+    assert notes["text"][:] == [texts[0], *texts[2:]]
+    assert "2 with a text that the same patient has at another time (first row 1)" in notes.info.description
+    assert "3 with a text that another patient has too (first row 1)" in notes.info.description
+    assert copied(notes) == 2
+    notes = load_notes(table, drop_copies=True)
+    assert notes["text"][:] == [texts[0], *texts[3:]]
+    assert "1 with a text that the patient had before (first row 3)" in notes.info.description
+    assert copied(notes) == 0
 
 
 def test_dirty_text_is_mended_and_counted(tmp_path):
