@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from hf_densefeat.data.times import TIME_UNITS, read_times
 logger = logging.getLogger(__name__)
 
 COPIED = "a text that the same patient has at another time"
+SPACE = re.compile(r"[ \t\n\r\v\f]+")
 PLACEHOLDERS = ("0001-01-01", "1900-01-01", "9999-12-31")  # what they write for a missing date
 
 
@@ -228,7 +230,7 @@ def _hashes(texts: pa.ChunkedArray) -> np.ndarray:
     rows = np.flatnonzero(counts[code] > 1)
     for start in range(0, len(rows), 1000):
         some = rows[start : start + 1000]
-        hashes[some] = [hash("".join((text or "").split())) for text in texts.take(some).to_pylist()]
+        hashes[some] = [hash(SPACE.sub("", text or "")) for text in texts.take(some).to_pylist()]
     return hashes
 
 

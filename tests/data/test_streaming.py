@@ -189,7 +189,7 @@ def test_notes_without_text_are_counted(caplog):
     rows["patient_id"][2] = 0
     rows["time"][2:4] = [START + datetime.timedelta(days=5)] * 2
     with caplog.at_level(logging.WARNING):
-        found = next(iter(stream_of(rows, batch_size=4, buffer=4)))["pairs"]
+        found = next(iter(stream_of(rows, batch_size=2, buffer=4)))["pairs"]
     assert {pair[:2] for pair in found} == {(0, 2), (4, 5)}
     assert "Of 6 rows of the stream, 1 had no text" in caplog.text
 
