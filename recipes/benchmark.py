@@ -2,11 +2,13 @@
 
     python recipes/benchmark.py objective                  # against autograd through SVD, and against VICReg's loss
     python recipes/benchmark.py step [--device cuda]       # the dense step against the same MLM step
+    python recipes/benchmark.py share                      # of an update, what the objective takes
     python recipes/benchmark.py running                    # no window of the running covariance runs away
     python recipes/benchmark.py scaling                    # by ranks, width and rows: bytes, seconds, memory
     python recipes/benchmark.py growth                     # time, memory and bytes against size; results/growth.png
     python recipes/benchmark.py data [--notes 3000000]     # notes to batches, at the size of MIMIC-IV-Note
     python recipes/benchmark.py encode                     # embeddings, against SentenceTransformer on the same folder
+    python recipes/benchmark.py vectors                    # densefeat encode: memory, kills, processes, speed
     python recipes/benchmark.py marks                      # masked words held out, with masks spent on ___ and without
 
 Timings are ratios of alternating runs in one process: medians, with the 10th and 90th percentile.
@@ -21,8 +23,9 @@ from benchmarks.growth import growth
 from benchmarks.marks import marks
 from benchmarks.objective import objective, running
 from benchmarks.scaling import scaling
-from benchmarks.step import step
+from benchmarks.step import share, step
 from benchmarks.timing import machine
+from benchmarks.vectors import vectors
 
 
 def main():
@@ -35,6 +38,11 @@ def main():
     step_parser = commands.add_parser("step", help="a training step, with and without the dense terms")
     step_parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     step_parser.add_argument("--repeats", type=int, default=10)
+    share_parser = commands.add_parser(
+        "share", help="the objective's share of an update, at 3, 22 and 110 M parameters"
+    )
+    share_parser.add_argument("--threads", type=int, default=1)
+    share_parser.add_argument("--repeats", type=int, default=3)
     running_parser = commands.add_parser("running", help="a small network trained by L_spec alone")
     running_parser.add_argument("--steps", type=int, default=1500)
     running_parser.add_argument("--seeds", type=int, default=3)
@@ -47,6 +55,16 @@ def main():
     encode_parser.add_argument("--repeats", type=int, default=10)
     encode_parser.add_argument("--threads", type=int, default=1)
     encode_parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    vectors_parser = commands.add_parser("vectors", help="densefeat encode: memory, kills, processes, speed")
+    vectors_parser.add_argument("--notes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parts = ["memory", "kills", "processes", "speed", "hospital"]
+    vectors_parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    vectors_parser.add_argument("--kills", type=int, default=10)
+    vectors_parser.add_argument("--kill_seconds", type=float, default=20)
+    vectors_parser.add_argument("--compared", type=int, default=2000, help="notes of the comparison of processes")
+    vectors_parser.add_argument("--texts", type=int, default=2000, help="notes of the comparison of speed")
+    vectors_parser.add_argument("--repeats", type=int, default=3)
+    vectors_parser.add_argument("--folder", help="for what is written meanwhile; default: the system's")
     marks_parser = commands.add_parser("marks", help="training with masks on de-identification marks and without")
     marks_parser.add_argument("--steps", type=int, default=120)
     marks_parser.add_argument("--seeds", type=int, default=2)
@@ -56,7 +74,9 @@ def main():
     growth_parser.add_argument("--notes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     growth_parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    commands = {f.__name__: f for f in (objective, step, running, scaling, data, encode, growth, marks)}
+    commands = {
+        f.__name__: f for f in (objective, step, running, scaling, data, encode, growth, marks, share, vectors)
+    }
     print(json.dumps({"command": args.command, **machine(), **commands[args.command](args)}, indent=1))
 
 

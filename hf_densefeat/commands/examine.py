@@ -14,7 +14,14 @@ import torch
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.commands.measuring import Lookup, default_similarity, loading, pairs_if_any, similarity_tasks
+from hf_densefeat.commands.measuring import (
+    Lookup,
+    default_similarity,
+    loading,
+    other_texts,
+    pairs_if_any,
+    similarity_tasks,
+)
 from hf_densefeat.commands.probe import Settings
 from hf_densefeat.data.layouts import Layout
 from hf_densefeat.data.pairs import NotePairs
@@ -173,12 +180,7 @@ class Reading:
         uses = parse_similarity(settings.similarity, parts["test"])
         similarity = SimilarityEvaluator(uses, **options) if uses else None
         notes = notes if record is None else parts["test"]
-        own = set(notes["text"])
-        rows = probes.rows.values() if probes else ()
-        others = sorted({text for one in rows for text in one.texts} - own)
-        if similarity:
-            asked = {text for one in similarity.rows.values() for text in (*one.texts, *one.queries)}
-            others = sorted({*others, *asked} - own)
+        others = other_texts(notes["text"][:], probes, similarity)
         patients = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
         return cls(notes, pairs_if_any(notes), patients, probes, similarity, others, record)
 

@@ -11,13 +11,13 @@ from hf_densefeat.commands.settings import error_line, nearest, parse
 
 # Modules of this folder. Each imports nothing heavy when it is imported, and has a docstring, whose first line stands in the
 # list of --help, a dataclass `Settings` (see `settings.parser_of`) and a function `run(settings)`.
-COMMANDS = ("pretrain", "probe", "head", "interpolate")
+COMMANDS = ("pretrain", "encode", "probe", "head", "interpolate")
 USAGE = """usage: densefeat {names} [options]
 
 {commands}
 
 densefeat COMMAND --help shows the options that people set, densefeat --version the version. On several GPUs:
-densefeat pretrain --num_processes 4 ..., or accelerate launch -m hf_densefeat.commands.pretrain ..."""
+densefeat pretrain|encode --num_processes 4 ..., or accelerate launch -m hf_densefeat.commands.pretrain ..."""
 
 
 def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
@@ -68,7 +68,8 @@ def launch_if_several(name: str, words: list[str]) -> None:
     """With `--num_processes N`: start the command in so many, and end with their status."""
     if "--num_processes" in words[:-1]:
         place = words.index("--num_processes")
-        launch = ["launch", "--num_processes", words[place + 1], "-m", "hf_densefeat.commands.main", name]
+        several = ["--multi_gpu"] if words[place + 1] != "1" else []  # without it a CPU would have one process alone
+        launch = ["launch", *several, "--num_processes", words[place + 1], "-m", "hf_densefeat.commands.main", name]
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch]
         sys.exit(subprocess.call(command + words[:place] + words[place + 2 :]))
 

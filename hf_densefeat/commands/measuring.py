@@ -136,19 +136,32 @@ class Measurement:
         how: dict[str, Any] = {"cache": False, "seed": seed, "allow_trained": allow_trained}
         self.probes = ProbeEvaluator(probes, record=record, **how) if probes else None
         self.uses = SimilarityEvaluator(tasks, codes=("float",), divisors=(1,), **how) if tasks else None
+        self.others = other_texts(self.texts, self.probes, self.uses)
         self.first: Both | None = None
 
     def __call__(self, name: str, model: Any, tokenizer: Any = None) -> Measured:
         """Numbers by name: geometry, similarity and probes with intervals, differences to the first call, the spectrum."""
-        z = torch.as_tensor(model.encode(self.texts, tokenizer, show_progress_bar=True))
+        texts = self.texts + self.others
+        found = torch.as_tensor(model.encode(texts, tokenizer, show_progress_bar=True))
+        z, known = found[: len(self.texts)], Lookup(texts, found)
         earlier, later = (z[self.pairs.earlier], z[self.pairs.later]) if len(self.pairs) else (z, None)
         groups = torch.from_numpy(self.pairs.patient) if len(self.pairs) else None
-        probes = self.probes.evaluate(model, tokenizer) if self.probes else {}
-        uses = self.uses.evaluate(model, tokenizer) if self.uses else {}
+        results = (
+            self.uses.evaluate(known) if self.uses else {},
+            self.probes.evaluate(known) if self.probes else {},
+        )
         geometry = geometry_report(earlier, later, k=self.k, groups=groups)
-        found = measured_of(name, geometry, spectrum(z, center=True), (uses, probes), base=self.first)
-        self.first = self.first or (uses, probes)
-        return found
+        measured = measured_of(name, geometry, spectrum(z, center=True), results, base=self.first)
+        self.first = self.first or results
+        return measured
+
+
+def other_texts(texts: Sequence[str], probes: ProbeEvaluator | None, uses: SimilarityEvaluator | None) -> list[str]:
+    """What these ask of an encoder beside the texts, each once: so that no text is encoded twice."""
+    asked = {text for one in probes.rows.values() for text in one.texts} if probes else set()
+    if uses:
+        asked |= {text for one in uses.rows.values() for text in (*one.texts, *one.queries)}
+    return sorted(asked - set(texts))
 
 
 def sample(notes: Any, maximum: int, seed: int) -> Any:

@@ -21,30 +21,33 @@ def option(default: Any = MISSING, *, help: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class NotesTable:
-    """Which notes a command reads, and how."""
+class Columns:
+    """Which table a command reads, and which of its columns."""
 
     notes: str = option(help="table of notes: a file, a folder or a Hub name")
     patient_column: str | None = option(None, help="column of the patient; default: found by its name")
     time_column: str | None = option(None, help="column of the time; default: found by its name")
     text_column: str | None = option(None, help="column of the text; default: found by its name")
+
+    def columns(self) -> dict[str, str] | str:
+        """What `load_notes` takes as `columns`."""
+        named = {role: getattr(self, column) for role, column in COLUMNS.items()}
+        return {role: name for role, name in named.items() if name} or "auto"
+
+
+@dataclass(kw_only=True)
+class NotesTable(Columns):
+    """Which notes a command reads, and how."""
+
     time_unit: str | None = option(None, help="what numbers of time count: days, seconds, milliseconds or yyyymmdd")
     time_format: str | None = option(None, help="how times are written, such as %%d/%%m/%%Y")
-
     drop_copies: bool = option(False, help="leave out notes whose text an earlier note of the same patient has")
-
-    def reading(self) -> dict[str, Any]:
-        """What `load_notes` takes beside the source: the columns that are named, and how times are written."""
-        named = {role: getattr(self, column) for role, column in COLUMNS.items()}
-        columns = {role: name for role, name in named.items() if name} or "auto"
-        how = {"time_unit": self.time_unit, "time_format": self.time_format, "drop_copies": self.drop_copies}
-        return {"columns": columns} | how
 
     def read(self) -> "Dataset":
         """The notes."""
         from hf_densefeat.data.notes import load_notes
 
-        return load_notes(self.notes, **self.reading())
+        return load_notes(self.notes, self.columns(), time_unit=self.time_unit, time_format=self.time_format, drop_copies=self.drop_copies)
 
 
 def parser_of(command: ModuleType) -> argparse.ArgumentParser:

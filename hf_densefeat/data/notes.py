@@ -80,7 +80,7 @@ def load_notes(
         raise ValueError(f"Expected `time_unit` to be one of {', '.join(TIME_UNITS)}, got {time_unit!r}.")
     opened = open_source(source, columns, split)
     layout = match_columns(opened.data.column_names, columns, opened.meds)
-    opened = replace(opened, data=_renamed(opened.data, layout.roles))
+    opened = replace(opened, data=renamed(opened.data, layout.roles))
     time, unit = read_times(column(opened.data, "time"), opened, unit=time_unit, pattern=time_format)
     if layout.fallback:  # a time of day where there is one, else the date
         date, other = read_times(column(opened.data, layout.fallback), opened, unit=time_unit, pattern=time_format)
@@ -97,7 +97,7 @@ def describe_notes(notes: datasets.Dataset) -> str:
     )
 
 
-def _renamed(table: datasets.Dataset, roles: Mapping[str, str]) -> datasets.Dataset:
+def renamed(table: datasets.Dataset, roles: Mapping[str, str]) -> datasets.Dataset:
     """Give the columns our names."""
     names = {theirs: ours for ours, theirs in roles.items() if ours != theirs}
     hidden = sorted(set(names.values()) & set(table.column_names) - set(names))
@@ -116,12 +116,7 @@ def _checked(
     if total == 0:
         raise ValueError("The table has no rows: expected notes, one a row.")
     patient = _patients(column(table, "patient_id"), source)
-    dropped = {
-        "other codes": _other_codes(table, preset),
-        "a mark that they are errors": _flagged(table, preset),
-        "no text": _no_text(column(table, "text")),
-        "a word for no text (NULL, nan, None)": _none_words(column(table, "text")),
-    }
+    dropped = {"other codes": other_codes(table, preset)} | no_notes(table, preset)
     hashes = _hashes(column(table, "text"))  # before rows are selected, which would copy the texts
     if dropped["no text"].all():
         raise ValueError(
@@ -177,7 +172,16 @@ def _checked(
     return table
 
 
-def _other_codes(table: datasets.Dataset, preset: str) -> np.ndarray:
+def no_notes(table: datasets.Dataset, preset: str) -> dict[str, np.ndarray]:
+    """Mark the rows that are no notes, by the reason; each is seen in the row alone."""
+    return {
+        "a mark that they are errors": _flagged(table, preset),
+        "no text": _no_text(column(table, "text")),
+        "a word for no text (NULL, nan, None)": _none_words(column(table, "text")),
+    }
+
+
+def other_codes(table: datasets.Dataset, preset: str) -> np.ndarray:
     """Mark the events of a MEDS table that have text but are no notes, where codes tell: NOTE//… beside others."""
     if preset != "MEDS" or "code" not in table.column_names:
         return np.zeros(len(table), dtype=bool)

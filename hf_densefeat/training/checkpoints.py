@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -43,12 +44,16 @@ class SavedState(TrainerState):
 
 def seal(folder: Path) -> None:
     """Write the manifest: size and SHA-256 of every file in the folder, by its path there."""
+    (folder / MANIFEST).write_text(json.dumps({"files": entries_of(folder)}, indent=1) + "\n", encoding="utf-8")
+
+
+def entries_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in the folder but the manifest, by its path there."""
     # also those in folders: an adapter's, and the shards of FSDP and DeepSpeed
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {
+    return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
     }
-    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
 
 
 def publish(folder: Path, target: Path) -> None:

@@ -1,6 +1,9 @@
 """A training step with the dense terms against the same step without."""
 
+import time
+from contextlib import ExitStack
 from itertools import cycle, islice
+from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -10,6 +13,8 @@ from transformers.utils import logging
 
 from benchmarks.timing import alternate, spread
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments
+from hf_densefeat.training import trainer as training
+from hf_densefeat.training.update import Update
 
 
 def step(args) -> dict:
@@ -59,9 +64,61 @@ def _case(args, length: int, pairs: int, accumulation: int, mixed: bool, cuda: b
     return found
 
 
-def make_trainer(dense_weight, length, batch_size, accumulation, cuda, mixed=False, keep_graphs=False) -> DenseTrainer:
+def share(args) -> dict:
+    """The objective's share of whole updates of 32 pairs of notes of 128 tokens, at three sizes of BERT, random weights.
+
+    The objective is all that the dense terms compute on embeddings: moments, terms, their gradient, and its way back to the
+    rows. What their forward and backward through the model cost is not in it.
+    """
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(args.threads)
+    widths = {"3 M": (192, 4, 4), "22 M": (384, 6, 12), "110 M": (768, 12, 12)}
+    found = {}
+    for name, (width, layers, heads) in widths.items():
+        vocabulary = 6000 if width == 192 else 30522
+        config = minilm(vocab_size=vocabulary)
+        config.update({"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads})
+        config.intermediate_size = 4 * width
+        trainer = make_trainer(3.0, length=128, batch_size=32, accumulation=1, cuda=False, config=config)
+        update, spent = one_update(trainer), []
+        parts, shares, seconds = ((Update, "plan"), (Update, "dense_share"), (training, "moments_of")), [], []
+        with ExitStack() as patched:
+            for owner, part in parts:
+                patched.enter_context(patch.object(owner, part, clocked(getattr(owner, part), spent)))
+            for repeat in range(args.repeats + 1):
+                spent.clear()
+                start = time.process_time()
+                update()
+                if repeat:  # the first warms up
+                    seconds.append(time.process_time() - start)
+                    shares.append(sum(spent) / seconds[-1])
+        found[name] = {
+            "parameters": trainer.model.num_parameters(),
+            "processor seconds of an update": spread(seconds),
+            "share": spread(shares),
+        }
+    return {"pairs": 32, "tokens a note": 128, "threads": args.threads, "sizes": found}
+
+
+def clocked(function, spent: list[float]):
+    """The function, which adds the processor's seconds it takes to a list."""
+
+    def run(*arguments, **options):
+        start = time.process_time()
+        try:
+            return function(*arguments, **options)
+        finally:
+            spent.append(time.process_time() - start)
+
+    return run
+
+
+def make_trainer(
+    dense_weight, length, batch_size, accumulation, cuda, mixed=False, keep_graphs=False, config=None
+) -> DenseTrainer:
     """A trainer on notes that all have `length` tokens, or whose lengths are log-normal, a few of them cut there."""
-    config = ModernBertConfig() if cuda else minilm()
+    config = config or (ModernBertConfig() if cuda else minilm())
     tokenizer = number_tokenizer(config.vocab_size, config.pad_token_id, length)
     rng = np.random.default_rng(0)
     lengths = np.full(600, length - 2)
