@@ -107,6 +107,7 @@ def encode_table(settings: Settings) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         finish(output, list(shards), run)
+    state.destroy_process_group()
 
 
 def begun(output: Path, encoding: Encoding, table: NoteTable) -> dict[str, Any]:
