@@ -8,11 +8,11 @@ they stand in the table, note_id where the table has one, and vector; no text. T
 (modes 0700 and 0600), because ids of patients are in them. Rows without text get no vector.
 
 A run that was stopped goes on with the same command: a file is there whole or not at all. The result is the same for any
-number of processes. `manifest.json` says which model, notes and options made the vectors, and has the SHA-256 of each file;
+number of processes. `_manifest.json` says which model, notes and options made the vectors, and has the SHA-256 of each file;
 vectors of another run are not mixed with these. Memory does not grow with the number of notes.
 
 --precision int8 gives the 256 steps between the least and the largest value of each dimension among 2,000 notes, evenly
-spread over the table, which `manifest.json` keeps; bits gives 1 where a value is above 0, packed in bytes of 8.
+spread over the table, which `_manifest.json` keeps; bits gives 1 where a value is above 0, packed in bytes of 8.
 """
 
 from dataclasses import dataclass

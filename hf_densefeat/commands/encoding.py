@@ -27,9 +27,10 @@ from hf_densefeat.evaluation.embeddings import encoder_key
 from hf_densefeat.evaluation.ranking import coded
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.tokenizers import load_tokenizer
-from hf_densefeat.training.checkpoints import MANIFEST, entries_of, sync_folder
+from hf_densefeat.training.checkpoints import entries_of, sync_folder
 
 CALIBRATED = 2000  # notes whose values say the range of int8
+MANIFEST = "_manifest.json"  # pyarrow and Spark take names with an underscore for no part of a table
 UNFINISHED = ".unfinished"  # files are written here, and renamed when they are whole
 LINE_SECONDS = 30  # between two lines of progress, where there is no terminal
 
@@ -74,7 +75,8 @@ class Encoding:
 def encode_table(settings: Settings) -> None:
     """Read what the command names, and encode the shards that are not there yet."""
     quiet()
-    state, output = PartialState(), Path(settings.output)
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes of a CPU would not find each other
+    output = Path(settings.output)
     if settings.shard_size < 1 or settings.batch_size < 1:
         raise ValueError("Expected --shard_size and --batch_size of 1 or more.")
     told: list[Any] = [None, None]
@@ -227,7 +229,7 @@ def progress(model: Any, rows: int, state: PartialState) -> Iterator[Any]:
 def finish(output: Path, shards: list[Path], run: dict[str, Any]) -> None:
     """Seal the folder, and say what is in it."""
     shutil.rmtree(output / UNFINISHED, ignore_errors=True)
-    write_manifest(output, run, entries_of(output))
+    write_manifest(output, run, {name: entry for name, entry in entries_of(output).items() if name != MANIFEST})
     (output / UNFINISHED).rmdir()
     vectors = sum(pq.read_metadata(path).num_rows for path in shards)
     width = pq.read_schema(shards[0]).field("vector").type.list_size

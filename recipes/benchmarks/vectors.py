@@ -25,6 +25,7 @@ from benchmarks.step import minilm
 from hf_densefeat import AutoDenseModel
 from hf_densefeat.commands.encoding import packed
 
+BATCH = {"tiny": "256", "minilm": "32"}  # notes at once
 PEER = """
 import sys
 import numpy as np
@@ -278,7 +279,7 @@ def table(work: Path, notes: int, *, long: bool = False) -> Path:
 
 def command(work: Path, model: str, notes: Path, output: Path, *more: str) -> list[str]:
     """`densefeat encode` as a child."""
-    words = ["--model", str(work / model), "--notes", str(notes), "--output", str(output), "--batch_size", "32", *more]
+    words = ["--model", str(work / model), "--notes", str(notes), "--output", str(output), "--batch_size", BATCH[model], *more]
     return [sys.executable, "-m", "hf_densefeat.commands.main", "encode", *words]
 
 

@@ -44,7 +44,7 @@ def encode(work, output, *more):
     """Run the command in this process; the manifest."""
     words = ["--model", work / "encoder", "--notes", work / "notes.parquet", "--output", output, "--shard_size", 7]
     main.main(["encode", *map(str, (*words, *more))])
-    return json.loads((output / "manifest.json").read_text())
+    return json.loads((output / "_manifest.json").read_text())
 
 
 def contents(folder):
@@ -69,15 +69,15 @@ def test_vectors_are_those_of_encode_and_nothing_else_is_written(work, vectors):
         assert found[name].tolist() == table[name].iloc[kept].tolist()
     wanted = AutoDenseModel.from_pretrained(str(work / "encoder")).encode(table["text"].iloc[kept].tolist())
     np.testing.assert_allclose(np.stack(found["vector"].tolist()), wanted, atol=1e-6)
-    manifest = json.loads((vectors / "manifest.json").read_text())
+    manifest = json.loads((vectors / "_manifest.json").read_text())
     assert len(manifest["files"]) == -(-len(table) // 7)
     for name, content in contents(vectors).items():
         assert SENTINEL.encode() not in content
-        if name != "manifest.json":
+        if name != "_manifest.json":
             assert manifest["files"][name]["sha256"] == hashlib.sha256(content).hexdigest()
     assert vectors.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in vectors.iterdir()} == {0o600}
-    assert str(work) not in (vectors / "manifest.json").read_text()
+    assert str(work) not in (vectors / "_manifest.json").read_text()
 
 
 def test_other_programs_open_the_folder(vectors):
@@ -87,8 +87,8 @@ def test_other_programs_open_the_folder(vectors):
     assert found["row"][:] == frame["row"].tolist()
     np.testing.assert_array_equal(found.with_format("numpy")["vector"][:], np.stack(frame["vector"].tolist()))
     duckdb = pytest.importorskip("duckdb")
-    rows = duckdb.sql(f"SELECT count(*), len(any_value(vector)) FROM '{vectors}/*.parquet'").fetchone()
-    assert rows == (len(frame), len(frame["vector"][0]))
+    rows = duckdb.sql(f"SELECT count(*), len(any_value(vector)) FROM '{vectors}/*.parquet'").fetchall()
+    assert rows[0] == (len(frame), len(frame["vector"][0]))
 
 
 def test_a_run_goes_on_where_it_was_stopped(work, vectors):
