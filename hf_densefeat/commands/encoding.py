@@ -53,13 +53,13 @@ class Encoding:
         if settings.view is not None:
             self.options["view"] = None if settings.view == "none" else settings.view
 
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        """Vectors (N, d) float32, before they are coded."""
-        z = self.model.encode(texts, self.tokenizer, **self.options)
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, int]:
+        """Vectors (N, d) float32, before they are coded, and how many texts were cut."""
+        z, cut = self.model.encode(texts, self.tokenizer, return_cut=True, **self.options)
         wanted = self.settings.truncate_dim or z.shape[1]
         if not 1 <= wanted <= z.shape[1]:
             raise ValueError(f"Expected --truncate_dim from 1 to {z.shape[1]}, the encoder's, but got {wanted}.")
-        return z[:, :wanted]
+        return z[:, :wanted], int(cut.sum())
 
     def described(self, table: NoteTable) -> dict[str, Any]:
         """What decides the vectors: equal descriptions, equal vectors."""
@@ -131,7 +131,7 @@ def begun(output: Path, encoding: Encoding, table: NoteTable) -> dict[str, Any]:
     some = list(islice(texts, CALIBRATED if encoding.settings.precision == "int8" else 1))
     if not some:
         raise ValueError("No row has a text: which column holds the text?")
-    ranges = [value.tolist() for value in torch.aminmax(encoding(some), dim=0)]  # also finds options that cannot be
+    ranges = [value.tolist() for value in torch.aminmax(encoding(some)[0], dim=0)]  # also finds options that cannot be
     run = asked | {"ranges": ranges if encoding.settings.precision == "int8" else None}
     write_manifest(output, run, {})
     return run
@@ -151,10 +151,11 @@ def spread_rows(rows: int) -> list[int]:
 def write_shard(path: Path, start: int, encoding: Encoding, table: NoteTable, ranges: list | None) -> None:
     """Encode the rows from `start`, and give the file its name when it is whole."""
     found, texts = table.slice(start, start + encoding.settings.shard_size)
-    z = encoding(texts) if texts else encoding(["."])[:0]
+    z, cut = encoding(texts or ["."])
+    z = z[: len(texts)]
     values = packed(z, encoding.settings.precision, ranges)
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-    found = found.append_column("vector", column)
+    found = found.append_column("vector", column).replace_schema_metadata({"cut": str(cut)})
     write_whole(path, lambda place: pq.write_table(found, place))
 
 
@@ -234,6 +235,9 @@ def finish(output: Path, shards: list[Path], run: dict[str, Any]) -> None:
     vectors = sum(pq.read_metadata(path).num_rows for path in shards)
     width = pq.read_schema(shards[0]).field("vector").type.list_size
     print(f"vectors    {vectors:,} of {width:,} {run['precision']}, in {len(shards):,} files of {output}")
+    cut = sum(int(pq.read_schema(path).metadata[b"cut"]) for path in shards)
+    if cut:
+        print(f"           {cut:,} notes are longer than the encoder sees: they were cut")
     if vectors < run["rows"]:
         print(
             f"           {run['rows'] - vectors:,} rows of the table are no notes: they have no text, or are marked as errors"

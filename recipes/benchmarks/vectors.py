@@ -279,7 +279,17 @@ def table(work: Path, notes: int, *, long: bool = False) -> Path:
 
 def command(work: Path, model: str, notes: Path, output: Path, *more: str) -> list[str]:
     """`densefeat encode` as a child."""
-    words = ["--model", str(work / model), "--notes", str(notes), "--output", str(output), "--batch_size", BATCH[model], *more]
+    words = [
+        "--model",
+        str(work / model),
+        "--notes",
+        str(notes),
+        "--output",
+        str(output),
+        "--batch_size",
+        BATCH[model],
+        *more,
+    ]
     return [sys.executable, "-m", "hf_densefeat.commands.main", "encode", *words]
 
 
