@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,16 @@ def test_other_programs_open_the_folder(vectors):
     duckdb = pytest.importorskip("duckdb")
     rows = duckdb.sql(f"SELECT count(*), len(any_value(vector)) FROM '{vectors}/*.parquet'").fetchall()
     assert rows[0] == (len(frame), len(frame["vector"][0]))
+
+
+def test_the_block_of_the_guide_searches_the_folder(vectors, monkeypatch):
+    """In the folder's place, as printed: a note finds itself first."""
+    monkeypatch.chdir(vectors.parent)
+    guide = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
+    block, names = next(one for one in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "faiss" in one), {}
+    exec(block, names)
+    np.testing.assert_allclose(names["scores"][:, 0], 1, atol=1e-5)
+    assert names["rows"].shape == (2, 5)
 
 
 def test_a_run_goes_on_where_it_was_stopped(work, vectors):
