@@ -47,7 +47,13 @@ class NotesTable(Columns):
         """The notes."""
         from hf_densefeat.data.notes import load_notes
 
-        return load_notes(self.notes, self.columns(), time_unit=self.time_unit, time_format=self.time_format, drop_copies=self.drop_copies)
+        return load_notes(
+            self.notes,
+            self.columns(),
+            time_unit=self.time_unit,
+            time_format=self.time_format,
+            drop_copies=self.drop_copies,
+        )
 
 
 def parser_of(command: ModuleType) -> argparse.ArgumentParser:
