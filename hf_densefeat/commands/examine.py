@@ -128,7 +128,7 @@ def parse_similarity(arguments: Sequence[str] | None, test: datasets.Dataset) ->
 def read_table(path: str) -> datasets.Dataset:
     """A table of texts and labels, in any format that notes may have; `patient_id` is the column of that name, if any."""
 
-    def layout(names: Sequence[str]) -> Layout:
+    def layout(names: Sequence[str], meds: bool) -> Layout:
         wanted = [name for name in ("text", "patient_id", "subject_id") if name in names]
         return Layout("a probe's table", {name: name for name in wanted})
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-
-logger = logging.getLogger(__name__)
 
 # Name's end to kind; the kinds are what `readers` knows how to read.
 FORMATS = {
@@ -25,7 +22,6 @@ FORMATS = {
 }
 PACKED = (".gz", ".zst", ".bz2", ".zip")  # a zip holds one table
 DELIMITERS = (",", ";", "|", "\t")
-MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 EXPECTED = f"{', '.join(FORMATS)}, the text formats also as {', '.join(PACKED)}"
 
 
@@ -40,42 +36,40 @@ def kind_of(file: Path) -> str:
     return kind if kind != "parquet" or name == file.name.lower() else ""
 
 
-def refuse_spreadsheet(file: Path) -> None:
-    """ValueError for a spreadsheet, with the cure."""
-    if file.suffix.lower() in (".xlsx", ".xls", ".ods"):
-        raise ValueError(
-            f"{file.name} is a spreadsheet: save it as csv (UTF-8), or pass what pandas.read_excel gives to load_notes."
-        )
-
-
 def opened(file: Path) -> Any:
-    """A binary stream of UTF-8, whatever the file is packed and encoded in; `read(size)` is all that it needs."""
-    stream = _unpacked(file)
-    encoding = MARKS.get(bytes(stream.read(2)))
-    stream.close()
-    return _Recoded(_unpacked(file), encoding) if encoding else _unpacked(file)
+    """A stream of bytes in UTF-8, whatever the file is packed in, from UTF-8 or UTF-16; cells may still hold others."""
+    with _unpacked(file) as stream:
+        recoded = stream.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    return pa.transcoding_input_stream(_unpacked(file), "utf-16", "utf-8") if recoded else _unpacked(file)
 
 
-def delimiter_of(file: Path) -> str:
-    """What separates the cells of a text table: the one of , ; | and tab that is most frequent in its first line."""
-    stream = opened(file)
-    with io.TextIOWrapper(io.BufferedReader(_Raw(stream)), "utf-8-sig", errors="replace", newline="") as lines:
-        first = next((line for line in lines if line.strip()), "")
+def header_of(file: Path) -> tuple[list[str], str, int]:
+    """The cells of the first line of a text table that has any, what separates them, and how many empty lines precede it.
+
+    The separator is the one of , ; | and tab that is most frequent in that line.
+
+    Raises:
+        StopIteration: where there is none.
+    """
+    with io.TextIOWrapper(opened(file), "utf-8-sig", errors="surrogateescape", newline="") as lines:
+        first = next(line for line in lines if line.strip())
     outside = "".join(first.split('"')[::2])  # a quoted name may hold any of them
     usual = "\t" if ".tsv" in file.name.lower() else ","
     found = max(DELIMITERS, key=lambda mark: (outside.count(mark), mark == usual))
-    return found if outside.count(found) else usual
+    delimiter = found if outside.count(found) else usual
+    with io.TextIOWrapper(opened(file), "utf-8-sig", errors="surrogateescape", newline="") as lines:
+        empty, names = next((i, row) for i, row in enumerate(csv.reader(lines, delimiter=delimiter)) if row)
+    return [str(decoded(name.encode("utf-8", "surrogateescape"))) for name in names], delimiter, empty
 
 
-def header_of(file: Path) -> list[str]:
-    """The cells of the first line; UnicodeError where it is not UTF-8, StopIteration where there is none."""
-    delimiter = delimiter_of(file)
-    logger.info("%s is separated by %r.", file.name, delimiter)
-    with io.TextIOWrapper(io.BufferedReader(_Raw(opened(file))), "utf-8-sig", errors="replace", newline="") as lines:
-        names = next(row for row in csv.reader(lines, delimiter=delimiter) if row)
-    if "\ufffd" in "".join(names):
-        raise UnicodeError
-    return names
+def decoded(cell: bytes | None) -> str | None:
+    """A cell or a name as text: UTF-8, or else Windows-1252, which is what most old exports are in."""
+    if cell is None:
+        return None
+    try:
+        return cell.decode("utf-8")
+    except UnicodeDecodeError:
+        return cell.decode("cp1252", errors="replace")
 
 
 def _kind_by_name(name: str) -> str:
@@ -98,37 +92,5 @@ def _member(file: Path) -> str:
 
 def _unpacked(file: Path) -> Any:
     if file.name.lower().endswith(".zip"):
-        return zipfile.ZipFile(file).open(_member(file))
+        return pa.PythonFile(zipfile.ZipFile(file).open(_member(file)), "r")
     return pa.input_stream(str(file), compression="detect")
-
-
-class _Recoded:
-    """A stream in another encoding, as UTF-8."""
-
-    def __init__(self, stream: Any, encoding: str):
-        self.lines = io.TextIOWrapper(io.BufferedReader(_Raw(stream)), encoding, newline="")
-
-    def read(self, size: int = -1) -> bytes:
-        """Characters, so at least as many bytes as are asked for would be too many: a quarter of them."""
-        return self.lines.read(size // 4 if size > 3 else size).encode("utf-8")
-
-    def close(self) -> None:
-        """Close the stream below."""
-        self.lines.close()
-
-
-class _Raw(io.RawIOBase):
-    """Any object with `read(size)` as a raw stream of Python."""
-
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as there is something."""
-        block = self.stream.read(len(buffer))
-        buffer[: len(block)] = block
-        return len(block)

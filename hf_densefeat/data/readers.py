@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,14 +23,14 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from hf_densefeat.data.columns import shown
-from hf_densefeat.data.files import EXPECTED, delimiter_of, header_of, kind_of, opened, refuse_spreadsheet
+from hf_densefeat.data.files import EXPECTED, decoded, header_of, kind_of, opened
 from hf_densefeat.data.layouts import Layout
 
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 1000
 BLOCK_BYTES = 1 << 23  # a row must fit in a block, and Arrow reads 32 of them ahead
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 JSON_TIME = pa.timestamp("s")
 READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, csv.Error, ValueError, OverflowError)
 
@@ -62,7 +63,7 @@ class SourceTable:
         return f"{'event with text' if self.meds else 'row'} {inside:,} of {self.files[file][0]}"
 
 
-def read_files(path: Path, resolve: Callable[[Sequence[str]], Layout]) -> SourceTable:
+def read_files(path: Path, resolve: Callable[[Sequence[str], bool], Layout]) -> SourceTable:
     """Convert a file, or a folder of files of one format, to one Arrow file in the `datasets` cache, and map it.
 
     A file that was converted before, and has not changed since, is only mapped. The cache (under `HF_HOME`) then holds
@@ -70,16 +71,51 @@ def read_files(path: Path, resolve: Callable[[Sequence[str]], Layout]) -> Source
 
     Args:
         path: The file or folder. A folder with `data/` and `metadata/` is read as MEDS.
-        resolve: Given the names of the columns, returns their layout, or raises.
+        resolve: Given the names of the columns and whether the folder is MEDS, returns their layout, or raises.
 
     Raises:
         ValueError: If there is nothing to read, or a file is damaged; it names file and row, and quotes no text.
     """
     meds = path.is_dir() and (path / "data").is_dir() and (path / "metadata").is_dir()
     root = path / "data" if meds else path if path.is_dir() else path.parent
+    files, kind = _tables(path, root)
+    names = _column_names(files[0])
+    for file in files[1:] if meds and "text_value" not in names else ():
+        names = max(names, _column_names(file), key=lambda found: "text_value" in found)
+    layout = resolve(names, meds)
+    roles = layout.roles | ({"fallback": layout.fallback} if layout.fallback else {})
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, stats, sorted(roles.items()), meds]).encode()).hexdigest()[:32]
+    arrow = Path(datasets.config.HF_DATASETS_CACHE) / "hf_densefeat" / f"{key}.arrow"
+    record = _ledger_of(arrow)
+    if record is None:
+        arrow.parent.mkdir(parents=True, exist_ok=True)
+        arrow.parent.chmod(0o700)  # it is patient text, and so is what `datasets` keeps beside it
+        record = _convert(files, root, arrow, roles, meds)
+        unfinished = arrow.with_suffix(f".{os.getpid()}.ledger")
+        unfinished.touch(mode=0o600)
+        unfinished.write_text(json.dumps(record))
+        unfinished.replace(arrow.with_suffix(".json"))  # whole or not there: one cut short would be read for ever
+    data = datasets.Dataset.from_file(str(arrow))
+    return SourceTable(data, record["files"], record["repaired"], meds, untyped=kind == "csv")
+
+
+def damaged(name: str, rows: int, error: Exception) -> ValueError:
+    """Say where reading stopped. Arrow's own message is left out: it quotes the row, and the row is patient text."""
+    return ValueError(
+        f"{name} could not be read after row {rows:,} ({type(error).__name__}): the file is cut short, damaged or not "
+        "what its name says. In csv, look for a quote that is never closed; in jsonl, every line must be an object "
+        f"whose keys keep their type. Text must be UTF-8, and a row at most {BLOCK_BYTES >> 20} MB."
+    )
+
+
+def _tables(path: Path, root: Path) -> tuple[list[Path], str]:
+    """The files that hold the table, and their kind; ValueError for none, two kinds, a spreadsheet or an empty file."""
     found = [file for file in sorted(root.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-    if path.is_file():
-        refuse_spreadsheet(path)
+    if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        raise ValueError(
+            f"{path.name} is a spreadsheet: save it as csv (UTF-8), or pass what pandas.read_excel gives to load_notes."
+        )
     files = [file for file in found if kind_of(file)]
     details = [file for file in files if len(files) > 1 and "_detail." in file.name]
     if details:
@@ -93,65 +129,77 @@ def read_files(path: Path, resolve: Callable[[Sequence[str]], Layout]) -> Source
             f"{path.name} holds {' and '.join(kinds)} files, which may be the same notes twice: pass one of them, or move "
             "the others elsewhere."
         )
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    for (_, size, _), file in zip(stats, files, strict=True):
-        if size == 0:
+    for file in files:
+        if file.stat().st_size == 0:
             raise ValueError(
                 f"{file.name} is empty (0 bytes): expected a table. Was it written, or copied, to its end?"
             )
-    names = _column_names(files[0])
-    for file in files[1:] if meds and "text_value" not in names else ():
-        names = max(names, _column_names(file), key=lambda found: "text_value" in found)
-    if len(set(names)) < len(names):
-        raise ValueError(f"{files[0].name} has two columns of one name: {shown(names)}. Rename one.")
-    layout = resolve(names)
-    roles = layout.roles | ({"fallback": layout.fallback} if layout.fallback else {})
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, stats, sorted(roles.items()), meds]).encode()).hexdigest()[:32]
-    arrow = Path(datasets.config.HF_DATASETS_CACHE) / "hf_densefeat" / f"{key}.arrow"
-    ledger = arrow.with_suffix(".json")
-    if not (ledger.exists() and arrow.exists()):
-        arrow.parent.mkdir(parents=True, exist_ok=True)
-        ledger.write_text(json.dumps(_convert(files, root, arrow, roles, names, meds)))
-    record = json.loads(ledger.read_text())
-    data = datasets.Dataset.from_file(str(arrow))
-    return SourceTable(data, record["files"], record["repaired"], meds, untyped=kinds[0] == "csv")
+    return files, kinds[0]
 
 
-def damaged(name: str, rows: int, error: Exception) -> ValueError:
-    """Say where reading stopped. Arrow's own message is left out: it quotes the row, and the row is patient text."""
-    return ValueError(
-        f"{name} could not be read after row {rows:,} ({type(error).__name__}): the file is cut short, damaged or not "
-        "what its name says. In csv, look for a quote that is never closed; in jsonl, every line must be an object "
-        f"whose keys keep their type. Text must be UTF-8, and a row at most {BLOCK_BYTES >> 20} MB."
-    )
+def _ledger_of(arrow: Path) -> dict[str, Any] | None:
+    """What was counted when the cached table was written; None where there is no table, or no whole ledger of it."""
+    try:
+        return json.loads(arrow.with_suffix(".json").read_text()) if arrow.exists() else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _column_names(file: Path) -> list[str]:
     """Read the names of the columns, and as little else as possible."""
     try:
         if kind_of(file) == "parquet":
-            return [str(name) for name in pq.read_schema(file).names]
-        if kind_of(file) == "csv":
-            return header_of(file)
-        return [str(name) for name in next(_batches(file, (), {})).schema.names]
+            names = list(map(str, pq.read_schema(file).names))
+        elif kind_of(file) == "csv":
+            names = header_of(file)[0]
+        else:
+            names = list(map(str, next(_batches(file, {}, True)).schema.names))
     except StopIteration:
         raise ValueError(f"{file.name} has no rows: expected a table of notes.") from None
     except READ_ERRORS as error:
         raise damaged(file.name, 0, error) from None
+    if len(set(names)) < len(names):
+        raise ValueError(f"{file.name} has two columns of one name: {shown(names)}. Rename one.")
+    return names
 
 
-def _convert(
-    files: list[Path], root: Path, arrow: Path, roles: Mapping[str, str], names: list[str], meds: bool
-) -> dict[str, object]:
+class _TypeChanged(Exception):
+    """A column was of one type at first, and of another later."""
+
+
+def _convert(files: list[Path], root: Path, arrow: Path, roles: Mapping[str, str], meds: bool) -> dict[str, Any]:
     """Write the rows of all files to `arrow`; return how many came from each, and what was mended."""
+    columns = {file: _column_names(file) for file in files}
+    if meds:
+        columns = {file: names for file, names in columns.items() if roles["text"] in names}
+    for file, names in columns.items():
+        if not set(roles.values()) <= set(names):
+            raise ValueError(
+                f"{file.relative_to(root)} has the columns {shown(names)}: expected {sorted(set(roles.values()))} in every "
+                "file of a folder. Pass the file that holds the notes, or move the other tables elsewhere."
+            )
+    types: dict[str, pa.DataType | None] = {name: None for names in columns.values() for name in names}
+    lacking = [name for name in types if any(name not in names for names in columns.values())]
+    if lacking:
+        logger.warning("Some files lack the columns %s: these cells are empty.", shown(lacking))
+    if kind_of(files[0]) == "parquet":  # a column may be empty in the first file, and of no type there
+        try:
+            schemas = [pq.read_schema(file) for file in columns]
+            types |= {one.name: _plain(one.type) for one in pa.unify_schemas(schemas, promote_options="permissive")}
+        except (pa.ArrowException, TypeError):
+            pass  # no type fits all files: the first one's is tried, and then strings
     unfinished = arrow.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.touch(mode=0o600)
     try:
-        # types that Arrow infers from the first block may not hold for a later one: then all is read again as strings
+        # types of the first rows may not hold for later ones: then all but patient, time and text is read again as strings
         for infer in (True, False):
             try:
-                record = _write(files, root, unfinished, roles, names, meds, infer)
+                record = _write(
+                    {file: file in columns for file in files}, root, unfinished, roles, dict(types), meds, infer
+                )
                 break
             except _TypeChanged:
+                types = {name: None if name in roles.values() else pa.string() for name in types}
                 logger.info("Columns besides patient, time and text change their type: read as strings.")
         unfinished.replace(arrow)
     finally:
@@ -159,37 +207,24 @@ def _convert(
     return record
 
 
-class _TypeChanged(Exception):
-    """A csv column looked like numbers at first, and was not."""
-
-
-def _check_same(found: list[str], names: list[str], name: str, first: str) -> None:
-    if sorted(found) != sorted(names):
-        raise ValueError(
-            f"{name} has the columns {shown(found)}, but {first} has {shown(names)}: expected the same in every file of a "
-            "folder. Pass the file that holds the notes, or move the other tables elsewhere."
-        )
-
-
 def _write(
-    files: list[Path],
+    files: Mapping[Path, bool],
     root: Path,
     target: Path,
     roles: Mapping[str, str],
-    names: list[str],
+    types: dict[str, pa.DataType | None],
     meds: bool,
     infer: bool,
-) -> dict[str, object]:
-    """Write all rows once, with the types of csv columns inferred or all of them strings."""
-    counts, total, schema, repaired = [], 0, None, dict[str, tuple[int, int]]()
+) -> dict[str, Any]:
+    """Write all rows of the files that hold notes once, with these types, or else with those of the first rows."""
+    counts, total, writer, repaired = [], 0, None, dict[str, tuple[int, int]]()
     with pa.OSFile(str(target), "wb") as sink:
-        for file in files:
+        for file, holds_notes in files.items():
             name, rows = str(file.relative_to(root)), 0
-            batches = _batches(file, names, roles, infer)
+            batches = _batches(file, roles, infer) if holds_notes else iter(())
             while True:
                 try:
                     batch = next(batches, None)
-                    found = [] if batch is None else batch.schema.names
                 except _UnclosedQuote as error:
                     raise ValueError(
                         f"{name}: a quote is opened and never closed, so that its last row, row {rows:,}, runs to the "
@@ -201,47 +236,48 @@ def _write(
                     raise damaged(name, rows, error) from None
                 if batch is None:
                     break
-                if meds and roles["text"] not in found:
-                    break
-                _check_same(found, names, name, files[0].name)
                 if meds:
                     batch = batch.filter(pc.is_valid(batch[roles["text"]]))
-                batch = _mended(batch.select(names), roles, total, repaired)
-                if schema is None:
-                    schema = batch.schema
-                    writer = pa.ipc.new_stream(sink, schema)
+                found = _mended(batch, roles, total, repaired)
+                if writer is None:
+                    types = {
+                        one: kind or (found[one].type if one in found else pa.string()) for one, kind in types.items()
+                    }
+                    writer = pa.ipc.new_stream(sink, pa.schema(list(types.items())))
                 try:
-                    batch = batch.cast(schema)
+                    cells = [
+                        found[one].cast(kind) if one in found else pa.nulls(len(batch), kind)
+                        for one, kind in types.items()
+                    ]
                 except (pa.ArrowException, ValueError):
                     if infer:
                         raise _TypeChanged from None
                     raise ValueError(
-                        f"{name}: columns change their type from {files[0].name}, or from the first rows: expected "
-                        f"{dict(zip(names, map(str, schema.types), strict=True))}."
+                        f"{name}: a column changes its type from {next(iter(files)).name}, or from the first rows: expected "
+                        f"{ {one: str(types[one]) for one in roles.values()} }."
                     ) from None
+                batch = pa.record_batch(cells, names=list(types))
                 for start in range(0, len(batch), BATCH_ROWS):
                     writer.write_batch(batch.slice(start, BATCH_ROWS))
                 rows, total = rows + len(batch), total + len(batch)
             counts.append((name, rows))
-        if total == 0:
+        if total == 0 or writer is None:
             what, others = "events with text" if meds else "rows", " and the others" * (len(files) > 1)
-            raise ValueError(f"{files[0].name}{others}: no {what}. Expected a table of notes.")
+            raise ValueError(f"{next(iter(files)).name}{others}: no {what}. Expected a table of notes.")
         writer.close()
     return {"files": counts, "repaired": repaired}
 
 
-def _batches(
-    file: Path, names: Sequence[str], roles: Mapping[str, str], infer: bool = True
-) -> Iterator[pa.RecordBatch]:
+def _batches(file: Path, roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
     """Yield the rows of one file; of a file without rows an empty batch, or nothing."""
     kind = kind_of(file)
     if kind == "parquet":
         # Arrow would read a whole row group ahead, which may be the whole file, and keep it
         yield from pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20).iter_batches(batch_size=BATCH_ROWS)
     elif kind == "csv":
-        yield from _csv_batches(file, names, roles, infer)
-    elif kind == "json" and _first_character(file) == "[":
-        rows = json.loads(_all_text(file))
+        yield from _csv_batches(file, roles, infer)
+    elif kind == "json" and opened(file).read(1000).decode("utf-8-sig", errors="ignore").lstrip()[:1] == "[":
+        rows = json.loads(opened(file).read().decode("utf-8-sig"))
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("Expected a list of objects.")
         keys = dict.fromkeys(name for row in rows for name in row)
@@ -249,99 +285,74 @@ def _batches(
         yield from table.to_batches(max_chunksize=BATCH_ROWS)
     else:
         read = pa_json.ReadOptions(block_size=BLOCK_BYTES)
-        schema = pa_json.open_json(pa.PythonFile(opened(file), "r"), read).schema
+        schema = pa_json.open_json(opened(file), read).schema
         # Arrow takes a string for a time as long as it looks like one; the first that does not would end the reading.
         strings = [(name, pa.string()) for name, of in zip(schema.names, schema.types, strict=True) if of == JSON_TIME]
         parse = pa_json.ParseOptions(explicit_schema=pa.schema(strings))
-        yield from pa_json.open_json(pa.PythonFile(opened(file), "r"), read, parse)
-
-
-def _all_text(file: Path) -> str:
-    return b"".join(iter(partial(opened(file).read, BLOCK_BYTES), b"")).decode("utf-8-sig")
-
-
-def _first_character(file: Path) -> str:
-    return bytes(opened(file).read(1000)).decode("utf-8-sig", errors="ignore").lstrip()[:1]
+        yield from pa_json.open_json(opened(file), read, parse)
 
 
 class _UnclosedQuote(Exception):
     """The last field of a csv file runs to the end of the file."""
 
 
-class _QuoteCounter:
-    """Counts the quotes of a stream as they pass: Arrow does not notice that the last one is missing."""
-
-    def __init__(self, file: Path):
-        self.stream, self.quotes, self.closed = opened(file), 0, False
-
-    def read(self, size: int = -1) -> bytes:
-        block: bytes = self.stream.read(size)
-        self.quotes += block.count(b'"')
-        return block
-
-
-def _csv_batches(file: Path, names: Sequence[str], roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
-    types = {} if infer else dict.fromkeys(names, pa.binary())
+def _csv_batches(file: Path, roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
+    names, delimiter, empty = header_of(file)
     # Bytes, not strings: one row that is not UTF-8 must not lose the file. And 007 is a patient, not the number 7.
-    types |= dict.fromkeys(roles.values(), pa.binary())
-    read = pa_csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
-    parse = pa_csv.ParseOptions(delimiter=delimiter_of(file), newlines_in_values=True)
-    convert = pa_csv.ConvertOptions(column_types=types)
-    counter, last = _QuoteCounter(file), None
-    with pa_csv.open_csv(pa.PythonFile(counter, "r"), read, parse, convert) as reader:
+    types = dict.fromkeys(roles.values() if infer else names, pa.binary())
+    # The names are given, because Arrow takes no header that is not UTF-8.
+    skip = {"column_names": names, "skip_rows_after_names": empty + 1}
+    read = pa_csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False, **skip)
+    parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    last = None
+    with pa_csv.open_csv(opened(file), read, parse, pa_csv.ConvertOptions(column_types=types)) as reader:
         for batch in reader:
             last = batch if len(batch) else last
             yield batch
-    if counter.quotes % 2 and last is not None and any(b"\n" in (cell or b"") for cell in _bytes_of_last_row(last)):
-        raise _UnclosedQuote
+    # Arrow does not notice that the last quote is missing: the row that it opens then runs over lines, to the end.
+    cells = [] if last is None else [last[name][-1].as_py() or b"" for name in types]
+    if any(b"\n" in cell for cell in cells):
+        stream = opened(file)
+        if sum(block.count(b'"') for block in iter(partial(stream.read, BLOCK_BYTES), b"")) % 2:
+            raise _UnclosedQuote
 
 
-def _bytes_of_last_row(batch: pa.RecordBatch) -> list[bytes | None]:
-    return [column[-1].cast(pa.binary()).as_py() for column in batch if _is_text(column.type)]
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return str(kind).removeprefix("large_").removesuffix("_view") in ("string", "binary")
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type without dictionaries and views, and text as text."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    name = str(kind)
+    if name.removeprefix("large_").removesuffix("_view") in ("string", "binary"):
+        return pa.large_string() if "large" in name else pa.string()
+    return kind
 
 
 def _mended(
     batch: pa.RecordBatch, roles: Mapping[str, str], offset: int, repaired: dict[str, tuple[int, int]]
-) -> pa.RecordBatch:
-    """Make every column of text a plain string, without NUL, and count in which rows that changed something."""
-    columns = []
+) -> dict[str, pa.Array]:
+    """Every column, text as a plain string without NUL, counting in which rows that changed something."""
+    columns = {}
     for name, values in zip(batch.schema.names, batch.columns, strict=True):
+        kind = _plain(values.type)
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
-        if not _is_text(values.type):
-            columns.append(values)
-            continue
-        large = "large" in str(values.type)
-        try:
-            # By way of bytes: Arrow checks that they are UTF-8 then, and only then.
-            values = values.cast(pa.large_binary() if large else pa.binary())
-            values = values.cast(pa.large_string() if large else pa.string())
-        except pa.ArrowInvalid:
-            texts = [_decoded(cell) for cell in values.to_pylist()]
-            _count(repaired, "bytes that are not UTF-8, read as Windows-1252", [odd for _, odd in texts], offset)
-            values = pa.array([text for text, _ in texts], pa.large_string() if large else pa.string())
-        if name in roles.values():
-            text = values.buffers()[2]
+        if kind in (pa.string(), pa.large_string()):
+            try:
+                # By way of bytes: Arrow checks that they are UTF-8 then, and only then.
+                values = values.cast(pa.large_binary() if kind == pa.large_string() else pa.binary()).cast(kind)
+            except pa.ArrowInvalid:
+                cells = values.to_pylist()
+                texts = [decoded(cell) for cell in cells]
+                odd = [cell is not None and text.encode() != cell for cell, text in zip(cells, texts, strict=True)]
+                _count(repaired, "bytes that are not UTF-8, read as Windows-1252", odd, offset)
+                values = pa.array(texts, kind)
+            text = values.buffers()[2] if name in roles.values() else None
             # A look at the bytes is ten times faster than a search in every row, and nearly always enough.
             if text and not np.frombuffer(text, np.uint8).all():
                 nul = pc.match_substring(values, "\0")
                 _count(repaired, "NUL bytes, removed", nul.fill_null(False).to_pylist(), offset)
                 values = pc.replace_substring(values, "\0", "")
-        columns.append(values)
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def _decoded(cell: bytes | None) -> tuple[str | None, bool]:
-    if cell is None:
-        return None, False
-    try:
-        return cell.decode("utf-8"), False
-    except UnicodeDecodeError:
-        return cell.decode("cp1252", errors="replace"), True
+        columns[name] = values
+    return columns
 
 
 def _count(repaired: dict[str, tuple[int, int]], name: str, rows: list[bool], offset: int) -> None:

@@ -70,9 +70,8 @@ def _from_path(source: str | os.PathLike[str], columns: str | Mapping[str, str],
                 "anew."
             ) from None
     if path.exists():
-        meds = (path / "data").is_dir() and (path / "metadata").is_dir()
-        table = read_files(path, lambda names: match_columns(names, columns, meds))
-        return replace(table, data=_with_meds_splits(table.data, path, columns)) if meds else table
+        table = read_files(path, lambda names, meds: match_columns(names, columns, meds))
+        return replace(table, data=_with_meds_splits(table.data, path, columns)) if table.meds else table
     # what looks like a path is not looked up on the Hub: a typing error would be sent there
     ends = (*FORMATS, *PACKED)
     if path.name.endswith(ends) or path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:

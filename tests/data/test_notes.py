@@ -374,14 +374,39 @@ def test_a_damaged_saved_folder(tmp_path):
 
 
 def test_shards_must_agree(tmp_path):
-    """Shards of a folder with other columns, or of another kind, are refused by name."""
+    """Shards of a folder without the columns of notes, or of another kind, are refused by name."""
     write(tmp_path / "0.csv", TABLE)
-    write(tmp_path / "1.csv", {key: values for key, values in TABLE.items() if key != "score"})
+    write(tmp_path / "1.csv", {key: values for key, values in TABLE.items() if key != "text"})
     with pytest.raises(ValueError, match=r"1\.csv has the columns"):
         load_notes(tmp_path)
     write(tmp_path / "1.parquet", TABLE)
     with pytest.raises(ValueError, match="holds csv and parquet files"):
         load_notes(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_column_that_nobody_needs_does_not_decide(tmp_path, kind, caplog):
+    """Empty in the first shard, of another type in the second, and missing in the third: the notes are read, all of them."""
+    base = {"patient_id": [1, 1], "time": [0, 1]}
+    for i, more in enumerate(
+        ({"unit": [None, None], "n": [1, 2]}, {"unit": ["x", "y"], "n": ["a", "b"]}, {"n": [1, 2]})
+    ):
+        write(tmp_path / f"{i}.{kind}", base | {"text": [f"{i} a", f"{i} b"]} | more)
+    notes = load_notes(tmp_path)
+    assert sorted(notes["text"][:]) == ["0 a", "0 b", "1 a", "1 b", "2 a", "2 b"]
+    rows = {row["text"]: (row["unit"], row["n"]) for row in notes}
+    assert rows["1 a"] == ("x", "a")
+    assert rows["2 a"] == (None, "1")
+    assert "Some files lack the columns ['unit']" in caplog.text
+
+
+def test_a_header_that_is_not_utf_8_is_read_as_cells_are(tmp_path):
+    """Windows-1252, also after an empty line."""
+    lines = "\r\nPatientennr;Datum;Befund;Größe\r\n1;2020-01-01;Ödem;1\r\n1;2020-01-02;b;2\r\n"
+    (tmp_path / "n.csv").write_bytes(lines.encode("latin-1"))
+    notes = load_notes(tmp_path / "n.csv", columns={"patient_id": "Patientennr", "time": "Datum", "text": "Befund"})
+    assert notes["text"][:] == ["Ödem", "b"]
+    assert notes["Größe"][:] == [1, 2]
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
