@@ -224,17 +224,19 @@ def _hashes(texts: pa.ChunkedArray) -> np.ndarray:
     random = np.random.default_rng(0).integers(1, 2**63, 256, dtype=np.uint64)
     random[list(b" \t\n\r\v\f")] = 0
     sums = []
-    for chunk in texts.cast(pa.large_string()).chunks:
+    for chunk in texts.chunks:  # one after another, so that no text is copied
+        chunk = chunk.cast(pa.large_string())
         ends = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
         content = np.frombuffer(chunk.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]]
         total = np.r_[np.uint64(0), np.cumsum(random[content], dtype=np.uint64)]
         sums.append(np.diff(total[ends - ends[0]]))
     hashes = np.concatenate(sums).view(np.int64)
     _, code, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    rows = np.flatnonzero(counts[code] > 1)
-    for start in range(0, len(rows), 1000):
-        some = rows[start : start + 1000]
-        hashes[some] = [hash(SPACE.sub("", text or "")) for text in texts.take(some).to_pylist()]
+    again, end = counts[code] > 1, 0
+    for chunk in texts.chunks:
+        start, end = end, end + len(chunk)
+        some = np.flatnonzero(again[start:end])
+        hashes[start + some] = [hash(SPACE.sub("", text or "")) for text in chunk.take(some).to_pylist()]
     return hashes
 
 

@@ -336,9 +336,10 @@ def _mended(
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
         if kind in (pa.string(), pa.large_string()):
+            # By way of bytes: Arrow checks that they are UTF-8 then, and only then.
+            values = values.cast(pa.large_binary() if kind == pa.large_string() else pa.binary())
             try:
-                # By way of bytes: Arrow checks that they are UTF-8 then, and only then.
-                values = values.cast(pa.large_binary() if kind == pa.large_string() else pa.binary()).cast(kind)
+                values = values.cast(kind)
             except pa.ArrowInvalid:
                 cells = values.to_pylist()
                 texts = [decoded(cell) for cell in cells]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -16,8 +15,13 @@ TIME_UNITS = ("days", "seconds", "milliseconds", "yyyymmdd")
 DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}  # of dates without separators
 MOST_DAYS = 1e6  # what is beyond counts something shorter than days
 # 31/12/2020, 12-31-20 3:04 PM; 01-JAN-2020
-NUMBERS = re.compile(r"(\d{1,2})([/.-])(\d{1,2})\2(\d{4}|\d{2})( .*)?$")
-MONTHS = re.compile(r"\d{1,2}([ -])[A-Za-z]{3}\1(\d{4}|\d{2})( .*)?$")
+PATTERNS = [
+    mark.join((first, second, year)) + clock
+    for mark in "/.- "
+    for first, second in (("%d", "%m"), ("%m", "%d"), ("%d", "%b"))
+    for year in ("%Y", "%y")
+    for clock in ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
+]
 
 
 def read_times(
@@ -57,8 +61,8 @@ def read_times(
         whole = pc.all(pc.match_substring_regex(values, r"^-?\d+$")).as_py()
         number = pa.int64() if whole else pa.float64()
         return _numbers(_parsed(values, lambda some: some.cast(number), source), source, unit)
-    if NUMBERS.match(first) or MONTHS.match(first):
-        raise ValueError(_how_to_say(values, source))
+    if first and (how := _how_to_say(values, source)):
+        raise ValueError(how)
     return _parsed(values, _from_iso, source), "timestamps"
 
 
@@ -128,32 +132,19 @@ def _from_digits(values: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.strptime(text, DIGITS[lengths[0]] if lengths else "%Y%m%d", "us")
 
 
-def _how_to_say(values: pa.ChunkedArray, source: SourceTable) -> str:
+def _how_to_say(values: pa.ChunkedArray, source: SourceTable) -> str | None:
     """The sentence for dates such as 31/12/2020: which format, and whether day and month can be told apart."""
     row = int(values.is_valid().to_numpy().argmax())
-    first = values[row].as_py()
-    found = NUMBERS.match(first)
-    clock = _clock(first)
-    if not found:
-        [separator, year] = MONTHS.match(first).groups()[:2]  # type: ignore[union-attr]
-        formats = [f"%d{separator}%b{separator}%{'Y' if len(year) == 4 else 'y'}{clock}"]
-    else:
-        separator, year = found.group(2), f"%{'Y' if len(found.group(4)) == 4 else 'y'}"
-        both = [f"%d{separator}%m{separator}{year}{clock}", f"%m{separator}%d{separator}{year}{clock}"]
-        formats = [one for one in both if _reads(values, one)] or both
+    likely = [one for one in PATTERNS if _reads(values.slice(row, 1), one)]
+    likely = [
+        one for one in likely if "%y" in one
+    ] or likely  # %Y reads two digits too, as a year of the first century
+    if not likely:
+        return None
+    formats = [one for one in likely if _reads(values, one)] or likely
     said = " or ".join(f'`time_format="{one}"`' for one in formats)
     unclear = ": day and month cannot be told apart by these rows" if len(formats) > 1 else ""
     return f"Column time is not ISO 8601, first in {source.place(row)}. Say how it is written{unclear}: {said}."
-
-
-def _clock(first: str) -> str:
-    """The strptime format of a time of day at the end of a date, with its space, or nothing."""
-    time = re.search(r" \d{1,2}:\d\d(:\d\d)?( ?[AaPp][Mm])?$", first)
-    if not time:
-        return ""
-    seconds, half = time.groups()
-    space = " " if half and half.startswith(" ") else ""
-    return f" %{'I' if half else 'H'}:%M{':%S' if seconds else ''}{f'{space}%p' if half else ''}"
 
 
 def _reads(values: pa.ChunkedArray, pattern: str) -> bool:
