@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_densefeat.objective.batch_loss import BatchLoss
     from hf_densefeat.objective.moments import Moments
     from hf_densefeat.objective.objective import DenseObjective
-    from hf_densefeat.objective.statistics import Statistics
+    from hf_densefeat.objective.statistics import Statistics, sees_pairing
     from hf_densefeat.objective.terms import orthogonality_loss, spectral_spreading_loss, subspace_consistency_loss
     from hf_densefeat.training.arguments import DenseTrainingArguments
     from hf_densefeat.training.trainer import DenseTrainer
@@ -51,6 +51,7 @@ __all__ = [
     "interpolate_weights",
     "load_notes",
     "orthogonality_loss",
+    "sees_pairing",
     "spectral_spreading_loss",
     "split_by_patient",
     "subspace_consistency_loss",
@@ -74,7 +75,7 @@ _ROOMS = {
     "objective.batch_loss": "BatchLoss",
     "objective.moments": "Moments",
     "objective.objective": "DenseObjective",
-    "objective.statistics": "Statistics",
+    "objective.statistics": "Statistics sees_pairing",
     "objective.terms": "orthogonality_loss spectral_spreading_loss subspace_consistency_loss",
     "training.arguments": "DenseTrainingArguments",
     "training.trainer": "DenseTrainer",

@@ -23,6 +23,7 @@ from hf_densefeat.commands.measuring import (
     similarity_tasks,
 )
 from hf_densefeat.commands.probe import Settings
+from hf_densefeat.commands.settings import writable
 from hf_densefeat.data.layouts import Layout
 from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.data.readers import read_files
@@ -100,15 +101,25 @@ def recorded_split(models: Sequence[str]) -> SplitRecord | None:
     return record
 
 
+def check_words(settings: Settings) -> None:
+    """ValueError for words of tasks and uses that are none, and for a folder that cannot be written."""
+    writable(settings.output, "output")
+    if settings.meds:
+        Path(settings.meds).mkdir(mode=0o700, parents=True, exist_ok=True)  # it will hold patient ids
+        writable(settings.meds, "meds")
+    similarity_tasks(settings.similarity or [], None)
+    for argument in settings.task:
+        if [*argument.split(":"), ""][1] not in PROBE_KINDS:
+            raise ValueError(
+                f"Expected --task label:kind or label:kind:table, kind one of {', '.join(PROBE_KINDS)}, got {argument!r}."
+            )
+
+
 def parse_tasks(arguments: Sequence[str], notes: datasets.Dataset) -> list[ProbeTask]:
     """`label:kind` for a column of the notes, `label:kind:table` for a table of its own."""
     tasks = []
     for argument in arguments:
-        label, kind, table = (*argument.split(":", 2), "")[:3] if argument.count(":") else (argument, "", "")
-        if kind not in PROBE_KINDS:
-            raise ValueError(
-                f"Expected --task label:kind or label:kind:table, kind one of {list(PROBE_KINDS)}, got {argument!r}."
-            )
+        label, kind, table = (*argument.split(":", 2), "")[:3]
         if not table:
             tasks.append(ProbeTask(label, notes, label, cast(Kind, kind)))
             continue
@@ -136,7 +147,9 @@ def read_table(path: str) -> datasets.Dataset:
 
 
 def truncated_share(encoder: Encoder, texts: Sequence[str]) -> float:
-    """Share of the texts that are longer than what the encoder sees."""
+    """Share of the texts that are longer than what the encoder sees; 0 for one that reads long notes in chunks."""
+    if getattr(encoder.model, "long_notes", None) == "chunk":
+        return 0.0
     lengths = encoder.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
     return float(np.mean([len(ids) > encoder.max_length for ids in lengths]))
 
@@ -269,8 +282,8 @@ def examine_all(settings: Settings) -> tuple[Reading, dict[str, Found]]:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    check_words(settings)
     reading = Reading.of(settings)
-    Path(settings.output).mkdir(parents=True, exist_ok=True)
     found: dict[str, Found] = {}
     for argument in settings.model:
         encoder = load_encoder(argument, set(found), settings.max_length)

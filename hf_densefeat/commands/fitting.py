@@ -1,9 +1,9 @@
 """The dense head of an encoder, fitted on training patients' notes: of `head`, `interpolate` and `pretrain`."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from hf_densefeat.commands.head import Settings
-from hf_densefeat.commands.measuring import Lookup, Measurement, default_similarity, loading, quiet
+from hf_densefeat.commands.measuring import Lookup, Measurement, default_similarity, loading, quiet, similarity_tasks
+from hf_densefeat.commands.settings import writable
 from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import adjacent_pairs
 from hf_densefeat.data.splits import SplitRecord, hold_out
@@ -19,6 +20,10 @@ from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.head import SAMPLE, DenseHead, epsilon_of, fit_head
 from hf_densefeat.models.tokenizers import load_tokenizer
 from hf_densefeat.reporting.tables import before_after_table, terminal
+
+logger = logging.getLogger(__name__)
+
+FEW_PAIRS = 50  # the mean of so many ranks in [0, 1] has a standard error of up to .5 / sqrt(50) = .07
 
 
 def loaded(settings: Settings) -> Any:
@@ -36,6 +41,8 @@ def fit_and_save(model: Any, settings: Settings, record: SplitRecord | None = No
         settings: of the command.
         record: of whom another model was trained on that is in the encoder's weights.
     """
+    writable(settings.output, "output")
+    similarity_tasks(settings.similarity or [], None)  # words alone: before the notes are read
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(settings.model)
     notes = settings.read()
@@ -49,7 +56,6 @@ def fit_and_save(model: Any, settings: Settings, record: SplitRecord | None = No
     measure = Measurement(held_out, similarity=settings.similarity or default_similarity(held_out), seed=settings.seed)
     if measure.uses and any(rows.queries for rows in measure.uses.rows.values()):
         raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
-    Path(settings.output).mkdir(parents=True, exist_ok=True)  # what cannot be done is said before all is encoded
     model.dense_head = None
     encode = partial(
         model.encode, tokenizer=tokenizer, batch_size=settings.batch_size, show_progress_bar=True, head=False
@@ -81,12 +87,17 @@ def fit_on_parts(encode: Callable[..., torch.Tensor], parts: Mapping, epsilon: s
         epsilon: "center", "auto" or a number above 0, as a word.
         seed: of the sample of training notes.
     """
-    pairs = None
-    if epsilon == "auto":
-        following = adjacent_pairs(parts["validation"])
-        texts = np.array(parts["validation"]["text"][:], dtype=object)
-        pairs = (texts[following.earlier].tolist(), texts[following.later].tolist())
+    pairs = validation_pairs(parts) if epsilon == "auto" else None
+    if pairs is not None and len(pairs[0]) < FEW_PAIRS:
+        logger.warning("Epsilon is chosen on %d pairs of notes: fewer than %d cannot tell.", len(pairs[0]), FEW_PAIRS)
     return fit_head(encode, parts["train"]["text"][:], epsilon=epsilon_of(epsilon), pairs=pairs, seed=seed)
+
+
+def validation_pairs(parts: Mapping) -> tuple[list[str], list[str]]:
+    """Texts of validation patients' adjacent notes, by which epsilon is chosen; ValueError where there are none."""
+    following = adjacent_pairs(parts["validation"])
+    texts = np.array(parts["validation"]["text"][:], dtype=object)
+    return texts[following.earlier].tolist(), texts[following.later].tolist()
 
 
 def described(head: DenseHead, parts: Mapping) -> str:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def hand_on(words: list[str], default_config: Path | None) -> None:
         try:
             command.run(settings)
         except (ValueError, OSError) as error:
-            sys.exit(f"densefeat {name}: error: {error_line(error)}")
+            options = (one.name for one in fields(command.Settings))
+            sys.exit(f"densefeat {name}: error: {error_line(error, options)}")
 
 
 def usage() -> str:
@@ -66,6 +68,7 @@ def usage() -> str:
 
 def launch_if_several(name: str, words: list[str]) -> None:
     """With `--num_processes N`: start the command in so many, and end with their status."""
+    words = [part for word in words for part in (word.split("=") if word.startswith("--num_processes=") else [word])]
     if "--num_processes" in words[:-1]:
         place = words.index("--num_processes")
         several = ["--multi_gpu"] if words[place + 1] != "1" else []  # without it a CPU would have one process alone

@@ -7,6 +7,7 @@ pictures.
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_densefeat.commands.settings import NotesTable, nearest, option, refuse_unknown
+from hf_densefeat.commands.settings import SYNONYMS, NotesTable, canonical, nearest, option, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -27,7 +28,7 @@ class Settings(NotesTable):
     """What is read, from where, and what is measured; the rest is `DenseTrainingArguments`."""
 
     notes: str = option("", help="File, folder or Hub name of the notes.")
-    model_name_or_path: str | None = option(None, help="Hub name or folder of the encoder.")
+    model: str | None = option(None, help="Hub name or folder of the encoder.")
     config_name: str | None = option(None, help="Start from random weights with this config.")
     tokenizer_name: str | None = option(None, help="Default: beside the model or config.")
     similarity: list[str] = option(
@@ -48,7 +49,7 @@ class Settings(NotesTable):
 
 GROUPS = {  # what people set; --help_all lists the rest
     "data": ("notes", "patient_column", "time_column", "text_column", "pairs", "max_gap"),
-    "model": ("model_name_or_path", "pooling", "max_length", "long_notes", "head"),
+    "model": ("model", "pooling", "max_length", "long_notes", "head"),
     "objective": ("mlm_weight", "dense_weight", "lambda_pair", "lambda_sub", "mlm_probability"),
     "training": ("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "bf16"),
     "measured": ("similarity", "probe"),
@@ -56,17 +57,18 @@ GROUPS = {  # what people set; --help_all lists the rest
 }
 USAGE = "densefeat pretrain [--config FILE.yaml] [--option value ...]"
 EXAMPLES = """examples:
-  densefeat pretrain --notes notes.parquet --model_name_or_path answerdotai/ModernBERT-base --max_steps 2000 --bf16
+  densefeat pretrain --notes notes.parquet --model answerdotai/ModernBERT-base --max_steps 2000 --bf16
   densefeat pretrain --config my.yaml --similarity diagnosis:neighbours --probe died:binary --output_dir out
   densefeat pretrain --config my.yaml --resume_from_checkpoint last
 
-Every option may stand in the YAML file of --config; the command line wins. --help_all lists all options."""
+Every option may stand in the YAML file of --config; the command line wins. A path there that begins with ./ or ../ is
+relative to the file, any other to the folder that you are in. --help_all lists all options."""
 EXTRA = ("config", "help", "help_all", "num_processes")  # options that no dataclass has
 
 
 def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
     """Read the options, and run."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = canonical(sys.argv[1:] if argv is None else argv)
     check(words)
     settings, args = parse(words, default_config)
     from hf_densefeat.commands.pretraining import run
@@ -133,12 +135,14 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Sett
     from transformers import HfArgumentParser
     from transformers.integrations import get_available_reporting_integrations
 
+    from hf_densefeat.evaluation.tasks import PROBE_KINDS
     from hf_densefeat.models.head import epsilon_of
     from hf_densefeat.training.arguments import DenseTrainingArguments
 
     classes: Any = [Settings, DenseTrainingArguments]
     parser = HfArgumentParser(classes, prog="pretrain", usage=USAGE, allow_abbrev=False, add_help=False)
     parser.add_argument("--config", help="YAML file of options.")
+    argv = canonical(argv)
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()
@@ -160,16 +164,19 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Sett
         parser.error(f"--report_to {name}: {name} is not installed. Install it, or say --report_to none.")
     if not settings.notes:
         parser.error("no notes: pass --notes, a file, folder or Hub name, or name them in the config.")
-    if not (settings.model_name_or_path or settings.config_name):
-        parser.error("no model: pass --model_name_or_path, a Hub name or folder (or --config_name for a new one).")
+    if not (settings.model or settings.config_name):
+        parser.error("no model: pass --model, a Hub name or folder (or --config_name for a new one).")
     if settings.head != "none":
         try:
             epsilon_of(settings.head)
         except ValueError as error:
             parser.error(f"--head none, or an epsilon: {error}")
     for task in settings.probe:
-        if task.count(":") != 1:
-            parser.error(f"expected --probe label_column:kind but got {task!r}, as in --probe died:binary.")
+        if task.count(":") != 1 or task.rpartition(":")[2] not in PROBE_KINDS:
+            kinds = ", ".join(PROBE_KINDS)
+            parser.error(
+                f"expected --probe label_column:kind, kind one of {kinds}, but got {task!r}: --probe died:binary."
+            )
     return settings, args
 
 
@@ -185,13 +192,24 @@ def options_of(config: Path | str | None, known: set[str], parser: "HfArgumentPa
     values = yaml.load(Path(config).read_text(), Loader=yaml.BaseLoader) or {}
     words = []
     for key, value in values.items():
+        key = SYNONYMS.get(key, key)
         if key not in known:
             parser.error(f"{config}: unknown key {key!r}.{nearest(key, known)} --help lists the options.")
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list) else [json.dumps(_typed(value)) if isinstance(value, dict) else value]
         items = [str(Path(config).parent / item) if item.startswith(("./", "../")) else item for item in items]
         if items not in ([""], ["null"]):
             words += [f"--{key}", *items]
     return words
+
+
+def _typed(value: Any) -> Any:
+    """A YAML mapping of words with its numbers as numbers: `terms: {sphericity: 1e-1}`."""
+    if isinstance(value, dict):
+        return {key: _typed(inner) for key, inner in value.items()}
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 if __name__ == "__main__":

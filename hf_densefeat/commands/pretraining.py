@@ -2,23 +2,26 @@
 
 import json
 import os
+import shlex
 import sys
 import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub
 import torch
 from datasets import disable_progress_bars
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.commands.fitting import described, fit_on_parts
-from hf_densefeat.commands.measuring import Measurement, loading, probes_of, sample
-from hf_densefeat.commands.pretrain import Settings
+from hf_densefeat.commands.fitting import described, fit_on_parts, validation_pairs
+from hf_densefeat.commands.measuring import Measurement, loading, probes_of, sample, similarity_tasks
+from hf_densefeat.commands.pretrain import Settings, written_options
 from hf_densefeat.commands.progress import line, show
-from hf_densefeat.commands.settings import error_line
+from hf_densefeat.commands.settings import error_line, writable
 from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.splits import SplitRecord, hold_out
@@ -38,7 +41,7 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
     try:
         train_and_measure(settings, args)
     except KeyboardInterrupt:
-        sys.exit(f"\nStopped. {how_to_resume(args)}")
+        sys.exit("\nStopped.")
     except SafetensorError as error:
         sys.exit(f"pretrain: error: {args.output_dir} could not be written: {error}")
 
@@ -52,9 +55,10 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
         disable_progress_bars()
         args.disable_tqdm = True
     try:
+        beside = kept_measurements(settings, args)
         trainer, measure, parts, head_is_new = prepare(settings, args)
     except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
-        sys.exit(f"pretrain: error: {error_line(error)}")
+        sys.exit(f"pretrain: error: {error_line(error, written_options())}")
 
     model: Any = trainer.model
     tokenizer = trainer.processing_class
@@ -70,9 +74,9 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
         last = args.resume_from_checkpoint == "last"
         result = trainer.train(resume_from_checkpoint=True if last else args.resume_from_checkpoint)
     except KeyboardInterrupt:
-        sys.exit(f"\nStopped at update {trainer.state.global_step}. {how_to_resume(args)}")
+        sys.exit(f"\nStopped at update {trainer.state.global_step}. {how_to_resume(trainer)}")
     except SystemExit:
-        say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(args)}")
+        say(args, f"Stopped by SIGTERM at update {trainer.state.global_step}. {how_to_resume(trainer)}")
         raise
     except (OSError, CheckpointError) as error:  # anything else is a fault of ours, with its traceback
         sys.exit(f"pretrain: error: {error}")
@@ -80,19 +84,20 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
     say(args, line("trained", f"{trainer.state.global_step:,} updates in {seconds:,.0f} s"))
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    trainer.save_model(_internal_call=True)  # first: whatever fails from here on, the encoder is there
     if settings.head != "none":
         encode = partial(trainer.dense_model.encode, tokenizer=tokenizer, head=False)
         head = fit_on_parts(encode, parts, settings.head, args.seed)
         trainer.dense_model.dense_head = head
         say(args, described(head, parts))
-    trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
+        trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
     if args.should_save:
         # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
         trained = AutoDenseModel.from_pretrained(str(args.output_dir))
         name = "MLM + dense" if args.dense_weight else "MLM alone"
         after = measure(name, trained.to(args.device), tokenizer)
         assert before is not None
-        report([before, *kept_measurements(settings), after], trainer, args)
+        report([before, *beside, after], trainer, args)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -110,7 +115,13 @@ def use_every_core(args: DenseTrainingArguments) -> None:
 
 def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, bool]:
     """Notes split by patient, model, trainer and measurement, each checked; what was read is printed."""
-    source = str(settings.model_name_or_path or settings.config_name)
+    place = where_to(args)
+    similarity_tasks(settings.similarity, None)  # words alone
+    if args.push_to_hub:
+        validate_repo_id(Path(str(args.output_dir)).name if args.hub_model_id is None else args.hub_model_id)
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise ValueError("--push_to_hub needs the Hub, but offline mode is enabled: unset HF_HUB_OFFLINE.")
+    source = str(settings.model or settings.config_name)
     with loading(settings.tokenizer_name or source):  # first: a name that is wrong is said before the notes are read
         tokenizer = load_tokenizer(settings.tokenizer_name or source)
     with args.main_process_first(desc="reading notes"):
@@ -137,7 +148,8 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     probes = probes_of(settings.probe, probed)
     how |= {"record": record, "allow_trained": allow}
     measure = Measurement(held_out, similarity=settings.similarity, probes=probes, **how)
-    place = where_to(args)
+    if settings.head == "auto":
+        validation_pairs(parts)  # which the choice of epsilon needs after training
     validation = parts["validation"] if args.eval_strategy != "no" else None
     trainer = DenseTrainer(
         model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
@@ -155,8 +167,8 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
 
 def where_to(args: DenseTrainingArguments) -> str:
     """The output folder, and whether it has something in it already."""
-    folder = Path(str(args.output_dir))
-    full = folder.is_dir() and any(folder.iterdir()) and not args.resume_from_checkpoint
+    folder = writable(str(args.output_dir), "output_dir")
+    full = any(folder.iterdir()) and not args.resume_from_checkpoint
     return f"{folder}{', which is not empty: files of the same names are written over' if full else ''}"
 
 
@@ -169,11 +181,9 @@ def objective_in_words(args: DenseTrainingArguments) -> str:
 
 def load_model(settings: Settings, args: DenseTrainingArguments) -> tuple[Any, bool]:
     """The model, and whether its language-modelling head has just been made."""
-    if not settings.model_name_or_path:
+    if not settings.model:
         return AutoDenseModel.from_config(AutoConfig.from_pretrained(str(settings.config_name)), args.pooling), False
-    model, loading = AutoDenseModel.from_pretrained(
-        settings.model_name_or_path, pooling=args.pooling, output_loading_info=True
-    )
+    model, loading = AutoDenseModel.from_pretrained(settings.model, pooling=args.pooling, output_loading_info=True)
     body = model.base_model_prefix + "."
     return model, any(not name.startswith(body) for name in loading["missing_keys"])
 
@@ -205,17 +215,29 @@ def warm_up_head(model: Any, settings: Settings, args: DenseTrainingArguments, t
         parameter.requires_grad_(True)
 
 
-def how_to_resume(args: DenseTrainingArguments) -> str:
+def how_to_resume(trainer: DenseTrainer) -> str:
     """What to do after Ctrl-C or SIGTERM."""
-    found = newest_whole(Path(str(args.output_dir)))
+    found = newest_whole(Path(str(trainer.args.output_dir)), trainer.fingerprint())
     if found is None:
         return "There is no checkpoint to resume from: --save_steps says how often one is written."
     return f"The same command with --resume_from_checkpoint last goes on from {found.name}."
 
 
-def kept_measurements(settings: Settings) -> list[Measured]:
-    """What was measured once of another training on the same notes, such as MLM alone, from the file that names it."""
-    return json.loads(Path(settings.beside).read_text()) if settings.beside else []
+def kept_measurements(settings: Settings, args: DenseTrainingArguments) -> list[Measured]:
+    """What was measured once of another training, such as MLM alone; nothing where that was of other options.
+
+    The file of `beside` says by `of` which options it is of, such as model, seed and max_steps.
+    """
+    if not settings.beside:
+        return []
+    kept = json.loads(Path(settings.beside).read_text())
+    here = {name: value for source in (args, settings) for name, value in vars(source).items()}
+    same = {name: here[name] == value or str(here[name]).endswith(f"/{value}") for name, value in kept["of"].items()}
+    if all(same.values()):
+        return kept["measured"]
+    other = ", ".join(f"{name} {kept['of'][name]}" for name, equal in same.items() if not equal)
+    say(args, line("beside", f"{Path(settings.beside).name} is left out: it was measured with {other}"))
+    return []
 
 
 def report(measured: list[Measured], trainer: DenseTrainer, args: DenseTrainingArguments) -> None:
@@ -226,18 +248,21 @@ def report(measured: list[Measured], trainer: DenseTrainer, args: DenseTrainingA
     (folder / "report.json").write_text(json.dumps(plain_numbers(numbers), indent=1) + "\n")
     trainer.measured = measured
     trainer.create_model_card()
+    if trainer.dense_model.dense_head is not None:
+        words = "The mean cosine after training is after the head, which subtracts the mean of training notes; centring alone"
+        say(args, "", textwrap.fill(f"{words} would lower that of the start too.", 80))
     advice = textwrap.fill(verdict(measured[-1], measured[0]).sentence, 80)
     say(args, f"\n{terminal(table)}\n\n{advice}\n\n{next_steps(args)}")
 
 
 def next_steps(args: DenseTrainingArguments) -> str:
     """Where things are and what to do with them, in three lines."""
-    folder = args.output_dir
+    folder, word = args.output_dir, shlex.quote(str(args.output_dir))
     return (
         f"Saved to {folder}: AutoModel and SentenceTransformer open it; report.md has this table.\n"
         f'Search:   SentenceTransformer("{folder}").encode(texts)\n'
-        f"Measure:  densefeat probe --model {folder} --notes YOUR_NOTES --similarity same_patient\n"
-        f"Share:    hf upload YOUR_NAME/MODEL {folder} --private --exclude '_*'"
+        f"Measure:  densefeat probe --model {word} --notes YOUR_NOTES --similarity same_patient\n"
+        f"Share:    hf upload YOUR_NAME/MODEL {word} --private --exclude '_*'"
     )
 
 

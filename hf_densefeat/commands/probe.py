@@ -47,7 +47,7 @@ def run(settings: Settings) -> dict:
 
     reading, found = examine_all(settings)
     report = write_report(found, reading, settings)
-    show(report, settings.output)
+    show(report, found, settings.output)
     if settings.meds:
         write_predictions(settings.meds, reading, found)
     return report

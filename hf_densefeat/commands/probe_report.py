@@ -100,14 +100,28 @@ def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, 
         f"{datetime.date.today().isoformat()}, hf_densefeat {importlib.metadata.version('hf_densefeat')}. "
         f"{counts['notes']:,} notes of {counts['patients']:,} patients, {counts['pairs']:,} adjacent pairs{whose}. "
         f"{copies}{encoders}. "
-        f"Subspaces of {settings.k} dimensions, seed {settings.seed}."
+        f"Subspaces of {settings.k} dimensions, seed {settings.seed}. {different_lengths(found)}"
     )
 
 
-def show(report: dict, output: str) -> None:
-    """Print the table, the verdicts and where the report is."""
+def different_lengths(found: dict[str, Found]) -> str:
+    """What to know where the models do not see the same of a note; nothing where they do."""
+    limits = {one.encoder.max_length for one in found.values() if one.geometry["truncated"]}
+    if len({one.encoder.max_length for one in found.values()}) < 2 or not limits:
+        return ""
+    return f"The models do not see the same of a note: --max_length {min(limits)} makes them comparable."
+
+
+def show(report: dict, found: dict[str, Found], output: str) -> None:
+    """Print the table, the verdicts, what to know beside them, and where the report is."""
     verdicts = ("\n" + textwrap.fill(one["sentence"], 80) for one in report["verdicts"].values())
     print(terminal(before_after_table(report["measured"])), *verdicts, sep="\n")
+    if different_lengths(found):
+        print(f"\n{different_lengths(found)}")
+    for task, one in next(iter(report["probes"].values()), {}).items():
+        untrained = one["rows"].get("classes_without_training_rows")
+        if untrained:
+            print(f"\n{task}: {untrained} classes of the test rows have no training row, and an AUROC of .500 each.")
     print(f"\nWritten to {output}: report.html, one file that can be sent, report.md and report.json.")
 
 

@@ -3,8 +3,11 @@
 import argparse
 import difflib
 import re
+import shlex
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMNS = {"patient_id": "patient_column", "time": "time_column", "text": "text_column"}
+
+
+SYNONYMS = {"model_name_or_path": "model"}  # what transformers' scripts call an option
 
 
 def option(default: Any = MISSING, *, help: str) -> Any:
@@ -87,25 +93,36 @@ def parser_of(command: ModuleType) -> argparse.ArgumentParser:
 
 def parse(command: ModuleType, words: Sequence[str]) -> Any:
     """The `Settings` of a command's module from words of the command line; what is wrong with them ends the process."""
-    parser = parser_of(command)
+    parser, words = parser_of(command), canonical(words)
     refuse_unknown(words, {word.removeprefix("--") for word in parser._option_string_actions}, parser)
     return command.Settings(**vars(parser.parse_args(words)))
 
 
+def canonical(words: Sequence[str]) -> list[str]:
+    """The words with every synonym of an option replaced."""
+    found = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        other = SYNONYMS.get(name[2:].replace("-", "_")) if name.startswith("--") else None
+        found.append(f"--{other}{equals}{value}" if other else word)
+    return found
+
+
 def refuse_unknown(words: Sequence[str], known: Iterable[str], parser: argparse.ArgumentParser) -> None:
-    """End the process at the first option that is not known, with the nearest ones.
+    """End the process if there are options that are not known; all are named, with the nearest ones.
 
     Args:
         words: of the command line.
         known: names with underscores. `--no-x` of a switch and hyphens are taken too, as HfArgumentParser takes them.
         parser: says it.
     """
-    names = {name.replace("-", "_") for name in known}
+    names, unknown = {name.replace("-", "_") for name in known}, []
     for word in words:
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name and name not in names and name.removeprefix("no_") not in names:
-            message = f"unknown: {word}.{nearest(name, names)} --help lists the options."
-            parser.exit(2, f"{parser.prog}: error: {message}\n")
+            unknown.append(f"unknown: {word}.{nearest(name, names)}")
+    if unknown:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(unknown)} --help lists the options.\n")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -114,7 +131,31 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def error_line(error: Exception) -> str:
-    """What a room says of a mistake, with options of the command in the place of Python's."""
-    options = ", ".join(f"--{column}" for column in COLUMNS.values())
-    return re.sub(r"Name yours with\s+`columns=.*?`", f"Name yours with {options}", str(error), flags=re.DOTALL)
+def error_line(error: Exception, options: Iterable[str]) -> str:
+    """What a room says of a mistake, with the options of the command in the place of Python's: `--time_unit days`.
+
+    What is in brackets, (`on_missing="drop"`), is left out where the command has no such option.
+    """
+    known, columns = set(options), ", ".join(f"--{column}" for column in COLUMNS.values())
+
+    def named(match: re.Match[str]) -> str:
+        if match["name"] not in known:
+            return "" if match["bracket"] else match[0]
+        value = match["value"].strip('"')
+        words = f"--{match['name']}" + (f" {shlex.quote(value)}" if value not in ("", "True") else "")
+        return f" ({words})" if match["bracket"] else words
+
+    text = re.sub(r"Name yours with\s+`columns=.*?`", f"Name yours with {columns}", str(error), flags=re.DOTALL)
+    return re.sub(
+        r'(?P<bracket> \()?`?\b(?P<name>\w+)=(?P<value>"[^"]*"|\w*(?:\.\w+\(\w*\))?)`?(?(bracket)\))', named, text
+    )
+
+
+def writable(folder: str, name: str) -> Path:
+    """The folder, made if it is not there; ValueError with the option that names it where nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    except OSError as error:
+        raise ValueError(f"--{name} {shlex.quote(folder)} cannot be written: {error.strerror}.") from None

@@ -129,7 +129,7 @@ def _checked(
         if missing.any() and on_missing == "error" and not static:
             raise ValueError(
                 f"{int(missing.sum()):,} of {total:,} rows have {name}, first {source.place(int(missing.argmax()))}. "
-                'Fill them in, or pass `on_missing="drop"` to leave them out.'
+                'Fill them in, or leave them out (`on_missing="drop"`).'
             )
     for name, values in {"patient_id": patient, "time": time}.items():
         if not values.equals(column(table, name)):

@@ -38,18 +38,19 @@ def open_source(source: Any, columns: str | Mapping[str, str], split: str | None
         source = _one_split(source, split)
     if isinstance(source, datasets.Dataset):
         return SourceTable(source.with_format(None))
-    # before Mapping: a frame may look like a mapping of its columns
-    if isinstance(source, Frame):
-        return SourceTable(datasets.Dataset(_plain_table(pa.RecordBatchReader.from_stream(source).read_all())))
     try:
+        # before Mapping: a frame may look like a mapping of its columns
+        if isinstance(source, Frame):
+            return SourceTable(datasets.Dataset(_plain_table(pa.RecordBatchReader.from_stream(source).read_all())))
         if isinstance(source, Mapping):
             return SourceTable(datasets.Dataset.from_dict(dict(source)))
         if isinstance(source, list):
             return SourceTable(datasets.Dataset.from_list(source))
     except (pa.ArrowException, AttributeError, TypeError) as error:
         raise ValueError(
+            # Arrow's own message quotes a cell
             f"The {type(source).__name__} is no table ({type(error).__name__}): expected columns of one length and type each, "
-            "or a list of dicts with the same keys."
+            "or a list of dicts with the same keys. Does a column hold strings and numbers?"
         ) from None
     if not isinstance(source, str | os.PathLike):
         raise ValueError(

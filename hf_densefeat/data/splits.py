@@ -149,7 +149,7 @@ class SplitRecord:
             raise UnknownTrainingPatients(
                 f"Who the model was trained on cannot be told: its record names patients by a list, and {why}. Copy the "
                 "file from the folder that training wrote, or, if these are other patients or you want it so, allow it "
-                "(--allow_trained, allow_trained=True)."
+                "(allow_trained=True)."
             )
         found = np.zeros(len(ids), dtype=bool)
         for rule in self.rules:
@@ -172,7 +172,7 @@ def refuse_trained(ids: Sequence[Hashable], model: Any, what: str) -> None:
         raise ValueError(
             f"{what}: {trained:,} of {len(ids):,} test patients were trained on, by the record of the model. Split as it "
             "does (record=SplitRecord.of(model)); or, if these are other patients with the same ids or you want it so, "
-            "allow it (--allow_trained, allow_trained=True)."
+            "allow it (allow_trained=True)."
         )
 
 
@@ -251,7 +251,7 @@ def parts_of_patients(
                 f"{wrong:,} of {int((given > 0).sum()):,} validation and test patients of {table} were trained on, by the "
                 "record of the model: its own splits contradict the record. Remove or rename the column of splits, and "
                 "the record splits the table; or, if these are other patients with the same ids or you want it so, allow "
-                "it (--allow_trained, allow_trained=True)."
+                "it (allow_trained=True)."
             )
         return given
     if stratum is None and record is not None and record.rules:
@@ -276,8 +276,8 @@ def parts_of_patients(
     if missing and trained.any():
         raise ValueError(
             f"{int(trained.sum()):,} of the {len(ids):,} patients of {table} were trained on, by the record of the model: "
-            f"nobody is left for {' and '.join(missing)}. Bring other patients, or allow it (--allow_trained, "
-            "allow_trained=True)."
+            f"nobody is left for {' and '.join(missing)}. Bring other patients, or allow it "
+            "(allow_trained=True)."
         )
     return parts
 

@@ -75,7 +75,7 @@ def _numbers(values: pa.ChunkedArray, source: SourceTable, unit: str | None) -> 
             first = int((much if much.any() else values.is_valid().to_numpy()).argmax())
             raise ValueError(
                 f"Column time holds numbers that look like {looks}, first {source.place(first)}, not like days. Say what "
-                f"they are: `time_unit=` (`--time_unit`) one of {', '.join(TIME_UNITS)}."
+                f"they are: `time_unit=` one of {', '.join(TIME_UNITS)}."
             )
     if unit in (None, "days"):
         return values, "numbers of days"

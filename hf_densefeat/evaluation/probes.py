@@ -45,7 +45,8 @@ class ProbeResult:
         kind: the task's kind.
         metrics: metric name to `Estimate`.
         replicates: metric name to the bootstrap values (B,), replicate b redrawing the same patients for any encoder.
-        rows: row counts: train, validation, test, unlabelled; ``patients`` in the test rows.
+        rows: row counts: train, validation, test, unlabelled; ``patients`` in the test rows; where there are such,
+            ``classes_without_training_rows`` of the test rows, whose AUROC is that of a guess.
         strength: the C, or the ridge penalty per row, that the validation rows chose; None for clustering.
         shots: k to the AUROC `Estimate` with k rows of each class, mean over the draws.
         test_index: position of the test rows in the task's table.
@@ -179,6 +180,8 @@ def probe(
         fitted = _Fitted(np.arange(len(y)), clusters)
     else:
         fitted = _fitted(z, y, split, kind, int(y.max()) + 1 if kind != "regression" else 0)
+        untrained = np.setdiff1d(y[split == 2], y[split == 0]) if kind == "multiclass" else ()
+        rows |= {"classes_without_training_rows": len(untrained)} if len(untrained) else {}
     # weight 1 for the value itself, and a row of weights for each redraw of the patients
     ours, owners, one = y[fitted.test], patient[fitted.test], np.ones((1, len(fitted.test)))
     weights = patient_weights(owners, bootstraps, seed) if bootstraps else np.empty((0, len(ours)))

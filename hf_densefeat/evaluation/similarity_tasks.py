@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hf_densefeat.data.columns import shown
 from hf_densefeat.data.identity import identities
 
 SimilarityKind = Literal["neighbours", "retrieval", "same_patient", "clusters", "few_labels"]
@@ -102,7 +103,7 @@ def _column(task: SimilarityTask, table: Any, *names: str) -> list:
             return values.tolist() if hasattr(values, "tolist") else list(values)
     raise ValueError(
         f"Similarity {task.name!r}: expected a column {' or '.join(map(repr, names))}; the table has "
-        f"{sorted(_columns(table))}."
+        f"{shown(_columns(table))}."
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from hf_densefeat.data.columns import shown
 from hf_densefeat.data.identity import identities
 from hf_densefeat.data.splits import SplitRecord, one_part_each, parts_of_patients, split_codes
 
@@ -48,7 +49,7 @@ class ProbeTask:
         """A column of the table, or ValueError with those that there are."""
         if name not in table.column_names:
             raise ValueError(
-                f"Probe {self.name!r} needs the column {name!r}; the table has {sorted(table.column_names)}."
+                f"Probe {self.name!r} needs the column {name!r}; the table has {shown(table.column_names)}."
             )
         return list(table[name][:])  # a column by itself is read row by row
 
@@ -81,7 +82,10 @@ class Rows:
 
 def _encoded_labels(labels: list, task: ProbeTask) -> tuple[np.ndarray, list]:
     if task.kind == "regression":
-        values = np.asarray(labels, dtype=np.float64)
+        try:
+            values = np.asarray(labels, dtype=np.float64)
+        except (ValueError, TypeError):  # whose message quotes the label
+            raise ValueError(f"Probe {task.name!r}: column {task.label!r} does not hold numbers alone.") from None
         if not np.isfinite(values).all():
             raise ValueError(f"Probe {task.name!r}: column {task.label!r} holds infinite values.")
         return values, []

@@ -7,10 +7,12 @@ which a run resumes, in `adapter/`: at the root its config would send transforme
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 from typing import cast
 
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -24,7 +26,24 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             f"{PeftType(config.peft_type).value} adds virtual tokens, which cannot be merged into the weights, so that no "
             "plain AutoModel could open the encoder. Use an adapter of the weights, such as LoraConfig."
         )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    check_ties(adapted)
+    return adapted
+
+
+def check_ties(model: PeftModel) -> None:
+    """ValueError for an adapter of a matrix that two modules share: merged, it would change the other module too."""
+    base = model.get_base_model()
+    names = Counter(parameter for _, parameter in base.named_parameters(remove_duplicate=False))
+    shared = {parameter for parameter, number in names.items() if number > 1 and parameter.ndim > 1}
+    for name, module in base.named_modules():
+        own: set = set(module.parameters(recurse=False)) if name.endswith(".base_layer") else set()
+        own |= set(module.original_module.parameters()) if isinstance(module, ModulesToSaveWrapper) else set()
+        if own & shared:
+            raise ValueError(
+                f"The adapter changes {name.removesuffix('.base_layer')}, whose weight is tied to another module's: merged "
+                "into one, it would change the other too. Leave it out of target_modules and modules_to_save."
+            )
 
 
 def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -55,7 +74,13 @@ def load_adapter(model: PeftModel, folder: Path | str) -> None:
     [name] = model.active_adapters
     if not Path(folder).is_dir():
         raise ValueError(f"The checkpoint has no folder {ADAPTER!r}: it was not written by a run with peft_config.")
-    result = model.load_adapter(str(folder), name, is_trainable=True)
+    try:
+        result = model.load_adapter(str(folder), name, is_trainable=True)
+    except RuntimeError:
+        raise ValueError(
+            "The adapter in the checkpoint has other shapes than that of peft_config, such as another rank r: resume with "
+            "the peft_config that wrote it."
+        ) from None
     if result.missing_keys or result.unexpected_keys:
         raise ValueError(
             f"The adapter in the checkpoint does not fit peft_config. Missing: {sorted(result.missing_keys)[:5]}; "

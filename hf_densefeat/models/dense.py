@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -33,7 +35,7 @@ from hf_densefeat.models.sentence_transformers import (
     read_folder,
     write_folder,
 )
-from hf_densefeat.models.tokenizers import ABSENT, load_tokenizer
+from hf_densefeat.models.tokenizers import ABSENT, NO_LIMIT, check_vocabulary, load_tokenizer
 
 Native: Any = PreTrainedModel if TYPE_CHECKING else object  # what the mixin is mixed into
 
@@ -225,7 +227,11 @@ class DenseFeatureMixin(Native):
 
     def _rows(self, texts: list[str], tokenizer: Any, max_length: int | None) -> Rows:
         limit = max_length or self.max_length or tokenizer.model_max_length
-        return token_rows(texts, tokenizer, limit, chunk=self.long_notes == "chunk")
+        rows = token_rows(texts, tokenizer, limit if limit < NO_LIMIT else None, chunk=self.long_notes == "chunk")
+        known = getattr(self.get_input_embeddings(), "num_embeddings", math.inf)
+        if any(max(ids, default=0) >= known for ids in rows.tokens["input_ids"]):
+            check_vocabulary(tokenizer, self)
+        return rows
 
     def _padded(self, rows: dict[str, list], tokenizer: Any) -> dict[str, Tensor]:
         """One batch, padded to the right as in training: learned positions count from the left."""
@@ -346,6 +352,10 @@ class AutoDenseModel:
 
 
 def _auto_class(config: Any) -> Any:
+    # the encoder alone of an encoder-decoder family, as T5EncoderModel saves it
+    encoder = next((name for name in config.architectures or () if name.endswith("EncoderModel")), None)
+    if encoder and not config.is_encoder_decoder and hasattr(transformers, encoder):
+        return getattr(transformers, encoder)
     # a BERT with is_decoder is a decoder
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return AutoModelForMaskedLM

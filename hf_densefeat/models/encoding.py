@@ -28,9 +28,11 @@ class Rows(NamedTuple):
     cut: list[bool] | None = None
 
 
-def token_rows(texts: Sequence[str], tokenizer: Any, limit: int, *, chunk: bool) -> Rows:
-    """Tokens of texts, at most `limit` a row: a longer text is cut, or is several rows."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=limit, return_overflowing_tokens=chunk)
+def token_rows(texts: Sequence[str], tokenizer: Any, limit: int | None, *, chunk: bool) -> Rows:
+    """Tokens of texts, at most `limit` a row: a longer text is cut, or is several rows; whole where there is no limit."""
+    chunk = chunk and limit is not None
+    how: dict[str, Any] = {"truncation": limit is not None, "max_length": limit, "return_overflowing_tokens": chunk}
+    encoded = tokenizer(list(texts), **how)
     tokens = dict(encoded)
     owner = tokens.pop("overflow_to_sample_mapping", None)
     if chunk:
@@ -42,7 +44,7 @@ def token_rows(texts: Sequence[str], tokenizer: Any, limit: int, *, chunk: bool)
         if tokenizer.is_fast:
             cut[i] = bool(encoded.encodings[i].overflowing)
         else:
-            cut[i] = len(tokenizer(texts[i], verbose=False)["input_ids"]) > limit
+            cut[i] = len(tokenizer(texts[i], verbose=False)["input_ids"]) > len(tokens["input_ids"][i])
     return Rows(tokens, None, cut)
 
 

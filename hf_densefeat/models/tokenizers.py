@@ -13,6 +13,18 @@ ABSENT = (
     "tokenizer.save_pretrained(FOLDER)."
 )
 
+NO_LIMIT = 10**9  # tokenizers without a limit say 1e30
+
+
+def check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """ValueError for a tokenizer with tokens for which the model has no embedding: words that were added to it."""
+    largest, rows = max(tokenizer.get_vocab().values()), getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is not None and largest >= rows:
+        raise ValueError(
+            f"The tokenizer has {largest + 1:,} tokens, but {type(model).__name__} has embeddings for {rows:,}. For tokens "
+            "that were added: model.resize_token_embeddings(len(tokenizer)), and save both in one folder."
+        )
+
 
 def load_tokenizer(name_or_path: Path | str, **options: Any) -> Any:
     """As `AutoTokenizer.from_pretrained`, which makes one without a vocabulary of a folder that has a config alone.

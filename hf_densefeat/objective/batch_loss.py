@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hf_densefeat.objective.base import Objective, check_name, checked_value
+from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.objective.precision import full_precision
 
 
-class BatchLoss:
+class BatchLoss(Objective):
     """A loss of a whole batch that is no function of moments, in the place of a `DenseObjective`.
 
     It does not add up over parts of a batch, so the trainer refuses it with gradient accumulation or several ranks, and
@@ -19,21 +20,21 @@ class BatchLoss:
 
     Args:
         function: of (z_a, z_b), both (N, d) in float32 or wider; returns a scalar, or a dict of scalars whose sum (or
-            whose entry `loss`) is trained. An `nn.Module` is trained along, and its parameters are in the state.
+            whose entry `loss`) is trained. An `nn.Module` is trained along: its parameters are in the gradient norm, in
+            the optimizer without weight decay, and in the state; evaluation sets it to evaluation mode.
         name: under which a scalar is logged.
     """
 
-    needs_cross_moment = False
+    adds_up = False
 
     def __init__(
         self, function: Callable[[Tensor, Tensor], Tensor | Mapping[str, Tensor]], *, name: str = "batch_loss"
     ):
         if not callable(function):
             raise ValueError(f"Expected a function of (z_a, z_b) but got {type(function).__name__}.")
+        check_name(name)
         self.function, self.name = function, name
-        self.shift: Tensor | None = None
-        self.covariance: Tensor | None = None
-        self.diagnostics: dict[str, Tensor] = {}
+        self.terms = {name: (1.0, function)}
 
     def __call__(self, z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
         """The values by name, and `loss`."""
@@ -41,35 +42,43 @@ class BatchLoss:
             result = self.function(full_precision(z_a), full_precision(z_b))
             values = dict(result) if isinstance(result, Mapping) else {self.name: result}
             loss = values.pop("loss", None)
-            values = {name: checked_value(name, value) for name, value in values.items()}
+            for name, value in values.items():
+                check_name(name)
+                checked_value(name, value)
             return values | {"loss": sum(values.values(), z_a.new_zeros(())) if loss is None else loss}
 
+    of_batch = __call__
+
+    def share(self, z_a: Tensor, z_b: Tensor, *, parts: int = 1, ranks: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the batch, which is the whole update."""
+        values = self(z_a, z_b)
+        return values["loss"], values
+
+    def evaluate(self, pair: PairMoments, batches: Sequence[Mapping[str, Tensor]] = ()) -> dict[str, Tensor]:
+        """Means over the batches."""
+        return {name: torch.stack([values[name] for values in batches]).mean() for name in batches[0]}
+
+    @property
+    def module(self) -> nn.Module:
+        """The function, if it is a module, or an empty one."""
+        return self.function if isinstance(self.function, nn.Module) else nn.Module()
+
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer trains along with the model."""
-        return list(self.function.parameters()) if isinstance(self.function, nn.Module) else []
+        """Those of the module."""
+        return list(self.module.parameters())
+
+    def train(self, mode: bool = True) -> None:
+        """As `nn.Module.train`."""
+        self.module.train(mode)
 
     def to(self, device: torch.device) -> None:
-        """Move the module, if it is one."""
-        if isinstance(self.function, nn.Module):
-            self.function.to(device)
-
-    def pure(self) -> BatchLoss:
-        """Itself: it has no running state."""
-        return self
+        """Move the module."""
+        self.module.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the module, if it is one."""
-        return dict(self.function.state_dict()) if isinstance(self.function, nn.Module) else {}
+        """Parameters and buffers of the module."""
+        return dict(self.module.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
-        if isinstance(self.function, nn.Module):
-            self.function.load_state_dict(state)
-
-
-def checked_value(name: str, value: Any) -> Tensor:
-    """The value of a term; ValueError if it is no scalar tensor."""
-    if not isinstance(value, Tensor) or value.ndim:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"Expected term {name!r} to return a scalar tensor but got {found}.")
-    return value
+        self.module.load_state_dict(state)

@@ -1,16 +1,14 @@
-"""The paper's terms and the unshared variance together: values, and one gradient of both sides in few passes over d x d.
+"""The paper's three terms: values, and one gradient of both sides in few passes over d x d.
 
-The functions of `terms.py` and `subspace.py` and `UnsharedVariance` say what the terms are; a chain of them under autograd
-writes some forty d x d matrices an update. Their gradients by the covariances of both sides share one matrix, the pooled
-covariance P at trace 1: with t the trace of the pooled covariance and o the product entry by entry,
+The functions of `terms.py` and `subspace.py` say what the terms are; a chain of them under autograd writes some forty d x d
+matrices an update. Their gradients by the covariances of both sides share one matrix, the pooled covariance P at trace 1:
+with t the trace of the pooled covariance and o the product entry by entry,
 
     dL_spec / dSigma_x = (P - ||P||_F^2 I) / t
     dL_orth / dSigma_x = (w w^T o P - diag(w^2 r)) / t,   w = 1 / diag P,  r = (P o P) w
     dL_sub  / dSigma_x = H_x U_x^T + U_x H_x^T                                              (`subspace.distance_gradients`)
 
-and only the last, of rank 2k, differs between the sides. Of the unshared variance 1 - 2 h / T, with h = tr C_ab and T = tr
-Sigma_a + tr Sigma_b of this update, centred, the gradient by Sigma_x is (2 h / T^2) I and that by C_ab is -(2 / T) I, so
-that no cross moment is needed but its trace. Tests hold both ways equal.
+and only the last, of rank 2k, differs between the sides. Tests hold both ways equal.
 """
 
 from __future__ import annotations
@@ -21,20 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_densefeat.objective.moments import MomentsGradient, PairGradient, PairMoments
-from hf_densefeat.objective.running import Average, Observed, inner
+from hf_densefeat.objective.moments import PairMoments
+from hf_densefeat.objective.running import Average, Sample, inner
 from hf_densefeat.objective.subspace import Eigenspace, distance_gradients, distance_squared
-
-Weight = Tensor | float | None
-CLOSED = ("spectral_spreading", "subspace_consistency", "orthogonality", "unshared_variance")
 
 
 class ClosedForm:
     """What the values and the gradient share, as numbers.
 
     Args:
-        pair: the moments of this update, without gradient.
-        sides: both sides of this update.
+        sides: both sides of this update, without gradient.
         averages: of both sides the running average of Sigma / tr Sigma, or None: Sigma is that of this update.
         spaces: eigenspaces of both covariances.
         k: dimension of the leading subspaces.
@@ -43,37 +37,31 @@ class ClosedForm:
 
     def __init__(
         self,
-        pair: PairMoments,
-        sides: tuple[Observed, Observed],
+        sides: tuple[Sample, Sample],
         averages: tuple[Average | None, Average | None],
         spaces: tuple[Eigenspace, Eigenspace],
         k: int,
         broadening: float,
     ):
-        self.pair, self.sides, self.averages, self.spaces = pair, sides, averages, spaces
+        self.sides, self.averages, self.spaces = sides, averages, spaces
         self.k, self.broadening = k, broadening
         self.resolution = (sides[0].resolution + sides[1].resolution) / 2
 
-    def values(self) -> tuple[Tensor, ...]:
-        """The values of `CLOSED`, in that order; L_orth is right for centred sides alone."""
-        return (
-            self.spectral_spreading(),
-            distance_squared(*self.spaces, self.k),
-            self.orthogonality(),
-            self._unshared[0],
-        )
+    def values(self, pair: PairMoments) -> tuple[Tensor, Tensor, Tensor]:
+        """L_spec, L_sub and L_orth, differentiable in `pair`, whose numbers these are; L_orth is for centred sides alone."""
+        moments = pair.a.first, pair.a.second, pair.b.first, pair.b.second
+        values: tuple[Tensor, Tensor, Tensor] = _Values.apply(self, *moments)  # type: ignore[no-untyped-call]
+        return values
 
-    def spectral_spreading(self) -> Tensor:
-        """L_spec: as `terms.spectral_spreading` of the pooled covariance."""
-        return torch.where(self._resolved, self.purity, 1) - 1 / len(self.resolution)
-
-    def orthogonality(self) -> Tensor:
-        """L_orth of this update, for centred sides: as `terms.orthogonality` of the pooled covariance."""
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The values without gradient; L_spec and L_orth as the functions of `terms.py` of the pooled covariance."""
+        spread = torch.where(self._resolved, self.purity, 1) - 1 / len(self.resolution)
         _, inverse, rows = self._standardised
-        return inverse @ rows + len(inverse) - 2 * inverse.count_nonzero()
+        orthogonal = inverse @ rows + len(inverse) - 2 * inverse.count_nonzero()
+        return spread, distance_squared(*self.spaces, self.k), orthogonal
 
-    def gradient(self, spread: Weight, subspace: Weight, orthogonal: Weight, unshared: Weight = None) -> PairGradient:
-        """Gradient by the moments of the terms weighted by what is given; None and 0 cost nothing."""
+    def gradient(self, spread: Tensor | None, subspace: Tensor | None, orthogonal: Tensor | None) -> list[Tensor]:
+        """Gradient by first and second of a, then of b, of the terms weighted by what is given; None costs nothing."""
         averaged = self.averages[0] is not None
         base = self._shared(spread, None if averaged else orthogonal)
         factors = distance_gradients(*self.spaces, self.k, self.broadening) if subspace is not None else None
@@ -87,26 +75,14 @@ class ClosedForm:
                 g = base if i else base.clone()
             if average is not None:
                 # Sigma = average x trace of this update, whose normalised covariance has the gradient of the average's
-                g.diagonal().add_(inner(g, average.covariance) - inner(g, side.normalised))
+                g.diagonal().add_(inner(g, average.covariance) - inner(g, side.batch_normalised))
             if own is not None:
                 g.add_(own)
             g.mul_(side.varies / side.count)  # rounding has no gradient
             # N Sigma = second - first first^T / N; uncentred the terms with the shift: first shift^T + shift first^T
             first = g @ (side.moments.first * (-2 / side.count) if side.center else 2 * side.moments.shift)
-            grads.append(MomentsGradient(side.moments.shift, first, g))
-        product_sum = None if unshared is None else self._add_unshared(grads, unshared)
-        return PairGradient(grads[0], grads[1], product_sum)
-
-    def _add_unshared(self, grads: list[MomentsGradient], weight: Tensor | float) -> Tensor:
-        """Add the gradient of the unshared variance by either side's moments in place; returns that by `product_sum`."""
-        _, shared, total, varies = self._unshared
-        n = self.sides[0].count
-        by_shared = -2 / total / n * varies * weight
-        by_total = 2 * shared / total.square() / n * varies * weight
-        for own, side, other in zip(grads, self.sides, self.sides[::-1], strict=True):
-            own.second.diagonal().add_(by_total)
-            own.first.sub_((2 * by_total * side.moments.first + by_shared * other.moments.first) / n)
-        return by_shared
+            grads += [first, g]
+        return grads
 
     @cached_property
     def pooled(self) -> tuple[Tensor, Tensor]:
@@ -124,12 +100,8 @@ class ClosedForm:
         return inner(self.pooled[0], self.pooled[0])
 
     @cached_property
-    def _unshared(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.pair.unshared_variance()
-
-    @cached_property
     def _resolved(self) -> Tensor:
-        # a trace that is no number counts as resolved, so that the loss is none either and the update is skipped
+        # a NaN trace counts as resolved, so that the loss is NaN too and the update is skipped
         return ~((self.sides[0].trace + self.sides[1].trace) / 2 <= self.resolution.sum())
 
     def _mean_of(self, weighted: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -148,7 +120,7 @@ class ClosedForm:
         inverse = torch.where(varies, 1 / torch.where(varies, variance, 1), 0)
         return pooled, inverse, pooled.square() @ inverse
 
-    def _shared(self, spread: Weight, orthogonal: Weight) -> Tensor:
+    def _shared(self, spread: Tensor | None, orthogonal: Tensor | None) -> Tensor:
         """Gradient by either covariance of L_spec, and without averages of L_orth, as a new matrix (d, d)."""
         pooled, trace = self.pooled
         weight = self._resolved / trace * (0.0 if spread is None else spread)
@@ -156,7 +128,7 @@ class ClosedForm:
         shared.diagonal().sub_(weight * self.purity)
         return shared
 
-    def _orthogonal_gradient(self, weight: Tensor | float) -> Tensor:
+    def _orthogonal_gradient(self, weight: Tensor) -> Tensor:
         pooled, inverse, rows = self._standardised
         weighted = inverse * (weight / self.batch_pooled[1])
         gradient = torch.outer(weighted, inverse).mul_(pooled)
@@ -164,48 +136,21 @@ class ClosedForm:
         return gradient
 
 
-def scaled(side: Observed, average: Average | None) -> tuple[Tensor, Tensor]:
+def scaled(side: Sample, average: Average | None) -> tuple[Tensor, Tensor]:
     """Sigma of a side as a matrix (d, d) and the scalar that multiplies it."""
-    return (side.scatter, 1 / side.count) if average is None else (average.covariance, side.trace)
+    if average is None:
+        return side.batch_covariance, torch.ones_like(side.trace)
+    return average.covariance, side.trace
 
 
-class _ValuesOfMoments(torch.autograd.Function):
+class _Values(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, form: ClosedForm, *moments: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, form: ClosedForm, *moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.form = form
         ctx.set_materialize_grads(False)  # a term that is not in the loss costs no gradient
-        return form.values()
+        return form.numbers()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient = ctx.form.gradient(*grads)
-        a, b = gradient.a, gradient.b
-        return None, a.first, a.second, b.first, b.second, gradient.product_sum
-
-
-class _ValuesOfRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, form: ClosedForm, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, ...]:
-        ctx.form = form
-        ctx.save_for_backward(z_a, z_b)
-        ctx.set_materialize_grads(False)
-        return form.values()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        z_a, z_b = ctx.saved_tensors
-        g_a, g_b = ctx.form.gradient(*grads).pullback(z_a, z_b)
-        return None, g_a.to(z_a.dtype), g_b.to(z_b.dtype)
-
-
-def values_of_moments(form: ClosedForm, pair: PairMoments) -> tuple[Tensor, ...]:
-    """The values of `CLOSED`, differentiable in the moments of the pairs behind `form`."""
-    moments = pair.a.first, pair.a.second, pair.b.first, pair.b.second, pair.product_sum
-    values: tuple[Tensor, ...] = _ValuesOfMoments.apply(form, *moments)  # type: ignore[no-untyped-call]
-    return values
-
-
-def values_of_rows(form: ClosedForm, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, ...]:
-    """The same, differentiable in the rows behind the moments, without autograd on the way."""
-    values: tuple[Tensor, ...] = _ValuesOfRows.apply(form, z_a, z_b)  # type: ignore[no-untyped-call]
-    return values
+        with torch.autocast(ctx.form.resolution.device.type, enabled=False):
+            return None, *ctx.form.gradient(*grads)

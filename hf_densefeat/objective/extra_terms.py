@@ -35,7 +35,12 @@ class UnsharedVariance:
 
     def __call__(self, s: Statistics) -> Tensor:
         """The value, ()."""
-        return s.pair.unshared_variance()[0]
+        pair, n = s.pair, s.a.count
+        a, b = pair.a.first / n, pair.b.first / n
+        total = (pair.a.second.trace() + pair.b.second.trace()) / n - a @ a - b @ b
+        varies = total > pair.a.resolution(True).sum() + pair.b.resolution(True).sum()
+        # tr C_ab about both means needs no cross moment but its trace
+        return torch.where(varies, 1 - 2 * (pair.product_sum / n - a @ b) / torch.where(varies, total, 1), 1)
 
 
 @dataclass(frozen=True)

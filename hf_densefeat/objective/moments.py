@@ -123,13 +123,6 @@ class Moments:
         total = mean + self.shift
         return torch.addr(centred, total, total)
 
-    def scatter(self, center: bool) -> Tensor:
-        """N Sigma (d, d): Z^T Z, or about the mean, in one pass over the matrix (two uncentred)."""
-        mean = self.first / self.count.clamp(min=1)
-        centred = torch.addr(self.second, mean, self.first, alpha=-1)
-        total = mean + self.shift
-        return centred if center else torch.addr(centred, self.count * total, total)
-
     def resolution(self, center: bool) -> Tensor:
         """Variance (d,) below which a column is constant to rounding, so that its direction is noise."""
         square = self.second.diagonal() / self.count.clamp(min=1)
@@ -175,10 +168,12 @@ class MomentsGradient:
     quartic_sum: Tensor | None = None
 
     @classmethod
-    def of(cls, shift: Tensor, sums: Sequence[Tensor]) -> MomentsGradient:
-        """From autograd's gradients by `Moments.sums`."""
+    def of(cls, shift: Tensor, sums: Sequence[Tensor | None]) -> MomentsGradient:
+        """From autograd's gradients by `Moments.sums`, None for a sum that the function does not see."""
         _, first, second, square_weighted, quartic = sums
-        return cls(shift, first, (second + second.mT) / 2, square_weighted, quartic)
+        first = torch.zeros_like(shift) if first is None else first
+        second = shift.new_zeros(len(shift), len(shift)) if second is None else (second + second.mT) / 2
+        return cls(shift, first, second, square_weighted, quartic)
 
     @torch.no_grad()
     def pullback(self, z: Tensor) -> Tensor:
@@ -190,12 +185,12 @@ class MomentsGradient:
         """
         with torch.autocast(z.device.type, enabled=False):
             y = full_precision(z.detach()) - self.shift
-            linear = torch.addmm(self.first, y, self.second, alpha=2)
-            if self.square_weighted_sum is None or self.quartic_sum is None:
-                return linear
+            gradient = torch.addmm(self.first, y, self.second, alpha=2)
             square = y.square().sum(1, keepdim=True)
-            along = (y @ self.square_weighted_sum).unsqueeze(1)
-            return linear + square * self.square_weighted_sum + (2 * along + 4 * self.quartic_sum * square) * y
+            if self.square_weighted_sum is not None:
+                along = (y @ self.square_weighted_sum).unsqueeze(1)
+                gradient = gradient + square * self.square_weighted_sum + 2 * along * y
+            return gradient if self.quartic_sum is None else gradient + 4 * self.quartic_sum * square * y
 
 
 @dataclass(frozen=True)
@@ -242,18 +237,6 @@ class PairMoments:
             return product_sum, None
         return product_sum, torch.addr(torch.addr(self.cross, self.a.first, delta_b), delta_a, moved_b)
 
-    def unshared_variance(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """1 - 2 h / T, and h = tr C_ab, T = tr S_a + tr S_b, about the means of both sides, and whether anything varies.
-
-        Each (); without variance the first is 1 and T is given as 1.
-        """
-        n = self.a.count.clamp(min=1)
-        a, b = self.a.first / n, self.b.first / n
-        total = (self.a.second.trace() + self.b.second.trace()) / n - a @ a - b @ b
-        varies = total > self.a.resolution(True).sum() + self.b.resolution(True).sum()
-        shared, total = self.product_sum / n - a @ b, torch.where(varies, total, 1)
-        return torch.where(varies, 1 - 2 * shared / total, 1), shared, total, varies
-
     def cross_covariance(self, center: bool) -> Tensor:
         """C_ab (d, d): Z_a^T Z_b / N, or about the means of both sides. ValueError without the cross moment."""
         if self.cross is None:
@@ -284,12 +267,16 @@ class PairGradient:
     product_sum: Tensor | None = None
     cross: Tensor | None = None
 
+    @classmethod
+    def of(cls, pair: PairMoments, sums: Sequence[Tensor | None]) -> PairGradient:
+        """From autograd's gradients by `PairMoments.sums`."""
+        a, b = MomentsGradient.of(pair.a.shift, sums[:5]), MomentsGradient.of(pair.b.shift, sums[5:10])
+        return cls(a, b, *sums[10:])
+
     @torch.no_grad()
     def pullback(self, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients (N, d) with respect to the rows of both sides, any share of the pairs, exact for any cut."""
         g_a, g_b = self.a.pullback(z_a), self.b.pullback(z_b)
-        if self.product_sum is None and self.cross is None:
-            return g_a, g_b
         with torch.autocast(z_a.device.type, enabled=False):
             y_a, y_b = full_precision(z_a.detach()) - self.a.shift, full_precision(z_b.detach()) - self.b.shift
             if self.product_sum is not None:

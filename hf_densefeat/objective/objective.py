@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_densefeat.objective.batch_loss import checked_value
-from hf_densefeat.objective.closed_form import CLOSED, ClosedForm, scaled, values_of_moments, values_of_rows
-from hf_densefeat.objective.extra_terms import EXTRA_TERMS, UnsharedVariance
-from hf_densefeat.objective.moments import MomentsGradient, PairGradient, PairMoments
-from hf_densefeat.objective.running import Average, Observed, RunningCovariance
+from hf_densefeat.objective.base import Objective, check_name, checked_value
+from hf_densefeat.objective.closed_form import ClosedForm, scaled
+from hf_densefeat.objective.extra_terms import EXTRA_TERMS
+from hf_densefeat.objective.moments import PairGradient, PairMoments
+from hf_densefeat.objective.running import Average, RunningCovariance, Sample
 from hf_densefeat.objective.statistics import Side, Statistics, Term
 from hf_densefeat.objective.subspace import (
     Eigenspace,
@@ -27,7 +27,6 @@ from hf_densefeat.objective.terms import orthogonality, spectral_spreading
 
 OVERSAMPLING = 32  # directions tracked beyond k: the gradient sees those that are left only as a mean
 COLD_ITERATIONS = 20  # power steps from a random basis, at the first call
-RESERVED = ("loss", "mlm_loss", "trace", "gap", "subspace_rank", "effective_rank")  # names of other numbers in the log
 
 
 def spectral_spreading_term(s: Statistics) -> Tensor:
@@ -56,7 +55,7 @@ PAPER = {
 }
 
 
-class DenseObjective:
+class DenseObjective(Objective):
     """L = L_spec + lambda_sub L_sub + lambda_orth L_orth on adjacent notes Z_a, Z_b (N, d), row i of b after row i of a.
 
     L_spec and L_orth are those of the whole batch, the 2N rows of both sides; L_sub compares the sides. With `center`,
@@ -92,6 +91,8 @@ class DenseObjective:
         ValueError: for an option out of range, and for a term whose name, weight or function cannot be one.
     """
 
+    subspace_dim: int
+
     def __init__(
         self,
         *,
@@ -118,26 +119,8 @@ class DenseObjective:
         self.shift: Tensor | None = None
         self._pooled: tuple[Tensor, Tensor] | None = None
         self._cross: Tensor | None = None
+        self._planned: tuple[dict[str, Tensor], PairGradient] | None = None
         self.diagnostics: dict[str, Tensor] = {}
-
-    @property
-    def needs_cross_moment(self) -> bool:
-        """Whether a term asks for the cross moment: `PairMoments.of(..., cross=objective.needs_cross_moment)`."""
-        return any(getattr(function, "needs_cross_moment", False) for _, function in self.terms.values())
-
-    def pure(self) -> DenseObjective:
-        """The same terms of the moments given alone: no running state, exact eigenspaces, plug-in L_spec.
-
-        What evaluation uses, where the rows are many and of one patient several.
-        """
-        return DenseObjective(
-            lambda_sub=self.lambda_sub,
-            lambda_orth=self.lambda_orth,
-            subspace_dim=self.subspace_dim,
-            center=self.center,
-            broadening=self.broadening,
-            terms=self.terms,
-        )
 
     def __call__(self, z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
         """Every term, unweighted, by name, and their weighted sum `loss`; differentiable in `z_a`, `z_b` (N, d)."""
@@ -147,39 +130,64 @@ class DenseObjective:
             )
         if self.window is None:
             warn_if_unsupported(self.subspace_dim, len(z_a) - self.center)
-        if self._all_closed:
-            pair = PairMoments.of(z_a.detach(), z_b.detach())
-            with torch.autocast(z_a.device.type, enabled=False):
-                return self._summed(dict(zip(CLOSED, values_of_rows(self._advance(pair), z_a, z_b), strict=True)))
         return self.values(PairMoments.of(z_a, z_b, cross=self.needs_cross_moment))
 
     def values(self, pair: PairMoments) -> dict[str, Tensor]:
         """The same from the moments of the pairs, differentiable in them; advances the running state by one step."""
         with torch.autocast(pair.a.shift.device.type, enabled=False):
             form = self._advance(pair)
-            values = dict(zip(CLOSED, values_of_moments(form, pair), strict=True))
-            if not self._all_closed:
-                statistics = self._statistics(form, pair)
-                values = {
-                    name: values[name] if name in self._closed else checked_value(name, function(statistics))
-                    for name, (_, function) in self.terms.items()
-                }
-            return self._summed(values)
+            closed = dict(zip(PAPER, form.values(pair), strict=True))
+            statistics = self._statistics(form, pair)
+            values = {
+                name: closed[name] if self._is_closed(name) else checked_value(name, function(statistics))
+                for name, (_, function) in self.terms.items()
+            }
+            # a term without weight has no gradient, not 0 times one that may be infinite
+            weighted = [weight * values[name] for name, (weight, _) in self.terms.items() if weight]
+            return values | {"loss": sum(weighted, pair.a.shift.new_zeros(()))}
 
     def gradient(self, pair: PairMoments) -> tuple[dict[str, Tensor], PairGradient]:
         """Terms, and the gradient of `loss` with respect to the moments, for `PairGradient.pullback`."""
-        if self._all_closed:
-            with torch.no_grad(), torch.autocast(pair.a.shift.device.type, enabled=False):
-                form = self._advance(pair)
-                values = self._summed(dict(zip(CLOSED, form.values(), strict=True)))
-                weights = {name: weight or None for name, (weight, _) in self.terms.items()}
-                return values, form.gradient(*(weights.get(name) for name in CLOSED))
         pair = pair.detached(requires_grad=True)
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(pair.a.shift.device.type, enabled=False):
             values = self.values(pair)
-        grads = torch.autograd.grad(values["loss"], pair.sums, materialize_grads=True, allow_unused=True)
-        a, b = MomentsGradient.of(pair.a.shift, grads[:5]), MomentsGradient.of(pair.b.shift, grads[5:10])
-        return {name: value.detach() for name, value in values.items()}, PairGradient(a, b, *grads[10:])
+            loss, sums = values["loss"], pair.sums
+            grads = torch.autograd.grad(loss, sums, allow_unused=True) if loss.requires_grad else [None] * len(sums)
+        return {name: value.detach() for name, value in values.items()}, PairGradient.of(pair, grads)
+
+    def plan(self, pair: PairMoments) -> dict[str, Tensor]:
+        """The terms, unweighted, and `diagnostics`; `share` pulls the gradient at these moments back."""
+        self._planned = self.gradient(pair)
+        return self._planned[0] | self.diagnostics
+
+    def share(self, z_a: Tensor, z_b: Tensor, *, parts: int = 1, ranks: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value of the update over its parts, with the gradient at the global moments; nothing to log."""
+        if self._planned is None:
+            raise RuntimeError("The update has no plan yet: call plan first.")
+        values, gradient = self._planned
+        # linear in the rows: its gradient is exact, and its own value is replaced by that of the terms
+        surrogate = sum((g * z).sum() for g, z in zip(gradient.pullback(z_a, z_b), (z_a, z_b), strict=True)) * ranks
+        return surrogate + (values["loss"] / parts - surrogate).detach(), {}
+
+    def evaluate(self, pair: PairMoments, batches: Sequence[Mapping[str, Tensor]] = ()) -> dict[str, Tensor]:
+        """The terms of the moments given alone: no running state, exact eigenspaces, plug-in L_spec.
+
+        For an evaluation set, where the rows are many and of one patient several. `batches` holds what `of_batch` gave.
+        """
+        pure = DenseObjective(
+            lambda_sub=self.lambda_sub,
+            lambda_orth=self.lambda_orth,
+            subspace_dim=self.subspace_dim,
+            center=self.center,
+            broadening=self.broadening,
+            terms=self.terms,
+        )
+        return pure.values(pair)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The averaging window and centring."""
+        return {"covariance window": "none" if self.window is None else self.window, "centred": self.center}
 
     @property
     def covariance(self) -> Tensor | None:
@@ -204,33 +212,22 @@ class DenseObjective:
             running.covariance, running.noise = state.get(f"{side}.covariance"), state.get(f"{side}.noise")
             running.drift = state.get(f"{side}.drift")
 
-    @property
-    def _closed(self) -> set[str]:
-        """Names of the terms that `closed_form` computes; not those that another function has replaced."""
-        closed = {name for name, function in PAPER.items() if self.terms[name][1] is function}
-        if isinstance(self.terms.get("unshared_variance", (0.0, None))[1], UnsharedVariance):
-            closed.add("unshared_variance")
-        return (
-            closed
-            - ({"spectral_spreading"} if self.unbiased else set())
-            - (set() if self.center else {"orthogonality"})
-        )
-
-    @property
-    def _all_closed(self) -> bool:
-        return self._closed == set(self.terms)
+    def _is_closed(self, name: str) -> bool:
+        """Whether `ClosedForm` computes this term: not one that another function has replaced, and not all estimates."""
+        unlike = ("spectral_spreading" if self.unbiased else "", "" if self.center else "orthogonality")
+        return name not in unlike and PAPER.get(name) is self.terms[name][1]
 
     @torch.no_grad()
     def _advance(self, pair: PairMoments) -> ClosedForm:
         """Advance running averages, tracked bases and shift, and say what the paper's terms are computed of."""
         k = self.subspace_dim
         check_dimension(k, len(pair.a.shift))
-        seen = Observed(pair.a, self.center), Observed(pair.b, self.center)
+        seen = Sample(pair.a.detached(), self.center), Sample(pair.b.detached(), self.center)
         averages, self._cross = self._averages(seen, pair)
         a, b = (
             self._eigenspace(i, side, average) for i, (side, average) in enumerate(zip(seen, averages, strict=True))
         )
-        form = ClosedForm(pair.detached(), seen, averages, (a, b), k, self.broadening)
+        form = ClosedForm(seen, averages, (a, b), k, self.broadening)
         self.diagnostics = {
             "trace": (seen[0].trace + seen[1].trace) / 2,  # of the batch
             "gap": torch.minimum(a.gap(k), b.gap(k)),
@@ -248,16 +245,9 @@ class DenseObjective:
         )
         return Statistics(a, b, pair, self.subspace_dim, self.center, self.unbiased, self.broadening, self._cross)
 
-    def _summed(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        values = {name: values[name] for name in self.terms}
-        # a term without weight has no gradient, not 0 times one that may be infinite
-        weighted = [weight * values[name] for name, (weight, _) in self.terms.items() if weight]
-        loss = sum(weighted[1:], weighted[0]) if weighted else next(iter(values.values())).new_zeros(())
-        return values | {"loss": loss}
-
     @torch.no_grad()
     def _averages(
-        self, seen: tuple[Observed, Observed], pair: PairMoments
+        self, seen: tuple[Sample, Sample], pair: PairMoments
     ) -> tuple[tuple[Average | None, Average | None], Tensor | None]:
         """Running averages of both sides, and of the normalised cross covariance if there is a cross moment."""
         if self.window is None:
@@ -270,14 +260,14 @@ class DenseObjective:
         (gain_a, drift_a), (gain_b, drift_b) = a.gain(seen[0], averaging_window), b.gain(seen[1], averaging_window)
         gain = torch.maximum(gain_a, gain_b)
         normalised = pair.cross_covariance(self.center) / (seen[0].scale * seen[1].scale).sqrt()
-        usable = seen[0].varies & seen[1].varies & seen[0].square.isfinite() & seen[1].square.isfinite()
+        usable = seen[0].varies & seen[1].varies & seen[0].batch_purity.isfinite() & seen[1].batch_purity.isfinite()
         past = torch.zeros_like(normalised) if self.running_cross is None else self.running_cross
         cross = past.lerp(normalised, gain)
         self.running_cross = torch.where(usable, cross, past)
         return (a.advance(seen[0], gain, drift_a, usable), b.advance(seen[1], gain, drift_b, usable)), cross
 
     @torch.no_grad()
-    def _eigenspace(self, i: int, side: Observed, average: Average | None) -> Eigenspace:
+    def _eigenspace(self, i: int, side: Sample, average: Average | None) -> Eigenspace:
         covariance, scale = scaled(side, average)
         if self.power_iterations is None:
             # LAPACK raises on NaN, where the loss can say NaN and be skipped
@@ -312,8 +302,7 @@ def _checked_term(name: str, term: Any) -> Term:
                 f"Expected term {name!r} as (weight, function): only {', '.join(EXTRA_TERMS)} are known by name."
             )
         term = (term, EXTRA_TERMS[name])
-    if name in RESERVED:
-        raise ValueError(f"A term cannot be called {name!r}: the log has another number of that name. Rename it.")
+    check_name(name)
     if not (isinstance(term, tuple) and len(term) == 2 and callable(term[1])):
         raise ValueError(f"Expected term {name!r} as (weight, function of Statistics) but got {term!r}.")
     weight, function = term

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,16 +11,34 @@ from torch import Tensor
 from hf_densefeat.objective.moments import Moments
 
 
-class Variation(ABC):
-    """Whether and how much one side of one update varies; subclasses say from what the trace is taken."""
+class Sample:
+    """Second-order statistics of one side of one update, each computed when it is first asked for.
 
-    moments: Moments
-    center: bool
+    They are differentiable in the moments; `resolution` and what follows from it have no gradient.
+    """
 
-    @property
-    @abstractmethod
+    def __init__(self, moments: Moments, center: bool):
+        self.moments, self.center = moments, center
+
+    @cached_property
+    def count(self) -> Tensor:
+        """N, the rows of this update, at least 1, ()."""
+        return self.moments.count.clamp(min=1)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean row of this update, (d,); also where covariances are centred."""
+        return self.moments.mean
+
+    @cached_property
+    def batch_covariance(self) -> Tensor:
+        """Sigma of this update alone (d, d), about the mean if `center`."""
+        return self.moments.covariance(self.center)
+
+    @cached_property
     def trace(self) -> Tensor:
-        """Trace of Sigma of this update, ()."""
+        """Trace of `batch_covariance`, ()."""
+        return self.batch_covariance.trace()
 
     @cached_property
     def resolution(self) -> Tensor:
@@ -38,42 +55,20 @@ class Variation(ABC):
         """The trace, or 1 where nothing varies, ()."""
         return torch.where(self.varies, self.trace, 1)
 
-
-class Observed(Variation):
-    """One side of one update as numbers, without gradient; each is computed when it is first asked for."""
-
-    def __init__(self, moments: Moments, center: bool):
-        self.moments, self.center = moments.detached(), center
+    @cached_property
+    def batch_normalised(self) -> Tensor:
+        """`batch_covariance` over its trace, (d, d)."""
+        return self.batch_covariance / self.scale
 
     @cached_property
-    def scatter(self) -> Tensor:
-        """N Sigma, (d, d)."""
-        return self.moments.scatter(self.center)
+    def batch_purity(self) -> Tensor:
+        """||`batch_normalised`||_F^2, (); not finite if an entry is not."""
+        return inner(self.batch_normalised, self.batch_normalised)
 
     @cached_property
-    def count(self) -> Tensor:
-        """N, at least 1, ()."""
-        return self.moments.count.clamp(min=1)
-
-    @cached_property
-    def trace(self) -> Tensor:
-        """Trace of Sigma, ()."""
-        return self.scatter.trace() / self.count
-
-    @cached_property
-    def normalised(self) -> Tensor:
-        """Sigma / tr Sigma, (d, d)."""
-        return self.scatter / (self.scale * self.count)
-
-    @cached_property
-    def square(self) -> Tensor:
-        """||Sigma / tr Sigma||_F^2, (); not finite if an entry is not."""
-        return inner(self.normalised, self.normalised)
-
-    @cached_property
-    def noise(self) -> Tensor:
-        """Squared Frobenius norm of the sampling error of `normalised`, estimated, (): see `noise_of_purity`."""
-        square = self.square * self.scale * self.scale
+    def batch_noise(self) -> Tensor:
+        """Squared Frobenius norm of the sampling error of `batch_normalised`, estimated, (): see `noise_of_purity`."""
+        square = self.batch_purity * self.scale * self.scale
         return self.moments.noise_of_purity(square, self.trace, self.center) / self.scale / self.scale
 
 
@@ -110,22 +105,22 @@ class RunningCovariance:
     drift: Tensor | None = None
 
     @torch.no_grad()
-    def average(self, seen: Observed, averaging_window: float) -> Average:
+    def average(self, seen: Sample, averaging_window: float) -> Average:
         """The new average; the state moves on by one step."""
         gain, drift = self.gain(seen, averaging_window)
         return self.advance(seen, gain, drift, seen.varies)
 
     @torch.no_grad()
-    def gain(self, seen: Observed, averaging_window: float) -> tuple[Tensor, Tensor]:
+    def gain(self, seen: Sample, averaging_window: float) -> tuple[Tensor, Tensor]:
         """Weight of this step's covariance in the average, and the new drift."""
         if self.covariance is None or self.noise is None or self.drift is None:
-            self.covariance, self.noise = torch.zeros_like(seen.normalised), torch.zeros_like(seen.noise)
+            self.covariance, self.noise = torch.zeros_like(seen.batch_normalised), torch.zeros_like(seen.batch_noise)
             # NaN marks the first step, whose drift has no past to be averaged with
-            self.drift = torch.full_like(seen.noise, torch.nan)
-        past, noise = self.covariance, seen.noise
+            self.drift = torch.full_like(seen.batch_noise, torch.nan)
+        past, noise = self.covariance, seen.batch_noise
         empty = past.trace() == 0
         # ||C_t - average||^2, expanded: three inner products read the matrices and write none
-        distance = seen.square - 2 * inner(seen.normalised, past) + inner(past, past) - noise - self.noise
+        distance = seen.batch_purity - 2 * inner(seen.batch_normalised, past) + inner(past, past) - noise - self.noise
         drift = torch.where(self.drift.isnan(), distance, self.drift.lerp(distance, 0.1))
         uncertain = 4 * drift.clamp(min=0) + self.noise
         gain = uncertain / (uncertain + noise.clamp(min=0)).clamp(min=torch.finfo(noise.dtype).tiny)
@@ -134,15 +129,15 @@ class RunningCovariance:
         return torch.where(empty, 1, gain), torch.where(empty, self.drift, drift)
 
     @torch.no_grad()
-    def advance(self, seen: Observed, gain: Tensor, drift: Tensor, usable: Tensor) -> Average:
+    def advance(self, seen: Sample, gain: Tensor, drift: Tensor, usable: Tensor) -> Average:
         """The new average, by what `gain` returned; a step that is not usable leaves the state as it was."""
         assert self.covariance is not None
         assert self.noise is not None
         assert self.drift is not None
-        average = self.covariance.lerp(seen.normalised, gain)
+        average = self.covariance.lerp(seen.batch_normalised, gain)
         # variances of independent parts add with the squares of their weights
-        variance = (1 - gain).square() * self.noise + gain.square() * seen.noise
-        keep = usable & seen.square.isfinite()
+        variance = (1 - gain).square() * self.noise + gain.square() * seen.batch_noise
+        keep = usable & seen.batch_purity.isfinite()
         if keep:  # on a GPU this waits, as the small eigendecomposition of the next step does anyway
             self.covariance, self.noise, self.drift = average, variance, drift
         return Average(average, variance, gain)

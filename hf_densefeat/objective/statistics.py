@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_densefeat.objective.moments import Moments, PairMoments
-from hf_densefeat.objective.running import Average, Variation
+from hf_densefeat.objective.running import Average, Sample
 from hf_densefeat.objective.subspace import Eigenspace
 
 
-@dataclass(eq=False)
-class Side(Variation):
-    """Second-order statistics of one side, each computed when it is first asked for and differentiable in the moments.
+class Side(Sample):
+    """One side as the functions of terms see it: what `Sample` has, and the averages of the objective.
 
     Where the objective has an averaging window, `covariance` is the running average of trace-normalised covariances,
     scaled by this update's trace; its gradient is that of this update's covariance at full strength. Otherwise it is
@@ -24,41 +23,9 @@ class Side(Variation):
     exact or tracked as the objective is told: see `subspace.subspace_distance_squared`.
     """
 
-    moments: Moments
-    center: bool
-    eigenspace: Eigenspace
-    average: Average | None = None
-
-    @property
-    def count(self) -> Tensor:
-        """N, the rows of this update, ()."""
-        return self.moments.count
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """Mean row of this update, (d,); also where covariances are centred."""
-        return self.moments.mean
-
-    @cached_property
-    def batch_covariance(self) -> Tensor:
-        """Sigma of this update alone (d, d), about the mean if `center`."""
-        return self.moments.covariance(self.center)
-
-    @cached_property
-    def trace(self) -> Tensor:
-        """Trace of `batch_covariance`, ()."""
-        return self.batch_covariance.trace()
-
-    @cached_property
-    def batch_normalised(self) -> Tensor:
-        """`batch_covariance` over its trace, (d, d); zeros where nothing varies."""
-        return self.batch_covariance / self.scale
-
-    @cached_property
-    def batch_noise(self) -> Tensor:
-        """Squared Frobenius norm of the sampling error of `batch_normalised`, estimated, (): see `noise_of_purity`."""
-        square = self.batch_covariance.square().sum()
-        return self.moments.noise_of_purity(square, self.trace, self.center) / self.scale / self.scale
+    def __init__(self, moments: Moments, center: bool, eigenspace: Eigenspace, average: Average | None = None):
+        super().__init__(moments, center)
+        self.eigenspace, self.average = eigenspace, average
 
     @cached_property
     def covariance(self) -> Tensor:

@@ -151,6 +151,7 @@ class Run:
         settings: what else is worth knowing, by name.
         counts: numbers of patients, notes, pairs, by name.
         base_model: Hub name or folder of the weights that training began with; None for random weights.
+        local: the base model is a folder, which the card does not name, even where it is no longer there.
         evaluated: numbers of the last evaluation in training; those of an evaluator are shown where nothing was measured.
     """
 
@@ -161,6 +162,7 @@ class Run:
     settings: Mapping[str, Any]
     counts: Mapping[str, int]
     base_model: str | None = None
+    local: bool = False
     evaluated: Mapping[str, Any] | None = None
 
 
@@ -196,7 +198,7 @@ def model_card(
         library_name="transformers" if other_input else "sentence-transformers",
         pipeline_tag="feature-extraction" if other_input else "sentence-similarity",
         tags=list(dict.fromkeys([*([] if other_input else ["sentence-transformers"]), *TAGS, *tags])),
-        base_model=None if base is None or Path(base).exists() else base,
+        base_model=None if base is None or _is_local(run) else base,
         datasets=dataset,
         model_name=repository.split("/")[-1],
         eval_results=_eval_results(measured) if measured else None,
@@ -221,7 +223,7 @@ def _text(repository: str, model: Any, run: Run, measured: Sequence[Measured], p
         pooling=model.pooling,
         span=f"the first {model.max_length:,} tokens" if model.max_length else "all tokens",
         longer=CHUNKED if model.long_notes == "chunk" else "",
-        origin=_origin(run.base_model),
+        origin=_origin(run),
         counts=markdown([["notes", "number"], *([key, f"{value:,}"] for key, value in run.counts.items())]),
         loss=f"L = {run.mlm_weight:g} MLM + {run.dense_weight:g} ({weighted})",
         terms=markdown([["term", "what it is"], *described]),
@@ -230,12 +232,16 @@ def _text(repository: str, model: Any, run: Run, measured: Sequence[Measured], p
     )
 
 
-def _origin(base_model: str | None) -> str:
-    if base_model is None:
+def _is_local(run: Run) -> bool:
+    return run.local or Path(run.base_model or "").exists()
+
+
+def _origin(run: Run) -> str:
+    if run.base_model is None:
         return "Trained from random weights."
-    if Path(base_model).exists():
+    if _is_local(run):
         return "Continued from a local checkpoint."
-    return f"Continued from [{base_model}](https://hf.co/{base_model})."
+    return f"Continued from [{run.base_model}](https://hf.co/{run.base_model})."
 
 
 def _use(repository: str, model: Any) -> str:

@@ -1,13 +1,17 @@
 """DenseTrainingArguments: TrainingArguments and what the dense objective, its pairs and its masks add."""
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_densefeat.data.pairs import check_kinds
 from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.objective.statistics import Term
 
 
 @dataclass(repr=False)  # the one of TrainingArguments hides tokens
@@ -91,6 +95,11 @@ class DenseTrainingArguments(TrainingArguments):
         for name in ("mlm_weight", "dense_weight", "lambda_pair"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"Expected {name} >= 0 but got {getattr(self, name)}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but the loss of DenseTrainer has no smoothing: "
+                "leave it at 0."
+            )
         if self.mlm_weight == self.dense_weight == 0:
             raise ValueError("mlm_weight and dense_weight are both 0: nothing would be trained.")
         if self.unbiased and self.pairs_per_patient > 1:
@@ -107,6 +116,18 @@ class DenseTrainingArguments(TrainingArguments):
         """What pickles hold, without token and folders: `training_args.bin` is one, and goes to the Hub with the model."""
         return self.__dict__ | {"hub_token": None} | self._without_folders()
 
+    def __copy__(self) -> "DenseTrainingArguments":
+        """A copy is no pickle: it keeps token and folders."""
+        made = object.__new__(type(self))
+        made.__dict__ |= self.__dict__
+        return made
+
+    def __deepcopy__(self, memo: dict) -> "DenseTrainingArguments":
+        """As `__copy__`."""
+        made = object.__new__(type(self))
+        made.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return made
+
     def to_json_string(self) -> str:
         """What TensorBoard writes into a folder that goes to the Hub with the model: without folders too."""
         return json.dumps(self.to_dict() | self._without_folders(), indent=2)
@@ -114,7 +135,7 @@ class DenseTrainingArguments(TrainingArguments):
     def _without_folders(self) -> dict:
         return {"output_dir": Path(str(self.output_dir)).name, "resume_from_checkpoint": None}
 
-    def dense_objective(self, **more) -> DenseObjective:
+    def dense_objective(self, *, terms: Mapping[str, Term | float] | None = None, **more) -> DenseObjective:
         """The objective that these arguments describe, with `more` options and terms; ValueError for one out of range."""
         window: float | str | None = None if str(self.window) == "none" else self.window
         if isinstance(window, str) and window != "auto":
@@ -124,10 +145,11 @@ class DenseTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"Expected window 'none', 'auto' or a number of samples but got {window!r}."
                 ) from None
-        terms = (self.terms or {}) | more.pop("terms", {})
+        given: Any = self.terms or {}
+        own: Any = {**given, **(terms or {})}
         if self.lambda_pair:
-            terms.setdefault("unshared_variance", self.lambda_pair)
-        options = {
+            own.setdefault("unshared_variance", self.lambda_pair)
+        options: dict[str, Any] = {
             "lambda_sub": self.lambda_sub,
             "lambda_orth": self.lambda_orth,
             "subspace_dim": self.subspace_dim,
@@ -135,6 +157,6 @@ class DenseTrainingArguments(TrainingArguments):
             "center": self.center,
             "unbiased": self.unbiased,
             "power_iterations": self.power_iterations or None,
-            "terms": terms,
+            "terms": own,
         }
         return DenseObjective(**options | more)

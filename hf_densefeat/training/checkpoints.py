@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ class SavedState(TrainerState):
 # ---- Whole or not there ----
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest: size and SHA-256 of every file in the folder, by its path there."""
-    (folder / MANIFEST).write_text(json.dumps({"files": entries_of(folder)}, indent=1) + "\n", encoding="utf-8")
+def seal(folder: Path, run: Mapping[str, Any] | None = None) -> None:
+    """Write the manifest: size and SHA-256 of every file in the folder, by its path there, and what tells the run apart."""
+    manifest = {"run": dict(run or {}), "files": entries_of(folder)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def entries_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -56,9 +58,9 @@ def entries_of(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def publish(folder: Path, target: Path) -> None:
+def publish(folder: Path, target: Path, run: Mapping[str, Any] | None = None) -> None:
     """Seal a folder that has been written, and give it its name. A folder of that name is replaced."""
-    seal(folder)
+    seal(folder, run)
     if target.exists():  # of a run that went further, and was resumed from before it
         shutil.rmtree(target)
     folder.rename(target)
@@ -83,30 +85,47 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def check_whole(folder: Path) -> None:
-    """CheckpointError for a checkpoint that is damaged or not there, before anything of it is loaded."""
+def other_run(folder: Path, run: Mapping[str, Any] | None) -> str | None:
+    """What tells the run that wrote a checkpoint from this one, "seed 42, here 7"; None for the same run."""
+    wrote = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("run", {})
+    here = json.loads(json.dumps(dict(run or {})))
+    differing = [name for name in wrote if name in here and wrote[name] != here[name]]
+    return ", ".join(f"{name} {wrote[name]}, here {here[name]}" for name in differing) or None
+
+
+def check_whole(folder: Path, run: Mapping[str, Any] | None = None) -> None:
+    """CheckpointError for a checkpoint that is damaged, not there or of another run, before anything of it is loaded."""
     if not folder.is_dir():
         raise CheckpointError(
             f"There is no checkpoint {folder.name}. Name a folder that a run with save_strategy wrote."
         )
     wrong = damage(folder)
     if wrong is not None:
-        before = newest_whole(folder.parent, below=_step(folder))
+        before = newest_whole(folder.parent, run, below=_step(folder))
         advice = f"Resume from {before.name}." if before else "There is no whole checkpoint before it: begin anew."
         raise CheckpointError(
             f"{folder.name} is not whole: {wrong}. {advice} To start from its weights alone, pass it as the model instead."
         )
+    other = other_run(folder, run)
+    if other is not None:
+        raise CheckpointError(
+            f"{folder.name} is of another run ({other}): resume it with its options, or choose another output_dir. To start "
+            "from its weights alone, pass it as the model instead."
+        )
 
 
-def newest_whole(output_dir: Path, below: int | None = None) -> Path | None:
-    """The whole checkpoint of most steps, fewer than `below`; a warning names each that is passed over, and why."""
+def newest_whole(output_dir: Path, run: Mapping[str, Any] | None = None, below: int | None = None) -> Path | None:
+    """This run's whole checkpoint of most steps, fewer than `below`; a warning names each that is passed over, and why."""
     folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
     for folder in sorted(folders, key=_step, reverse=True):
         if below is not None and _step(folder) >= below:
             continue
         wrong = damage(folder)
         if wrong is None:
-            return folder
+            other = other_run(folder, run)
+            if other is None:
+                return folder
+            wrong = f"it is of another run ({other})"
         logger.warning("%s is passed over: %s.", folder.name, wrong)
     return None
 
@@ -145,7 +164,7 @@ def read_objective(folder: Path, device: torch.device | str) -> tuple[dict[str, 
     """What `write_objective` wrote: state, skipped updates, stream; ValueError for a checkpoint without it."""
     path = folder / OBJECTIVE_STATE
     if not path.is_file():
-        raise ValueError(
+        raise CheckpointError(
             f"{folder.name} has no {OBJECTIVE_STATE}: it was saved with save_only_model. To start from its weights, pass it "
             "as the model instead of resuming."
         )

@@ -10,13 +10,18 @@ from peft import PeftModel
 from torch import Tensor
 
 from hf_densefeat.data.inputs import PairProcessor, StreamProcessor
-from hf_densefeat.objective.batch_loss import BatchLoss
-from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.objective.base import Objective
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
 
-def check_functions(kwargs: dict) -> None:
-    """What of the stock Trainer would be ignored without a word."""
+def check_functions(kwargs: dict, data_collator: Any) -> None:
+    """What of the stock Trainer would be ignored without a word, or fail on pairs."""
+    room = getattr(data_collator, "__module__", "") or ""
+    if data_collator is not None and room.startswith("transformers."):
+        raise ValueError(
+            f"{getattr(data_collator, '__name__', type(data_collator).__name__)} batches single rows, but DenseTrainer trains "
+            "on pairs of notes: leave data_collator out, or pass a DensePairCollator."
+        )
     for name in ("compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -56,9 +61,9 @@ def check_sharding(model) -> None:
             )
 
 
-def check_objective(objective: DenseObjective | BatchLoss, args: DenseTrainingArguments) -> None:
+def check_objective(objective: Objective, args: DenseTrainingArguments) -> None:
     """A `BatchLoss` does not add up over micro-batches or ranks."""
-    if isinstance(objective, BatchLoss) and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
+    if not objective.adds_up and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
         raise ValueError(
             "A BatchLoss is that of one whole batch, but gradient_accumulation_steps is "
             f"{args.gradient_accumulation_steps} and there are {args.world_size} ranks: its parts would not add up to "
@@ -66,12 +71,12 @@ def check_objective(objective: DenseObjective | BatchLoss, args: DenseTrainingAr
         )
 
 
-def check_subspace(pairs: float, batch: int, d: int, objective: DenseObjective) -> None:
+def check_subspace(pairs: float, batch: int, d: int, objective: Objective) -> None:
     """K must be below the rank that the samples behind a covariance can have."""
     window = d if objective.window == "auto" else float(objective.window or 0)
     samples = min(max(batch, window), pairs)
     rank = min(d, int(samples) - objective.center)
-    if objective.subspace_dim > rank:
+    if objective.subspace_dim is not None and objective.subspace_dim > rank:
         raise ValueError(
             f"subspace_dim is {objective.subspace_dim}, but the covariance of {int(samples)} pairs (batch of {batch}, "
             f"window {objective.window}, {pairs} in all) in {d} dimensions has rank {max(rank, 0)} at most. Lower "
@@ -121,8 +126,7 @@ def check_run(trainer: Any) -> None:
     if streamed:
         check_stream(args, trainer.processor)
         args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint left it
-    if isinstance(objective, BatchLoss):
-        objective.to(args.device)
-    elif trainer.train_dataset is not None and args.dense_weight:
+    objective.to(args.device)
+    if trainer.train_dataset is not None and args.dense_weight:
         pairs = math.inf if streamed else len(trainer.train_dataset)
         check_subspace(pairs, trainer.get_total_train_batch_size(args), model.embedding_dimension, objective)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_densefeat.evaluation.geometry import effective_rank_of_spectrum
-from hf_densefeat.objective.batch_loss import BatchLoss
+from hf_densefeat.objective.base import Objective
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective.moments import PairMoments
-from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.training.forward import Forward
 
 
@@ -20,15 +19,15 @@ from hf_densefeat.training.forward import Forward
 def held_out_terms(
     batches: Iterable[dict],
     forward: Callable[[dict], Forward],
-    objective: DenseObjective | BatchLoss,
+    objective: Objective,
     *,
     mlm_weight: float,
     dense_weight: float,
-    center: bool,
 ) -> dict[str, float]:
     """Every term of the set, unweighted, `loss`, and the effective rank of both sides; independent of the batch size.
 
-    A `BatchLoss` has no value of a whole set: its terms are means over batches. Without `mlm_weight` there is no `mlm_loss`.
+    The effective rank is centred where the objective is. A `BatchLoss` has no value of a whole set: its terms are means
+    over batches. Without `mlm_weight` there is no `mlm_loss`.
 
     Args:
         batches: of this rank, prepared.
@@ -36,10 +35,9 @@ def held_out_terms(
         objective: that which trains; its running state is left out and stays as it is.
         mlm_weight: of the language-modelling loss, in `loss`.
         dense_weight: of the objective, in `loss`.
-        center: whether the effective rank is that of centred covariances.
     """
     pair: PairMoments | None = None
-    of_batches: list[dict[str, Tensor]] = []
+    of_batches = []
     sums = torch.zeros(2, dtype=torch.float64)
     for inputs in batches:
         made = forward(inputs)
@@ -47,8 +45,7 @@ def held_out_terms(
         shift = mean_over_ranks(made.rows()) if pair is None else pair.a.shift
         moments = PairMoments.of(made.z_a, made.z_b, shift, cross=objective.needs_cross_moment)
         pair = moments if pair is None else pair + moments
-        if isinstance(objective, BatchLoss):
-            of_batches.append(objective(made.z_a, made.z_b))
+        of_batches.append(objective.of_batch(made.z_a, made.z_b))
         if mlm_weight:
             sums = sums.to(made.mlm.device)
             sums[0] += made.mlm
@@ -56,16 +53,12 @@ def held_out_terms(
     if pair is None:
         raise ValueError("The evaluation set has no batch: it needs at least one pair of adjacent notes.")
     pair, sums = sum_over_ranks(pair, sums.to(pair.a.shift.device))
-    if isinstance(objective, BatchLoss):
-        values = {name: torch.stack([value[name] for value in of_batches]).mean() for name in of_batches[0]}
-    else:
-        values = objective.pure().values(pair)
-    terms = {name: value.item() for name, value in values.items()}
+    terms = {name: value.item() for name, value in objective.evaluate(pair, of_batches).items()}
     loss = dense_weight * terms.pop("loss")
     if mlm_weight:
         terms["mlm_loss"] = (sums[0] / sums[1].clamp(min=1)).item()
         loss += mlm_weight * terms["mlm_loss"]
-    pooled = (pair.a.covariance(center) + pair.b.covariance(center)) / 2
+    pooled = (pair.a.covariance(objective.center) + pair.b.covariance(objective.center)) / 2
     return {"loss": loss, **terms, "effective_rank": covariance_rank(pooled)}
 
 

@@ -6,15 +6,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_densefeat.data.inputs import PairDataset, PairProcessor, ReadingStats, StreamProcessor
+from hf_densefeat.data.notes import load_notes
 from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.text import TextProcessor
-from hf_densefeat.models.adapters import with_adapter, without_adapter
+from hf_densefeat.models.adapters import check_ties, with_adapter, without_adapter
 from hf_densefeat.models.dense import AutoDenseModel, as_dense
+from hf_densefeat.models.tokenizers import check_vocabulary
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,8 @@ def prepare_model(
     Without weight on language modelling, what is not in the body of the model is frozen: no gradient reaches it.
     """
     loaded: Any = AutoDenseModel.from_pretrained(model) if isinstance(model, str) else model
+    if isinstance(loaded, PeftModel):
+        check_ties(loaded)
     dense = as_dense(without_adapter(loaded), args.pooling, args.max_length, args.long_notes)
     if args.mlm_weight == 0:
         body = {id(parameter) for parameter in dense.base_model.parameters()}
@@ -41,6 +46,7 @@ def prepare_tokenizer(processing_class: Any, model: Any) -> Any:
     """The tokenizer or processor given, or that of the model, which `encode` uses from now on."""
     processing_class = processing_class or model._default_tokenizer()
     if isinstance(processing_class, PreTrainedTokenizerBase):
+        check_vocabulary(processing_class, model)
         processing_class.padding_side = "right"  # as in training, wherever the saved one is used
     model._densefeat_tokenizer = processing_class
     return processing_class
@@ -75,6 +81,10 @@ def pair_collator(processor: PairProcessor, model: Any, args: DenseTrainingArgum
     return processor.collator(objective, mlm_probability=args.mlm_probability, max_length=model.max_length)
 
 
+def _is_column(values: Any) -> bool:
+    return isinstance(values, (list, np.ndarray)) and not (len(values) and isinstance(values[0], dict))
+
+
 def pair_datasets(
     notes: Any,
     name: str,
@@ -87,14 +97,20 @@ def pair_datasets(
 ) -> Any:
     """Pairs of the notes, of these kinds, read by the processor, and in `stats[name]` what reading did to them.
 
-    Notes (`datasets.Dataset`) become a `PairDataset`, each set in a dict of notes does so under its own name, and
-    anything else (pairs, a stream, None) stays as it is.
+    Notes (`datasets.Dataset`, or what else `load_notes` reads) become a `PairDataset`, each set in a dict of notes does so
+    under its own name, and pairs, a stream and None stay as they are. ValueError for several sets to train on.
     """
-    if isinstance(notes, dict):
+    if notes is None or isinstance(notes, IterableDataset) or hasattr(notes, "pairs"):
+        return notes
+    if isinstance(notes, dict) and not any(_is_column(value) for value in notes.values()):
+        if name == "train":
+            raise ValueError(
+                f"train_dataset has several sets, {', '.join(map(str, notes))}: pass the one to train on."
+            )
         common: dict[str, Any] = {"max_length": max_length, "kinds": kinds, "max_gap": max_gap, "stats": stats}
         return {key: pair_datasets(value, key, processor=processor, **common) for key, value in notes.items()}
     if not isinstance(notes, Dataset):
-        return notes
+        notes = load_notes(notes)
     if list(kinds) != ["adjacent"] and not isinstance(processor, StreamProcessor):
         raise ValueError(
             f"pairs is {' '.join(kinds)}, but {type(processor).__name__} reads no plain text that can be cut: use adjacent."

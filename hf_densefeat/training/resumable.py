@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -44,7 +45,8 @@ class ResumableTrainer(Trainer):
 
     * A checkpoint is written in `output_dir/unfinished` and gets its name when all ranks' files and a manifest are there.
     * Resuming checks every file before anything is loaded, and names the one that is missing or damaged.
-    * `resume_from_checkpoint=True` takes the newest whole checkpoint, and says which it passes over.
+    * `resume_from_checkpoint=True` takes the run's newest whole checkpoint, and says which it passes over.
+    * A checkpoint carries the run's `fingerprint`; one of another run is named and never taken.
     * SIGTERM ends the update and saves, unless `save_strategy` is no; `train` then raises SystemExit(143), which ends the
       process as the signal would.
     * A run that is finished is not trained further when it is resumed.
@@ -68,11 +70,11 @@ class ResumableTrainer(Trainer):
         output_dir = Path(str(self.args.output_dir))
         warn_of_unfinished(output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole(output_dir)
+            resume_from_checkpoint = newest_whole(output_dir, self.fingerprint())
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"There is no whole checkpoint in {output_dir.name} to resume from.")
         elif resume_from_checkpoint:
-            check_whole(Path(resume_from_checkpoint))
+            check_whole(Path(resume_from_checkpoint), self.fingerprint())
         if resume_from_checkpoint and self._is_finished(Path(resume_from_checkpoint)):
             return self._loaded(str(resume_from_checkpoint))
         with self._told_by_sigterm():
@@ -82,6 +84,10 @@ class ResumableTrainer(Trainer):
         ):  # whoever called would go on with a model that is trained in part, and the process was told to end
             raise SystemExit(128 + signal.SIGTERM)
         return result
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this run's checkpoints from those of another run in the same folder, name to value; JSON's types."""
+        return {}
 
     def agreed_to_stop(self) -> bool:
         """Whether any rank was told to stop, the same on all ranks; a subclass for several ranks has to ask them."""
@@ -169,14 +175,14 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish(partial, target)
+                publish(partial, target, self.fingerprint())
                 sync_folder(run)
                 if not any((run / UNFINISHED).iterdir()):
                     (run / UNFINISHED).rmdir()
         except (OSError, SafetensorError, RuntimeError) as error:
             free = shutil.disk_usage(run).free / 1e6  # torch and safetensors do not say that a disk is full
             shutil.rmtree(partial, ignore_errors=True)
-            whole = newest_whole(run)
+            whole = newest_whole(run, self.fingerprint())
             raise OSError(
                 f"{name} could not be written: {error} ({free:,.1f} MB of the disk were free). "
                 + (f"{whole.name} is whole: resume from it." if whole else "There is no checkpoint yet.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from peft import PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from hf_densefeat.data.inputs import PairDataset
-from hf_densefeat.objective.batch_loss import BatchLoss
-from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.objective.base import Objective
 from hf_densefeat.reporting.card import Run, model_card
 from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.reporting.plots import draw
@@ -39,11 +39,14 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "weight decay": args.weight_decay,
         "language modelling": masked if model.language_modeling == "mlm" else "next token",
-        "covariance window": args.window,
-        "centred": args.center,
+        **trainer.objective.settings,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "seed": args.seed,
     }
+    if args.mlm_weight != trainer.mlm_weight_before:
+        settings["weight of language modelling"] = (
+            f"{trainer.mlm_weight_before:g} before, {args.mlm_weight:g} at the end"
+        )
     if isinstance(adapted, PeftModel):
         [adapter] = adapted.active_adapters
         settings["adapter"] = f"{PeftType(adapted.peft_config[adapter].peft_type).value}, merged"
@@ -52,12 +55,49 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
         mlm_weight=args.mlm_weight,
         dense_weight=args.dense_weight,
         terms=described_terms(trainer.objective),
-        subspace_dim=args.subspace_dim,
+        subspace_dim=trainer.objective.subspace_dim,
         settings=settings,
         counts=counts,
         base_model=base_model or model.name_or_path or None,
+        # what came from the Hub knows its commit
+        local=not (base_model or getattr(model.config, "_commit_hash", None)),
         evaluated=evaluations[-1] if evaluations else None,
     )
+
+
+# options that change what an update computes
+FINGERPRINT = (
+    "seed data_seed learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon optim "
+    "max_grad_norm mlm_weight dense_weight mlm_probability whole_word_mask predict_marks pairs pairs_per_patient max_gap"
+)
+
+
+def run_fingerprint(trainer: Any) -> dict[str, Any]:
+    """What tells the run from another: options by name, the objective, and digests of the model's name and of the data.
+
+    A run may go on with more steps, on other devices, cut into other micro-batches.
+
+    Args:
+        trainer: the `DenseTrainer` of the run.
+    """
+    args, model, objective, data = trainer.args, trainer.dense_model, trainer.objective, trainer.train_dataset
+    options = {name: getattr(args, name) for name in FINGERPRINT.split()}
+    options |= {"pairs an update": trainer.get_total_train_batch_size(args), "pooling": model.pooling}
+    options |= {"max_length": model.max_length, "long_notes": model.long_notes, **objective.settings}
+    options |= {f"weight of {name}": weight for name, (weight, _) in objective.terms.items()}
+    options |= {"subspace_dim": objective.subspace_dim}
+    known = {name: value if isinstance(value, (int, float)) else str(value) for name, value in options.items()}
+    known["model"] = _digest(type(model).__name__.encode(), Path(model.name_or_path).name.encode())
+    if isinstance(data, PairDataset):
+        known["data"] = _digest(data.pairs.earlier, data.pairs.later, data.lengths)
+    return known
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def write_card(
@@ -88,10 +128,9 @@ def write_card(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def described_terms(objective: DenseObjective | BatchLoss) -> dict[str, tuple[float, str]]:
+def described_terms(objective: Objective) -> dict[str, tuple[float, str]]:
     """Name to weight and first line of the docstring, for every term of the objective."""
-    functions = {objective.name: (1.0, objective.function)} if isinstance(objective, BatchLoss) else objective.terms
     return {
         name: (weight, (function.__doc__ or "no description").strip().splitlines()[0])
-        for name, (weight, function) in functions.items()
+        for name, (weight, function) in objective.terms.items()
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
+from transformers import set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_densefeat.data.inputs import PairDataset, ReadingStats
 from hf_densefeat.data.streaming import PairStream
 from hf_densefeat.models.adapters import without_adapter
 from hf_densefeat.models.sentence_transformers import evaluated
-from hf_densefeat.objective.batch_loss import BatchLoss
-from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.objective.base import Objective
+from hf_densefeat.objective.statistics import Term
 from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.checkpoints import read_objective, write_objective
@@ -35,8 +37,8 @@ from hf_densefeat.training.preparation import (
     prepare_tokenizer,
 )
 from hf_densefeat.training.resumable import ResumableTrainer
-from hf_densefeat.training.run import described_run, write_card
-from hf_densefeat.training.update import Update, UpdateLog, add_parameters, check_replay, moments_of
+from hf_densefeat.training.run import described_run, run_fingerprint, write_card
+from hf_densefeat.training.update import Update, UpdateLog, check_replay, moments_of
 
 
 class DenseTrainer(ResumableTrainer):
@@ -54,9 +56,12 @@ class DenseTrainer(ResumableTrainer):
         train_dataset: notes as `load_notes` returns them (pairs and tokens are made here), `PairDataset`, or with
             `max_steps` a `datasets.IterableDataset` of notes sorted by patient and time: see `PairStream`.
         eval_dataset: notes or `PairDataset`, or a dict of such.
-        objective: the `DenseObjective` to train instead of that of `args` (whose lambda_sub and other options of the
-            objective are then without effect), with terms of your own, or a `BatchLoss`, which is refused with gradient
-            accumulation and with several ranks. Log, evaluation and checkpoints have each of its terms.
+        terms: terms of the objective beside those of `args`, as for `DenseObjective`. Log, evaluation and checkpoints have
+            each of them.
+        objective: a `DenseObjective` to train in the place of that of `args`, whose lambda_sub and other options of the
+            objective are then without effect; or a `BatchLoss`, which is refused with gradient accumulation and with
+            several ranks.
+        model_init: in the place of `model`, as for `Trainer`: the function that makes the model of each `train`.
         processing_class: the tokenizer, or the `PairProcessor` of another kind of input; by default that of the model.
         peft_config: train this adapter (LoRA and its kin) and freeze the rest. What is saved is the encoder with the adapter
             merged in, and in `adapter/` the adapter, from which a run resumes. A `PeftModel` as `model` does the same.
@@ -70,7 +75,7 @@ class DenseTrainer(ResumableTrainer):
     """
 
     args: DenseTrainingArguments
-    objective: DenseObjective | BatchLoss
+    objective: Objective
     train_dataset: Any
     eval_dataset: Any
     stream: PairStream | None
@@ -79,7 +84,7 @@ class DenseTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        model,
+        model=None,
         args: DenseTrainingArguments | None = None,
         data_collator=None,
         train_dataset: Dataset | PairDataset | IterableDataset | None = None,
@@ -88,16 +93,27 @@ class DenseTrainer(ResumableTrainer):
         evaluator=None,
         peft_config: PeftConfig | None = None,
         *,
-        objective: DenseObjective | BatchLoss | None = None,
+        terms: Mapping[str, Term | float] | None = None,
+        objective: Objective | None = None,
+        model_init: Any = None,
         **kwargs,
     ):
         args = args or DenseTrainingArguments()
-        check_functions(kwargs)
-        model, adapted = prepare_model(model, args, peft_config)
+        check_functions(kwargs, data_collator)
+        if (model is None) == (model_init is None):
+            raise ValueError("Expected either a model (a name, a folder or the model itself) or model_init.")
+        if terms and objective is not None:
+            raise ValueError("Expected terms or objective, not both: give the objective its terms itself.")
+        self._peft_config, self._terms, self._given = peft_config, terms, objective
+        # before the first random weight, as the stock Trainer does
+        set_seed(args.seed)
+        self.model_init = model_init
+        model, adapted = prepare_model(model if model_init is None else self._initialised(None), args, peft_config)
         processing_class = prepare_tokenizer(processing_class, model)
         self.processor = pair_processor(processing_class, model, args)
         self.evaluator = evaluator
-        self.objective = args.dense_objective() if objective is None else objective
+        self.objective = args.dense_objective(terms=terms) if objective is None else objective
+        self._objective_start = copy.deepcopy(self.objective.state_dict())
         check_objective(self.objective, args)
         check_head(model, args)
         self.reading_stats: dict[str, ReadingStats] = {}
@@ -105,6 +121,10 @@ class DenseTrainer(ResumableTrainer):
             train_dataset = self._pairs(train_dataset, "train", model, args)
             eval_dataset = self._pairs(eval_dataset, "eval", model, args)
         self.update_log, self.stream = UpdateLog(), None
+        self.mlm_weight_before = args.mlm_weight
+        self._micro_batches: list = []
+        self._awaited = 0  # micro-batches of the update for which `compute_loss` has not been called
+        self._update: Update | None = None
         super().__init__(
             model=adapted,
             args=args,
@@ -114,6 +134,7 @@ class DenseTrainer(ResumableTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.model_init = model_init
         self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
         check_run(self)
         self.by_position = self._takes_positions()
@@ -136,13 +157,27 @@ class DenseTrainer(ResumableTrainer):
 
     # ---- The loss ----
 
+    def call_model_init(self, trial=None):
+        """A fresh model for a run or a trial, and a fresh objective of the arguments that a trial has set."""
+        model, adapted = prepare_model(self._initialised(trial), self.args, self._peft_config)
+        model._densefeat_tokenizer = self.processing_class
+        if self._given is None:
+            self.objective = self.args.dense_objective(terms=self._terms)
+        else:
+            self.objective.load_state_dict(self._objective_start)
+        self.update_log = UpdateLog()
+        return adapted
+
+    def _initialised(self, trial):
+        return super().call_model_init(trial)
+
     def create_optimizer(self, *args, **kwargs):
-        """Also with the parameters of a `BatchLoss`; a model without a trainable parameter is refused."""
+        """Also with the parameters of the objective; a model without a trainable parameter is refused."""
         check_trainable(self.model)
-        new = self.optimizer is None
+        own = self.objective.parameters() if self.optimizer is None else []
         optimizer = super().create_optimizer(*args, **kwargs)
-        if new and isinstance(self.objective, BatchLoss):
-            add_parameters(optimizer, self.objective.parameters())
+        if own:
+            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
         return optimizer
 
     @property
@@ -153,14 +188,21 @@ class DenseTrainer(ResumableTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also remember the update's micro-batches: `compute_loss` needs all of them before the first backward."""
         self._micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._update: Update | None = None
+        self._update, self._awaited = None, len(self._micro_batches)
+        self.objective.zero_grad()  # the stock Trainer zeroes the gradients of the model alone
         for batch in self._micro_batches:
             if self.stream is not None:
                 self.stream.position = batch.pop("stream")
         return self._micro_batches, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This micro-batch's share of the update's loss: shares add up over micro-batches and average over ranks."""
+        """This micro-batch's share of the update's loss: shares add up over micro-batches and average over ranks.
+
+        Without `get_batch_samples` before, which `train` calls, the micro-batch is the whole update.
+        """
+        if not self._awaited:
+            self._micro_batches, self._update, self._awaited = [inputs], None, 1
+        self._awaited -= 1
         if self._update is None:
             # here and not in get_batch_samples, after which a resumed Trainer restores the random state
             self._update = self._planned(model)
@@ -171,12 +213,11 @@ class DenseTrainer(ResumableTrainer):
         loss = 0.0
         if self.args.mlm_weight:
             mlm = made.mlm / update.tokens.clamp(min=1)
-            update.add("mlm_loss", mlm * ranks)
+            update.add({"mlm_loss": mlm * ranks})
             loss = loss + self.args.mlm_weight * ranks * mlm
         if self.args.dense_weight:
             loss = loss + self.args.dense_weight * update.dense_share(self.objective, made.z_a, made.z_b, ranks)
-        update.add("tokens", inputs["attention_mask"].sum())
-        update.add("slots", torch.full_like(update.tokens, made.slots))
+        update.add_slots(inputs["attention_mask"], made.slots)
         return (loss, made) if return_outputs else loss
 
     def _planned(self, model) -> Update:
@@ -186,7 +227,7 @@ class DenseTrainer(ResumableTrainer):
             tokens = sum(batch["labels"].ne(-100).sum() for batch in self._micro_batches)
             counts = update.counts(tokens.to(self.args.device))
             update.tokens, update.stops = self.accelerator.reduce(counts, reduction="sum")
-        elif len(self._micro_batches) > 1 and isinstance(self.objective, DenseObjective):
+        elif len(self._micro_batches) > 1:
             # DDP reduces gradients after a forward that it is told to: the last one is made when its turn has come
             graphs = len(self._micro_batches) - (self.args.world_size > 1) if self.args.keep_graphs else 0
             update.moments_pass(
@@ -194,7 +235,7 @@ class DenseTrainer(ResumableTrainer):
                 partial(self._first_forward, model),
                 self.objective,
                 keep_graphs=graphs,
-                keep_embeddings=self.state.global_step == self._initial_global_step,
+                keep_embeddings=self.state.global_step == getattr(self, "_initial_global_step", None),
             )
         return update
 
@@ -232,14 +273,25 @@ class DenseTrainer(ResumableTrainer):
             grouped=not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile),
         )
 
+    def _clip_grad_norm(self, model, largest: float | None = None):
+        """Also of what the objective trains along."""
+        own = self.objective.parameters()
+        if not own:
+            return super()._clip_grad_norm(model)
+        largest = self.args.max_grad_norm if largest is None else largest
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *own], largest)
+
     def _get_grad_norm(self, model, grad_norm=None):
         """Drop the gradients if they are not finite: reduced over ranks, they are so on all ranks or on none."""
+        if grad_norm is None and self.objective.parameters():
+            grad_norm = self._clip_grad_norm(model, math.inf)
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if math.isfinite(grad_norm):
             self.update_log.add(self._update)
         else:
             self.update_log.skip(self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
+            self.objective.zero_grad()
         return grad_norm
 
     # ---- Logs ----
@@ -251,6 +303,8 @@ class DenseTrainer(ResumableTrainer):
             if means and self.objective.covariance is not None:
                 means["effective_rank"] = covariance_rank(self.objective.covariance)
             logs |= {"skipped_updates": self.update_log.skipped} | means
+            if self.args.mlm_weight != self.mlm_weight_before:  # a callback may change it
+                logs["mlm_weight"] = self.args.mlm_weight
         super().log(logs, start_time)
 
     # ---- Data ----
@@ -279,6 +333,10 @@ class DenseTrainer(ResumableTrainer):
         )
 
     # ---- Checkpoints and the card ----
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Options that change the mathematics, and digests of model and data, not the steps, devices or what is saved."""
+        return run_fingerprint(self)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """The stock Trainer knows nothing of the objective: its state is saved once, the same on all ranks."""
@@ -326,6 +384,7 @@ class DenseTrainer(ResumableTrainer):
         """Terms of the whole evaluation set, from its moments, so that they do not depend on the batch size."""
         model = evaluation_model(self)
         model.eval()
+        self.objective.train(False)
 
         def prepared():
             for inputs in dataloader:
@@ -338,8 +397,8 @@ class DenseTrainer(ResumableTrainer):
             self.objective,
             mlm_weight=self.args.mlm_weight,
             dense_weight=self.args.dense_weight,
-            center=self.args.center,
         )
+        self.objective.train()
         if self.evaluator is not None:
             metrics |= evaluated(self.evaluator, self.dense_model, self.processing_class)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

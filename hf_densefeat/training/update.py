@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from hf_densefeat.objective.batch_loss import BatchLoss
+from hf_densefeat.objective.base import Objective
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
-from hf_densefeat.objective.moments import PairGradient, PairMoments
-from hf_densefeat.objective.objective import DenseObjective
+from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.training.forward import Forward
 
 logger = logging.getLogger(__name__)
@@ -27,53 +27,44 @@ class Update:
         micro_batches: how many there are on this rank.
         tokens: predicted tokens of the whole update, on all ranks; None until the update is planned.
         stops: how many ranks were told to stop; the collective of the update counts them too.
-        terms: the values of the objective at the global moments.
-        gradient: its gradient there, which `pullback` takes to the rows of a micro-batch.
         random_states: from which the forward of each micro-batch is replayed; empty where there is one forward.
         expected: embeddings of the first forwards, where the replay is to be checked.
         kept: forwards with their graphs, first micro-batch first, which need no replay.
         sums: name to sum over micro-batches.
+        slots: positions that were computed here, and how many of them were tokens.
     """
 
     def __init__(self, micro_batches: int, *, told_to_stop: bool = False):
         self.micro_batches, self.told_to_stop = micro_batches, told_to_stop
         self.tokens: Tensor | None = None
         self.stops: Tensor | None = None
-        self.terms: dict[str, Tensor] = {}
-        self.gradient: PairGradient | None = None
         self.random_states: list[RandomState] = []
         self.expected: list[Tensor] = []
         self.kept: list[Forward] = []
         self.sums: dict[str, Tensor] = {}
+        self.slots: Tensor | float = 0.0
 
     def counts(self, tokens: Tensor) -> Tensor:
         """(2,) what all ranks add up: predicted tokens, and 1 where this rank was told to stop."""
         return torch.stack([tokens, torch.full_like(tokens, int(self.told_to_stop))])
 
     @torch.no_grad()
-    def plan(self, objective: DenseObjective | BatchLoss, pair: PairMoments, tokens: Tensor) -> None:
-        """One all-reduce, then the terms and their gradient, the same on every rank.
+    def plan(self, objective: Objective, pair: PairMoments, tokens: Tensor) -> None:
+        """One all-reduce, then the plan of the objective, the same on every rank.
 
         Args:
-            objective: a `BatchLoss` is not planned: it has its own graph.
+            objective: that which trains.
             pair: moments of this rank's micro-batches.
             tokens: predicted tokens of this rank's micro-batches, a number.
         """
-        counts = self.counts(tokens)
-        if not isinstance(objective, BatchLoss):
-            pair, counts = sum_over_ranks(pair, counts)
-        self.tokens, self.stops = counts
-        if isinstance(objective, BatchLoss):
-            return
-        self.terms, self.gradient = objective.gradient(pair)
-        for name, value in (self.terms | objective.diagnostics).items():
-            self.add(name, value)
+        pair, (self.tokens, self.stops) = sum_over_ranks(pair, self.counts(tokens))
+        self.add(objective.plan(pair))
 
     def moments_pass(
         self,
         micro_batches: Iterable[dict],
         forward: Callable[[dict], Forward],
-        objective: DenseObjective,
+        objective: Objective,
         *,
         keep_graphs: int = 0,
         keep_embeddings: bool = False,
@@ -109,28 +100,25 @@ class Update:
         if totals is not None:
             self.plan(objective, totals, torch.stack(tokens).sum())
 
-    def dense_share(self, objective: DenseObjective | BatchLoss, z_a: Tensor, z_b: Tensor, ranks: int) -> Tensor:
-        """This micro-batch's share: the value of the terms, and their gradient by the rows at the global moments."""
-        if isinstance(objective, BatchLoss):
-            values = objective(z_a, z_b)
-            for name, value in values.items():
-                self.add(name, value)
-            return values["loss"]
-        if self.gradient is None:
-            raise RuntimeError("The update has no plan yet: call plan or moments_pass first.")
-        gradients = self.gradient.pullback(z_a, z_b)
-        # linear in the rows: its gradient is exact, and its own value is replaced by that of the terms
-        surrogate = sum((g * z).sum() for g, z in zip(gradients, (z_a, z_b), strict=True)) * ranks
-        value = self.terms["loss"] / self.micro_batches
-        return surrogate + (value - surrogate).detach()
+    def dense_share(self, objective: Objective, z_a: Tensor, z_b: Tensor, ranks: int) -> Tensor:
+        """This micro-batch's share of the objective, which is logged."""
+        share, values = objective.share(z_a, z_b, parts=self.micro_batches, ranks=ranks)
+        self.add(values)
+        return share
 
-    def add(self, name: str, value: Tensor) -> None:
+    def add(self, values: Mapping[str, Tensor]) -> None:
         """Sum over micro-batches, for the log, on the device and without waiting for it."""
-        self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+
+    def add_slots(self, attention_mask: Tensor, slots: int) -> None:
+        """Count the tokens of a micro-batch, and the positions that were computed for them."""
+        tokens = attention_mask.sum()
+        self.slots = self.slots + torch.stack([torch.full_like(tokens, slots), tokens]).float()
 
 
 @torch.no_grad()
-def moments_of(first: Forward, objective: DenseObjective | BatchLoss, shift: Tensor | None = None) -> PairMoments:
+def moments_of(first: Forward, objective: Objective, shift: Tensor | None = None) -> PairMoments:
     """Moments of a micro-batch, about `shift`, or about the objective's shift, or about the mean over all ranks."""
     if shift is None:
         shift = objective.shift if objective.shift is not None else mean_over_ranks(first.rows())
@@ -147,11 +135,13 @@ class UpdateLog:
     def __init__(self):
         self.skipped = self._in_a_row = self._updates = 0
         self._sums: dict[str, Tensor] = {}
+        self._slots: Tensor | float = 0.0
 
     def add(self, update: Update) -> None:
         """Count an update that was made."""
         for name, value in update.sums.items():
             self._sums[name] = self._sums.get(name, 0) + value
+        self._slots = self._slots + update.slots
         self._updates += 1
         self._in_a_row = 0
 
@@ -168,19 +158,18 @@ class UpdateLog:
             )
         logger.warning("Step %d: non-finite gradient, update skipped.", step)
 
-    def means(self, reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, float]:
+    def means(self, reduce: Callable[[Any], Any]) -> dict[str, float]:
         """Means over the updates since the last call, without those that were skipped; {} where there was none.
 
         Args:
-            reduce: the mean over ranks of each number.
+            reduce: the mean over ranks of each tensor in a nest of containers.
         """
         # all ranks come here at the same update, so that the collective below is in step
-        sums, updates = self._sums, self._updates
-        self._sums, self._updates = {}, 0
+        sums, slots, updates = self._sums, self._slots, self._updates
+        self._sums, self._slots, self._updates = {}, 0.0, 0
         if not updates:
             return {}
-        sums = reduce(sums)
-        tokens, slots = sums.pop("tokens"), sums.pop("slots")
+        sums, (slots, tokens) = reduce((sums, slots))
         means = {name: value.item() / updates for name, value in sums.items() if name != "loss"}
         return means | {"padding_waste": 1 - (tokens / slots).item()}
 
@@ -199,18 +188,6 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.kind is not None:
             set_device_states(self.devices, self.states, device_type=self.kind)
-
-
-def add_parameters(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> None:
-    """Train these along with the model, without weight decay."""
-    if parameters:
-        optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
-
-        def zero(*_) -> None:
-            for parameter in parameters:  # the Trainer zeroes the gradients of the model alone
-                parameter.grad = None
-
-        optimizer.register_step_post_hook(zero)
 
 
 def check_replay(expected: Tensor, z: Tensor) -> None:

@@ -49,12 +49,12 @@ def _case(args, length: int, pairs: int, accumulation: int, mixed: bool, cuda: b
         steps["MLM + dense, kept graphs"] = one_update(trainers["kept graphs"])
     seconds = alternate(steps, args.repeats, args.device)
     base = next(iter(steps))
-    sums = trainers["MLM + dense"]._update.sums
+    slots, tokens = trainers["MLM + dense"]._update.slots
     found = {
         "seconds": {name: spread(values) for name, values in seconds.items()},
         f"/ {base}": {name: spread(values / seconds[base]) for name, values in seconds.items() if name != base},
         "MLM + dense / MLM": spread(seconds["MLM + dense"] / seconds["MLM"]),
-        "padding": round(1 - (sums["tokens"] / sums["slots"]).item(), 4),
+        "padding": round(1 - (tokens / slots).item(), 4),
     }
     if cuda:
         for name, run in steps.items():
@@ -177,7 +177,6 @@ def one_update(trainer: DenseTrainer):
     """A function that does one optimizer update as `train` does."""
     trainer.create_optimizer()
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-    trainer._initial_global_step = -1  # no replay check: that is done in a run's first update alone
     loader = cycle(list(islice(trainer.get_train_dataloader(), 4 * trainer.args.gradient_accumulation_steps)))
 
     def update():

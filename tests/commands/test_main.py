@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 import hf_densefeat
 from hf_densefeat import AutoDenseModel
-from hf_densefeat.commands import main, pretrain
+from hf_densefeat.commands import head, main, pretrain, settings
 from hf_densefeat.commands.settings import refuse_unknown
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
@@ -47,6 +47,77 @@ def test_a_misspelt_option_names_the_nearest(capsys):
     with pytest.raises(SystemExit):
         pretrain.parse(["--notes", "x", "--model_name_or_path", "y", "--head", "centre", "--use_cpu"])
     assert "center, auto or a number above 0" in capsys.readouterr().err
+
+
+def test_one_name_of_the_model_and_the_other_is_taken():
+    """`--model` everywhere; what transformers' scripts call it is understood, with = and with a hyphen."""
+    parsed = settings.parse(head, ["--model-name-or-path=m", "--notes", "n", "--output", "o"])
+    assert parsed.model == "m"
+    parsed, _ = pretrain.parse(["--notes", "x", "--model_name_or_path", "y", "--use_cpu"])
+    assert parsed.model == "y"
+
+
+def test_an_error_names_the_options_of_the_command():
+    """Python's arguments become options, with their values; what the command has no option for is left out."""
+    told = ValueError(
+        'Say: `time_unit=` one of days, `time_format="%d.%m. %Y"`, or leave them out (`on_missing="drop"`).'
+    )
+    found = settings.error_line(told, ["time_unit", "time_format"])
+    assert found == "Say: --time_unit one of days, --time_format '%d.%m. %Y', or leave them out."
+    assert (
+        settings.error_line(ValueError("allow it (allow_trained=True)."), ["allow_trained"])
+        == "allow it (--allow_trained)."
+    )
+
+
+def test_an_output_folder_that_cannot_be_written_is_named_with_its_option(tmp_path):
+    """Before notes are read; nothing is left in one that can be."""
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(ValueError, match=r"--output '.*/a file/out' cannot be written: Not a directory"):
+        settings.writable(str(tmp_path / "a file" / "out"), "output")
+    assert list(settings.writable(str(tmp_path / "new"), "output").iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--num_processes", "2"], ["--num_processes=2"]])
+def test_several_processes_are_launched_either_way(monkeypatch, words):
+    """With a space and with =."""
+    called = []
+    monkeypatch.setattr(main.subprocess, "call", lambda command: called.append(command) or 7)
+    with pytest.raises(SystemExit) as end:
+        main.launch_if_several("head", ["--model", "a=b", *words, "--notes", "n"])
+    assert end.value.code == 7
+    launched = [
+        "launch",
+        "--num_processes",
+        "2",
+        "-m",
+        "hf_densefeat.commands.main",
+        "head",
+        "--model",
+        "a=b",
+        "--notes",
+        "n",
+    ]
+    assert called[0][3:] == launched
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("probe", ["--task", "died:binery"], "Expected --task label:kind .* got 'died:binery'"),
+        ("probe", ["--similarity", "died:near"], "column:kind, kind one of query"),
+        ("head", ["--similarity", "died:near"], "column:kind, kind one of query"),
+    ],
+)
+def test_a_wrong_word_is_refused_before_the_notes_are_read(tmp_path, monkeypatch, tokenizer, command, words, said):
+    """Of a task or a use."""
+    monkeypatch.setattr(settings.NotesTable, "read", lambda self: pytest.fail("the notes are read"))
+    make_model("bert", tokenizer).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(SystemExit, match=said):
+        main.main(
+            [command, "--model", str(tmp_path / "encoder"), "--notes", "n", "--output", str(tmp_path / "o"), *words]
+        )
 
 
 @pytest.mark.slow
@@ -126,7 +197,8 @@ def test_the_options_that_are_read_from_the_source_are_those_of_the_parser():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["pretrain", "--max_step", "3"], "unknown: --max_step. Did you mean max_steps"),
+        (["pretrain", "--max_step", "3", "--modle=x"], "unknown: --max_step. Did you mean max_steps"),
+        (["pretrain", "--max_step", "3", "--modle=x"], "unknown: --modle=x. Did you mean model"),
         (["probe", "--modle", "x"], "densefeat probe: error: unknown: --modle. Did you mean model?"),
         (["head", "--notes", "x"], "the following arguments are required: --model, --output"),
         (["probe", "--k", "x", "--model", "m", "--notes", "n"], "argument --k: invalid int value"),

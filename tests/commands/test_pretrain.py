@@ -119,7 +119,7 @@ def test_yaml_values_get_the_options_types_and_the_command_line_wins(recipe, tmp
     config = tmp_path / "c.yaml"
     config.write_text(
         "notes: ./notes.csv\nmodel_name_or_path: m\nlearning_rate: 1e-4\nsave_strategy: no\nmax_steps: 7\n"
-        "bf16: false\nprobe: [died:binary, age:regression]\nmax_gap: null\n"
+        "bf16: false\nprobe: [died:binary, age:regression]\nmax_gap: null\nterms: {sphericity: 1e-1}\n"
     )
     parsed, args = recipe.parse(["--config", str(config), "--max_steps", "9", "--use_cpu"])
     assert args.learning_rate == 1e-4
@@ -129,13 +129,14 @@ def test_yaml_values_get_the_options_types_and_the_command_line_wins(recipe, tmp
     assert args.max_gap is None
     assert parsed.notes == str(tmp_path / "notes.csv")
     assert parsed.probe == ["died:binary", "age:regression"]
+    assert args.terms == {"sphericity": 0.1}
 
 
 def test_without_arguments_the_bundled_cohort_and_encoder_are_used(recipe):
     """The default run needs nothing that is not in the repository."""
     parsed, args = recipe.parse(["--use_cpu"], DOCUMENTS)
     assert Path(parsed.notes).is_file()
-    assert Path(parsed.model_name_or_path, "model.safetensors").is_file()
+    assert Path(parsed.model, "model.safetensors").is_file()
     assert args.dense_weight > 0
 
 
@@ -157,6 +158,13 @@ MISTAKES = {
     "times that are none": (GOOD | {"time": ["yesterday"] * 8}, [], ["time", "row"]),
     "k too large": (GOOD, ["--subspace_dim", "20", "--window", "none"], ["subspace_dim is 20", "batch"]),
     "pooling unknown": (GOOD, ["--pooling", "middle"], ["middle", "mean, cls, last, max"]),
+    "probe of an unknown kind": (GOOD, ["--probe", "died:binery"], ["kind one of", "died:binery"]),
+    "use of an unknown kind": (GOOD, ["--similarity", "died:near"], ["died:near"]),
+    "head auto without validation": (
+        GOOD | {"split": ["train"] * 6 + ["test"] * 2},
+        ["--subspace_dim", "1", "--head", "auto"],
+        ["Nobody is in validation"],
+    ),
     "probe of no column": (GOOD, ["--subspace_dim", "1", "--probe", "died:binary"], ["died"]),
 }
 
@@ -219,3 +227,24 @@ def test_only_accelerates_single_thread_is_undone(recipe, monkeypatch, tmp_path,
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     pretraining.use_every_core(args)
     assert set_to[-1] == expected
+
+
+def test_what_fails_after_training_leaves_the_encoder(run, encoder, table, tmp_path, monkeypatch):
+    """Whatever it is: the folder opens."""
+
+    def fail(*args, **options):
+        raise RuntimeError("not of ours")
+
+    monkeypatch.setattr(pretraining, "fit_on_parts", fail)
+    with pytest.raises(RuntimeError, match="not of ours"):
+        run("--notes", table, "--model", encoder, *SMALL)
+    AutoModel.from_pretrained(tmp_path / "out")
+
+
+def test_what_was_measured_of_other_options_is_not_shown_beside(recipe, tmp_path, capsys):
+    """The file says of which options it is; another seed, model or number of steps leaves it out, and says so."""
+    own, args = recipe.parse(["--use_cpu"], DOCUMENTS)
+    assert [one["name"] for one in pretraining.kept_measurements(own, args)] == ["MLM alone"]
+    for words in (["--seed", "7"], ["--max_steps", "2000"], ["--model", "answerdotai/ModernBERT-base"]):
+        assert pretraining.kept_measurements(*recipe.parse(["--use_cpu", *words], DOCUMENTS)) == []
+        assert "first-run-mlm.json is left out: it was measured with" in " ".join(capsys.readouterr().out.split())

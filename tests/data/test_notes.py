@@ -542,3 +542,18 @@ def test_a_file_of_one_row_group_is_not_held_in_memory(tmp_path):
     program += "; print(pa.default_memory_pool().max_memory())"  # of the process: another one has read other tables
     run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 15e6
+
+
+def test_a_ledger_cut_short_is_written_anew_and_the_cache_is_private(tmp_path, monkeypatch):
+    """A full disk or a kill in the middle must not fail for ever; others can read neither the folder nor the files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "notes.csv"
+    path.write_text("patient_id,time,text\n1,1,fever\n1,2,cough\n")
+    expected = load_notes(path).to_dict()
+    [ledger] = (tmp_path / "cache" / "hf_densefeat").glob("*.json")
+    ledger.write_text(ledger.read_text()[:10])
+    assert load_notes(path).to_dict() == expected
+    assert load_notes(path).to_dict() == expected
+    written = list(ledger.parent.iterdir())
+    assert sorted(one.suffix for one in written) == [".arrow", ".json"]
+    assert all(one.stat().st_mode & 0o077 == 0 for one in (ledger.parent, *written))

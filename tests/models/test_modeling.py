@@ -13,8 +13,11 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    BloomConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5EncoderModel,
     set_seed,
 )
 
@@ -318,3 +321,27 @@ def test_decoder_pools_its_last_token_and_is_causal(tokenizer, tmp_path):
     assert (type(again).__name__, again.pooling) == ("LlamaForCausalLM", "last")
     theirs = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(theirs, z, rtol=1e-4, atol=1e-5)
+
+
+def test_the_encoder_of_an_encoder_decoder_opens_again(tmp_path, tokenizer):
+    """A folder of T5EncoderModel is opened as that, with the embeddings it was saved with."""
+    config = T5Config(vocab_size=len(tokenizer), d_model=24, d_kv=12, d_ff=48, num_layers=2, num_heads=2)
+    model = as_dense(T5EncoderModel(config))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoDenseModel.from_pretrained(str(tmp_path))
+    assert type(again).__name__ == "T5EncoderModel"
+    texts = ["fever and cough", "stable"]
+    torch.testing.assert_close(again.encode(texts), model.encode(texts, tokenizer))
+
+
+def test_a_model_and_a_tokenizer_without_a_limit_read_the_whole_text(tokenizer):
+    """Neither knows a length: nothing is cut, nothing overflows; `max_length` still cuts."""
+    model = AutoDenseModel.from_config(BloomConfig(vocab_size=len(tokenizer), hidden_size=24, n_layer=1, n_head=2))
+    unlimited = copy.deepcopy(tokenizer)
+    unlimited.model_max_length = int(1e30)
+    long = " ".join(["fever and cough"] * 60)
+    z = model.encode([long, "stable"], unlimited)
+    tokens = tokenizer(long, truncation=False, return_tensors="pt")
+    torch.testing.assert_close(z[:1], model.encode(dict(tokens)), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(z[:1], model.encode([long], unlimited, max_length=8))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective.moments import Moments, MomentsGradient, PairGradient, PairMoments
 from hf_densefeat.objective.objective import DenseObjective
-from hf_densefeat.objective.running import Observed, RunningCovariance
+from hf_densefeat.objective.running import RunningCovariance, Sample
 from hf_densefeat.objective.statistics import Side
 from hf_densefeat.objective.subspace import eigenspace
 
@@ -145,8 +145,8 @@ def test_bfloat16_autocast_changes_nothing():
             m.noise_of_purity(m.second.square().sum(), m.second.trace(), True),
         ]
         running = RunningCovariance()
-        average = running.average(Observed(m, True), 20)
-        return [*out, m.scatter(True), m.scatter(False), average.covariance, average.noise, average.gain]
+        average = running.average(Sample(m, True), 20)
+        return [*out, average.covariance, average.noise, average.gain]
 
     outside = everything()
     with torch.autocast("cpu", torch.bfloat16):
@@ -188,7 +188,7 @@ def test_embeddings_must_be_a_matrix():
 
 
 def observe(z, center=True):
-    return Observed(Moments.of(z), center)
+    return Sample(Moments.of(z), center)
 
 
 def step(running, z, window):
@@ -199,10 +199,10 @@ def test_first_step_is_the_batch_and_the_second_a_mean():
     """There is no start-up bias: the first average is the batch's covariance, the second lies between both batches."""
     running = RunningCovariance()
     first, second = rows(24, 8), rows(24, 8, seed=1)
-    torch.testing.assert_close(step(running, first, 200), observe(first).normalised, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(step(running, first, 200), observe(first).batch_normalised, rtol=1e-12, atol=1e-12)
     average = step(running, second, 200)
-    share = (average - observe(first).normalised).norm() / (
-        observe(second).normalised - observe(first).normalised
+    share = (average - observe(first).batch_normalised).norm() / (
+        observe(second).batch_normalised - observe(first).batch_normalised
     ).norm()
     assert 0.3 < share < 0.75
 
@@ -214,7 +214,7 @@ def test_gradient_flows_through_the_batch_at_full_strength():
     for seed in range(4):
         z = rows(16, 6, seed).requires_grad_()
         m = Moments.of(z)
-        average = running.average(Observed(m, True), 100)
+        average = running.average(Sample(m, True), 100)
         sides = [Side(m, True, eigenspace(m.covariance(True).detach()), x) for x in (average, None)]
         grads = [torch.autograd.grad((x.normalised * weight).sum(), z, retain_graph=True)[0] for x in sides]
         assert torch.equal(*grads)
@@ -296,7 +296,7 @@ def test_stationary_batches_average_below_their_noise():
         z = rows(16, d, seed)
         average = step(running, z, window=1600)
         if seed >= 40:
-            single.append((observe(z).normalised - truth).square().sum())
+            single.append((observe(z).batch_normalised - truth).square().sum())
             averaged.append((average - truth).square().sum())
     assert torch.stack(averaged).mean() < torch.stack(single).mean() / 4
 
@@ -311,7 +311,9 @@ def test_drifting_batches_stand_almost_alone():
         past = running.covariance
         average = step(running, z, window=10_000)
         if seed >= 5:
-            distances.append((average - observe(z).normalised).norm() / (past - observe(z).normalised).norm())
+            distances.append(
+                (average - observe(z).batch_normalised).norm() / (past - observe(z).batch_normalised).norm()
+            )
     assert max(distances) < 0.2
 
 
@@ -320,7 +322,7 @@ def test_window_no_longer_than_the_batch_is_the_batch():
     running = RunningCovariance()
     for seed in range(3):
         z = rows(32, 6, seed)
-        torch.testing.assert_close(step(running, z, window=32), observe(z).normalised, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(step(running, z, window=32), observe(z).batch_normalised, rtol=1e-12, atol=1e-12)
 
 
 # ---- Pairs ----
@@ -339,14 +341,10 @@ def test_cross_moment_of_any_cut_is_that_of_the_whole(shift):
     expected = (a - a.mean(0)).T @ (b - b.mean(0)) / 11
     np.testing.assert_allclose(total.cross_covariance(True).numpy(), expected, rtol=1e-10, atol=1e-10)
     alone = [PairMoments.of(*part, s) for part, s in zip(parts, at, strict=True)]
+    objective = DenseObjective(subspace_dim=2, terms={"unshared_variance": 1.0})
     for sums in (total, alone[0] + alone[1] + alone[2]):
-        unshared, shared, both, varies = sums.unshared_variance()
-        assert varies
-        assert unshared.item() == pytest.approx(
-            1 - 2 * np.trace(expected) / (a.var(0).sum() + b.var(0).sum()), rel=1e-10
-        )
-        assert shared.item() == pytest.approx(np.trace(expected), rel=1e-10)
-        assert both.item() == pytest.approx(a.var(0).sum() + b.var(0).sum(), rel=1e-10)
+        unshared = objective.evaluate(sums)["unshared_variance"].item()
+        assert unshared == pytest.approx(1 - 2 * np.trace(expected) / (a.var(0).sum() + b.var(0).sum()), rel=1e-10)
     assert PairMoments.of(*parts[1], cross=True).cross_covariance(True).abs().max() == 0
 
 

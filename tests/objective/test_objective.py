@@ -620,7 +620,7 @@ def test_the_closed_form_is_the_chain_of_the_terms(window, center, power_iterati
     """Values, gradients and state over updates equal those of the functions of the terms under autograd."""
     options = {"window": window, "center": center, "power_iterations": power_iterations}
     closed = DenseObjective(lambda_sub=0.3, lambda_orth=0.05, subspace_dim=2, terms=pairing, **options)
-    assert closed._all_closed == center
+    assert [name for name in closed.terms if closed._is_closed(name)] == list(PAPER)[: 3 if center else 2]
     functions = PAPER | {name: EXTRA_TERMS[name] for name in pairing}
     chained = {name: (closed.terms[name][0], lambda s, f=function: f(s)) for name, function in functions.items()}
     chain = DenseObjective(subspace_dim=2, terms=chained, **options)

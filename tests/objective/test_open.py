@@ -125,8 +125,8 @@ def test_a_bad_batch_leaves_the_joint_average_alone():
         assert name == "shift" or torch.equal(value, before[name]), name
 
 
-def test_pure_has_no_past():
-    """`pure` gives the values of the moments alone, by the same terms, and leaves the objective as it was."""
+def test_evaluation_has_no_past():
+    """`evaluate` gives the values of the moments alone, by the same terms, and leaves the objective as it was."""
     objective = DenseObjective(
         lambda_sub=0.2,
         subspace_dim=2,
@@ -140,7 +140,7 @@ def test_pure_has_no_past():
         objective(rows(seed=seed), rows(seed=seed + 50))
     before = objective.state_dict()
     z_a, z_b = rows(seed=7), rows(seed=8)
-    found = objective.pure().values(PairMoments.of(z_a, z_b))
+    found = objective.evaluate(PairMoments.of(z_a, z_b))
     plain = DenseObjective(lambda_sub=0.2, subspace_dim=2, center=True, terms={"mean_size": (0.5, mean_size)})
     for name, value in plain(z_a, z_b).items():
         assert torch.equal(found[name], value)
@@ -160,6 +160,7 @@ def test_objectives_travel_between_processes():
     [
         ({"loss": (1.0, mean_size)}, "cannot be called 'loss'"),
         ({"gap": (1.0, mean_size)}, "cannot be called 'gap'"),
+        ({"learning_rate": (1.0, mean_size)}, "cannot be called 'learning_rate'"),
         ({"x": mean_size}, "Expected term 'x' as"),
         ({"x": (1.0,)}, "Expected term 'x' as"),
         ({"x": (float("nan"), mean_size)}, "finite weight of term 'x' but got nan"),
@@ -203,7 +204,25 @@ def test_batch_loss_of_a_function_a_dict_and_a_module():
         bilinear.weight += 1
     loss.load_state_dict(state)
     assert torch.equal(bilinear.weight, state["weight"])
-    assert loss.pure() is loss
+
+
+def test_a_batch_loss_answers_as_an_objective():
+    """Nothing is planned, a share is the loss of the batch, and evaluation takes the mean over batches in evaluation mode."""
+    module = nn.Sequential(nn.Bilinear(6, 6, 1), nn.Flatten(0)).double()
+    loss = BatchLoss(lambda a, b: (a - b).square().mean(), name="mse")
+    pair = PairMoments.of(rows(), rows(seed=1))
+    assert loss.plan(pair) == {}
+    share, logged = loss.share(rows(), rows(seed=1))
+    assert logged == {"mse": share, "loss": share}
+    batches = [loss.of_batch(rows(), rows(seed=seed)) for seed in (1, 2)]
+    assert float(loss.evaluate(pair, batches)["mse"]) == pytest.approx(float(sum(b["mse"] for b in batches)) / 2)
+    trained = BatchLoss(module)
+    trained.train(False)
+    assert not module.training
+    trained.parameters()[0].grad = torch.full_like(trained.parameters()[0], torch.nan)
+    trained.zero_grad()
+    assert trained.parameters()[0].grad is None
+    assert (DenseObjective().adds_up, trained.adds_up) == (True, False)
 
 
 def test_batch_loss_is_full_precision_under_autocast():

@@ -8,13 +8,21 @@ import sys
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from conftest import make_model, make_notes
 
-from hf_densefeat import DenseTrainingArguments
-
-pytestmark = pytest.mark.slow
+from hf_densefeat import (
+    DenseTrainingArguments,
+    ProbeEvaluator,
+    ProbeTask,
+    SimilarityEvaluator,
+    SimilarityTask,
+    load_notes,
+    split_by_patient,
+)
+from hf_densefeat.commands.examine import read_table
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain.py"
 NOTE, PATIENT = "Qzxsentinelofanote", "Qzxsentinelofapatient"
@@ -129,6 +137,7 @@ def holders(folder, secret):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("secret", [NOTE, PATIENT])
 def test_no_byte_beside_the_model_holds_a_note_or_a_patient(run, secret):
     """Weights, checkpoints, card, reports, pickles, tracker files: nothing under output_dir; the search itself works."""
@@ -146,6 +155,7 @@ def test_no_byte_beside_the_model_holds_a_note_or_a_patient(run, secret):
     assert holders(root / "home", secret), "the cache of datasets is where text lies, and where the README says"
 
 
+@pytest.mark.slow
 def test_no_cache_beside_the_outputs_or_elsewhere(run):
     """Text lies in the notes and under HF_HOME alone: no tables under output_dir, nothing in the temporary folder."""
     root, _, _ = run
@@ -155,6 +165,17 @@ def test_no_cache_beside_the_outputs_or_elsewhere(run):
     assert {name.split("/")[0] for name in holders(root, NOTE)} == {"home", "notes.parquet"}
 
 
+@pytest.mark.slow
+def test_text_in_the_cache_is_the_users_alone(run):
+    """Every file of the cache that holds a note or a patient is, or lies in a folder that is, closed to others."""
+    root, _, _ = run
+    for name in {*holders(root / "home", NOTE), *holders(root / "home", PATIENT)}:
+        path = root / "home" / name
+        folders = [parent for parent in path.parents if parent.is_relative_to(root / "home")]
+        assert path.stat().st_mode & 0o077 == 0 or any(one.stat().st_mode & 0o077 == 0 for one in folders), name
+
+
+@pytest.mark.slow
 def test_logs_hold_neither_note_nor_patient(run):
     """At debug level of every library, and in what is printed."""
     _, out, err = run
@@ -165,15 +186,90 @@ def test_logs_hold_neither_note_nor_patient(run):
     assert len(err) > 1000
 
 
+@pytest.mark.slow
 def test_nothing_uploaded_names_a_folder_of_this_machine(run):
     """Nothing that is uploaded, checkpoints included, has an absolute path of model, notes or output."""
     root, _, _ = run
     assert [name for name in holders(root / "out", str(root)) if not name.startswith("runs/")] == []
 
 
+@pytest.mark.slow
 def test_no_network_is_tried(run):
     """Training, evaluation, card, save and load with HF_HUB_OFFLINE=1 do not so much as look up a name."""
     assert "ATTEMPTS []" in run[1]
+
+
+# A table in which everything that a table has is patient text: cells of every column, ids, splits, and, without a header,
+# the names of the columns
+CELL = f"{NOTE} denies chest pain, HIV negative"
+ROWS = [{"patient_id": f"{PATIENT} {i // 2}", "time": i, "text": f"{CELL} {i}"} for i in range(12)]
+MIXED = [row | {"comment": 7 if i < 9 else CELL} for i, row in enumerate(ROWS)]
+
+
+def _written(folder, rows, kind):
+    path = folder / f"notes.{kind}"
+    frame = pd.DataFrame(rows)
+    if kind == "csv":
+        frame.to_csv(path, index=False)
+    elif kind == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def _headless(folder):
+    path = folder / "headless.csv"
+    pd.DataFrame(ROWS).to_csv(path, index=False, header=False)
+    return path
+
+
+def _probe(kind="binary", **columns):
+    rows = [row | {name: values[i % len(values)] for name, values in columns.items()} for i, row in enumerate(ROWS)]
+    return ProbeEvaluator([ProbeTask("died", datasets.Dataset.from_list(rows), "died", kind)])
+
+
+def _found(table, kind):
+    if kind == "probe":
+        return ProbeEvaluator([ProbeTask("died", table, "died")])
+    return SimilarityEvaluator([SimilarityTask(name="near", kind="neighbours", notes=table, label="died")])
+
+
+WRONG = {
+    "frame with a mixed column": lambda folder: load_notes(pd.DataFrame(MIXED)),
+    "list with a mixed column": lambda folder: load_notes(MIXED),
+    "columns with a mixed column": lambda folder: load_notes({key: [row[key] for row in MIXED] for key in MIXED[0]}),
+    "jsonl with a mixed column": lambda folder: load_notes(_written(folder, MIXED, "jsonl")),
+    "csv without a header": lambda folder: load_notes(_headless(folder)),
+    "texts for times, frame": lambda folder: load_notes(pd.DataFrame([row | {"time": CELL} for row in ROWS])),
+    "texts for times, csv": lambda folder: load_notes(_written(folder, [r | {"time": CELL} for r in ROWS], "csv")),
+    "texts for times, parquet": lambda folder: load_notes(
+        _written(folder, [r | {"time": CELL} for r in ROWS], "parquet")
+    ),
+    "splits that are none": lambda folder: split_by_patient(load_notes([row | {"split": CELL} for row in ROWS])),
+    "patients in two splits": lambda folder: split_by_patient(
+        load_notes([row | {"split": ("train", "test")[i % 2]} for i, row in enumerate(ROWS)])
+    ),
+    "probe of a table without a header": lambda folder: _found(read_table(str(_headless(folder))), "probe"),
+    "similarity of a table without a header": lambda folder: _found(read_table(str(_headless(folder))), "similarity"),
+    "probe with a split that is none": lambda folder: _probe(died=[0, 1], split=[CELL]),
+    "probe of three texts": lambda folder: _probe(died=[CELL, f"{CELL} x", f"{CELL} y"]),
+    "regression of texts": lambda folder: _probe("regression", died=[CELL, "1"]),
+    "probe with patients in two splits": lambda folder: _probe(died=[0, 1], split=["train", "test"]),
+    "train set of two": lambda folder: split_by_patient(load_notes(ROWS[:2])),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_message_quotes_no_cell_no_header_and_no_patient(case, tmp_path, caplog, capsys):
+    """Every route of input with something wrong: an error of ours, without the text, in it, the log or what is printed."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (what is looked for is what it does not say)
+        WRONG[case](tmp_path)
+    said = "".join(
+        [str(error.value), str(error.value.__cause__), repr(error.value.args), caplog.text, *capsys.readouterr()]
+    )
+    assert NOTE not in said
+    assert PATIENT not in said
 
 
 def test_pickled_arguments_hold_no_token_and_no_folder(tmp_path):

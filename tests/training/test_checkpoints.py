@@ -15,7 +15,7 @@ from conftest import logs, make_notes, make_trainer
 from transformers import AutoModelForMaskedLM
 
 from hf_densefeat import DenseFeatureMixin
-from hf_densefeat.training.checkpoints import OBJECTIVE_STATE
+from hf_densefeat.training.checkpoints import OBJECTIVE_STATE, CheckpointError
 
 pytestmark = pytest.mark.slow
 
@@ -226,3 +226,23 @@ def test_best_checkpoint_is_found_again_though_no_checkpoint_names_its_folder(
     expected = AutoModelForMaskedLM.from_pretrained(best).state_dict()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_a_checkpoint_of_another_run_is_named_and_never_taken(tmp_path, tokenizer, pairs, caplog):
+    """Another seed, rate or weight in the same folder: nothing is resumed, by name or as the newest, and why is said."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, tokenizer, pairs, **settings).train()
+    other = make_trainer(tmp_path, tokenizer, pairs, **settings | {"seed": 7, "lambda_pair": 1.0})
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 is of another run \(seed 3, here 7.*another output_dir"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        other.train(resume_from_checkpoint=True)
+    assert "checkpoint-1 is passed over: it is of another run (seed 3, here 7" in caplog.text
+    fewer = make_trainer(tmp_path, tokenizer, make_notes(7), **settings)
+    with pytest.raises(CheckpointError, match=r"of another run \(data \w+, here \w+\)"):
+        fewer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    # the same run, cut otherwise and with more steps
+    cut = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 3}
+    again = make_trainer(tmp_path, tokenizer, pairs, **settings | cut)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3

@@ -1,0 +1,109 @@
+"""What a trainer asks of an objective, whatever the loss is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_densefeat.objective.moments import PairMoments
+
+# names of other numbers in the log
+RESERVED = {"loss", "mlm_loss", "trace", "gap", "subspace_rank", "effective_rank", "padding_waste", "skipped_updates"}
+RESERVED |= {"grad_norm", "learning_rate", "epoch", "mlm_weight"}
+
+
+class Objective(ABC):
+    """A loss of the embeddings of pairs, by update: plan it from the moments, then take each micro-batch's share.
+
+    Attributes:
+        terms: name to weight and function.
+        adds_up: over micro-batches and ranks.
+        needs_cross_moment: whether moments come with it: `PairMoments.of(..., cross=objective.needs_cross_moment)`.
+        subspace_dim: k, or None for an objective without subspaces.
+        center: whether covariances are taken about the mean.
+        shift: near the mean, the same on all ranks: about it moments lose no digits. None before the first update.
+    """
+
+    terms: Mapping[str, tuple[float, Callable[..., Any]]]
+    adds_up: bool = True
+    subspace_dim: int | None = None
+    window: float | str | None = None
+    center: bool = True
+    shift: Tensor | None = None
+
+    @property
+    def needs_cross_moment(self) -> bool:
+        """Whether a term asks for the cross moment."""
+        return any(getattr(function, "needs_cross_moment", False) for _, function in self.terms.values())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a model card says beside terms and weights."""
+        return {}
+
+    @property
+    def covariance(self) -> Tensor | None:
+        """Mean of the covariances of both sides at the last update (d, d), detached; None if there is none."""
+        return None
+
+    def plan(self, pair: PairMoments) -> Mapping[str, Tensor]:
+        """Prepare the shares of an update from its global moments; returns numbers to log."""
+        return {}
+
+    @abstractmethod
+    def share(
+        self, z_a: Tensor, z_b: Tensor, *, parts: int = 1, ranks: int = 1
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """A micro-batch's share of the loss, and numbers to log.
+
+        Shares add up over the `parts` of a rank and average over `ranks`, in value and in gradient.
+        """
+
+    @abstractmethod
+    def evaluate(self, pair: PairMoments, batches: Sequence[Mapping[str, Tensor]] = ()) -> Mapping[str, Tensor]:
+        """Terms and `loss` of an evaluation set, of its moments and of what `of_batch` gave; leaves the state as it is."""
+
+    def of_batch(self, z_a: Tensor, z_b: Tensor) -> Mapping[str, Tensor]:
+        """What evaluation needs of the rows of a batch beside their moments."""
+        return {}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer trains along with the model."""
+        return []
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of `parameters`."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def train(self, mode: bool = True) -> None:  # noqa: B027
+        """Training or evaluation mode, as `nn.Module.train`."""
+
+    def to(self, device: torch.device) -> None:  # noqa: B027
+        """Move what is trained along."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that a resumed run needs, by name."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+def check_name(name: str) -> None:
+    """ValueError for a term with the name of another number of the log."""
+    if name in RESERVED:
+        raise ValueError(f"A term cannot be called {name!r}: the log has another number of that name. Rename it.")
+
+
+def checked_value(name: str, value: Any) -> Tensor:
+    """The value of a term; ValueError if it is no scalar tensor."""
+    if not isinstance(value, Tensor) or value.ndim:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"Expected term {name!r} to return a scalar tensor but got {found}.")
+    return value
