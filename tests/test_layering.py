@@ -152,6 +152,7 @@ OVERRIDDEN = {
         "_save_checkpoint",
     },
     "training.trainer.DenseTrainer": {
+        "_clip_grad_norm",
         "_get_grad_norm",
         "_load_optimizer_and_scheduler",
         "_save_optimizer_and_scheduler",

@@ -126,7 +126,8 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
         tokenizer = load_tokenizer(settings.tokenizer_name or source)
     with args.main_process_first(desc="reading notes"):
         notes = settings.read()
-    say(args, line("notes", str(notes.info.description)), line("", describe_notes(notes)))
+    read = str(notes.info.description).split("; ")[0]  # the rest has just been said in warnings
+    say(args, line("notes", read), line("", describe_notes(notes)))
     pair_notes(notes, args.pairs, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     with loading(source):
         model, head_is_new = load_model(settings, args)

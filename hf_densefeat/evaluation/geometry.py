@@ -3,6 +3,7 @@
 The measures are in `spectrum` (effective rank, condition number, mean cosine) and `subspaces` (distance, noise floor).
 """
 
+import functools
 import logging
 from typing import Literal
 
@@ -129,6 +130,15 @@ def _distances(z: Tensor, z_next: Tensor | None, k: int, center: bool, halves: l
 
 
 @torch.no_grad()
+@functools.lru_cache
+def _warn_once(used: int, k: int, n: int, groups: int, d: int) -> None:
+    """Say it once of the same notes, not for each encoder."""
+    logger.warning(
+        "Subspaces are reported at k = %d instead of %d: %d rows in %d groups and %d dimensions support no more in halves.",
+        *(used, k, n, groups, d),
+    )
+
+
 def geometry_report(
     z: Tensor, z_next: Tensor | None = None, k: int = 20, groups: Tensor | None = None, seed: int = 0
 ) -> dict[str, float]:
@@ -173,11 +183,7 @@ def geometry_report(
     supported = min(0 if 0 in part.shape else basis(part, True)[1].shape[1] for part in parts)
     used = min(k, supported)
     if used < k:
-        logger.warning(
-            "Subspaces are reported at k = %d instead of %d: %d rows in %d groups and %d dimensions support no more in "
-            "halves.",
-            used, k, n, n if groups is None else len(torch.as_tensor(groups).unique()), d,
-        )  # fmt: skip
+        _warn_once(used, k, n, n if groups is None else len(torch.as_tensor(groups).unique()), d)
     report |= {"k": used, "k_requested": k}
     if used:
         for suffix, center in (("", False), ("_centered", True)):
