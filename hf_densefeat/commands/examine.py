@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from hf_densefeat.commands.measuring import (
-    Lookup,
+    Encoded,
     default_similarity,
     loading,
     other_texts,
@@ -203,7 +203,7 @@ class Found:
     """What was found of one encoder; without adjacent notes, what is of these is empty."""
 
     encoder: Encoder
-    known: Lookup
+    known: Encoded
     geometry: dict[str, float]
     spectrum: torch.Tensor
     adjacent: dict[str, float]
@@ -232,7 +232,8 @@ def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
     rows = torch.from_numpy(z)
     if reading.others:
         z = np.concatenate([z, embed(encoder.model, reading.others, **how)])
-    seconds, known = time.perf_counter() - start, Lookup(texts + reading.others, z)
+    seconds = time.perf_counter() - start
+    known = Encoded.of(texts + reading.others, z)
     logger.info("%s: %d texts in %.0f s", encoder.name, len(z), seconds)
     geometry = geometry_report(rows, k=settings.k, seed=settings.seed)
     geometry["truncated"] = truncated_share(encoder, texts)

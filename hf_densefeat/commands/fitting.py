@@ -1,29 +1,39 @@
-"""The dense head of an encoder, fitted on training patients' notes: of `head`, `interpolate` and `pretrain`."""
+"""Views of an encoder, fitted on training and chosen by validation notes: of `head`, `interpolate` and `pretrain`."""
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from hf_densefeat.commands.head import Settings
-from hf_densefeat.commands.measuring import Lookup, Measurement, default_similarity, loading, quiet, similarity_tasks
+from hf_densefeat.commands.measuring import (
+    Encoded,
+    Measurement,
+    default_similarity,
+    loading,
+    quiet,
+    sample,
+    similarity_tasks,
+)
 from hf_densefeat.commands.settings import writable
 from hf_densefeat.data.notes import describe_notes
-from hf_densefeat.data.pairs import adjacent_pairs
+from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.splits import SplitRecord, hold_out
+from hf_densefeat.models.choosing import Choice, Sides, choose_content, fit_form
 from hf_densefeat.models.dense import AutoDenseModel
-from hf_densefeat.models.head import SAMPLE, DenseHead, epsilon_of, fit_head
+from hf_densefeat.models.head import DenseHead
 from hf_densefeat.models.tokenizers import load_tokenizer
+from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.reporting.tables import before_after_table, terminal
 
 logger = logging.getLogger(__name__)
 
 FEW_PAIRS = 50  # the mean of so many ranks in [0, 1] has a standard error of up to .5 / sqrt(50) = .07
+PAIRED = {"train": 5000, "validation": 2000}  # notes of whole patients: thousands of pairs are plenty for d^2 numbers
 
 
 def loaded(settings: Settings) -> Any:
@@ -49,19 +59,14 @@ def fit_and_save(model: Any, settings: Settings, record: SplitRecord | None = No
     print(f"notes      {describe_notes(notes)}")
     own = SplitRecord.of(model)
     record = own | record if own else record
-    need = ("train", "validation", "test") if settings.epsilon == "auto" else ("train", "test")
     how: dict[str, Any] = {"seed": settings.seed, "record": record, "allow_trained": settings.allow_trained}
-    parts, record = hold_out(notes, need=need, **how)
+    parts, record = hold_out(notes, need=("train", "test"), **how)
     held_out = parts["test"]
     measure = Measurement(held_out, similarity=settings.similarity or default_similarity(held_out), seed=settings.seed)
     if measure.uses and any(rows.queries for rows in measure.uses.rows.values()):
         raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
-    model.dense_head = None
-    encode = partial(
-        model.encode, tokenizer=tokenizer, batch_size=settings.batch_size, show_progress_bar=True, head=False
-    )
-    head = fit_on_parts(encode, parts, settings.epsilon, settings.seed)
-    model.dense_head = head
+    encode = below(model, tokenizer, batch_size=settings.batch_size, show_progress_bar=True)
+    model.views, tried = fit_views(encode, parts, width=model.embedding_dimension, epsilon=settings.epsilon)
     try:
         record.write_to(model)  # the patients whose notes fit the head were trained on too
         model.save_pretrained(settings.output)
@@ -69,38 +74,102 @@ def fit_and_save(model: Any, settings: Settings, record: SplitRecord | None = No
         tokenizer.save_pretrained(settings.output)
     except SafetensorError as error:  # a full disk
         raise OSError(f"{settings.output} could not be written: {error}") from error
-    print(described(head, parts))
-    z = encode(measure.texts)
-    measured = [
-        measure(name, Lookup(measure.texts, rows)) for name, rows in (("as it is", z), ("with the head", head(z)))
-    ]
+    print(described(model.views, tried))
+    encoder = Encoded(encode, width=model.embedding_dimension)
+    measured = [measure("as it is", encoder), *measured_views(measure, encoder, model.views)]
     print(f"\n{terminal(before_after_table(measured))}\n")
-    print(f"Saved to {settings.output}: SentenceTransformer and AutoDenseModel apply the head, AutoModel does not.")
+    print(f"Saved to {settings.output}.\n{how_to_use(settings.output, model.views)}")
 
 
-def fit_on_parts(encode: Callable[..., torch.Tensor], parts: Mapping, epsilon: str, seed: int) -> DenseHead:
-    """The head of unmasked training notes; "auto" chooses epsilon by the next notes of validation patients.
+def measured_views(measure: Measurement, encoder: Encoded, views: Mapping[str, DenseHead]) -> list[Measured]:
+    """What is measured under each view."""
+    return [measure(f"{name} view", encoder.under(head)) | {"view": name} for name, head in views.items()]
+
+
+def below(model: Any, tokenizer: Any, **options: Any) -> Callable[[Sequence[str]], torch.Tensor]:
+    """Texts -> embeddings below the views, with the input embeddings where the encoder gives them."""
+    return partial(model.encode, tokenizer=tokenizer, view=None, input_layer=model.has_input_layer, **options)
+
+
+def fit_views(
+    encode: Callable[[Sequence[str]], torch.Tensor],
+    parts: Mapping,
+    *,
+    width: int,
+    epsilon: str = "auto",
+    seed: int = 0,
+) -> tuple[dict[str, DenseHead], list[Choice]]:
+    """The views of unmasked training notes, and what was tried for the content view.
 
     Args:
-        encode: texts -> embeddings without a head.
+        encode: texts -> embeddings below the views.
         parts: notes by split, as `hold_out` returns them.
-        epsilon: "center", "auto" or a number above 0, as a word.
-        seed: of the sample of training notes.
+        width: d of the embedding.
+        epsilon: "auto" for `choose_content`; a number, as a word, to choose among views of this epsilon; "center" to subtract
+            the mean alone, as is done where there are no pairs to fit or to choose by.
+        seed: of the samples.
     """
-    pairs = validation_pairs(parts) if epsilon == "auto" else None
-    if pairs is not None and len(pairs[0]) < FEW_PAIRS:
-        logger.warning("Epsilon is chosen on %d pairs of notes: fewer than %d cannot tell.", len(pairs[0]), FEW_PAIRS)
-    return fit_head(encode, parts["train"]["text"][:], epsilon=epsilon_of(epsilon), pairs=pairs, seed=seed)
+    notes = {name: sample(parts[name], most, seed) for name, most in PAIRED.items() if name in parts}
+    pairs = {}
+    if epsilon_of(epsilon) < math.inf or epsilon == "auto":
+        pairs = {name: encoded_pairs(encode, part) for name, part in notes.items()}
+    train, validation = pairs.get("train"), pairs.get("validation")
+    if not train or not validation:
+        return {"content": DenseHead.fit(encode(notes["train"]["text"][:])[:, :width])}, []
+    known = min(len(sides[0]) for sides in validation.values())
+    if known < FEW_PAIRS:
+        logger.warning(
+            "Views are chosen by %d pairs of validation texts: fewer than %d cannot tell.", known, FEW_PAIRS
+        )
+    options = {} if epsilon == "auto" else {"epsilons": (epsilon_of(epsilon),)}
+    content, tried = choose_content(train, validation, width=width, **options)
+    form = fit_form(train, tried[0], width=width)
+    if content is None and form is not None:  # the first view is the default: the encoder as it is
+        content = DenseHead(torch.zeros(width).double(), torch.eye(width).double(), math.inf)
+    views = {"content": content, "form": form}
+    return {name: head for name, head in views.items() if head is not None}, tried
 
 
-def validation_pairs(parts: Mapping) -> tuple[list[str], list[str]]:
-    """Texts of validation patients' adjacent notes, by which epsilon is chosen; ValueError where there are none."""
-    following = adjacent_pairs(parts["validation"])
-    texts = np.array(parts["validation"]["text"][:], dtype=object)
-    return texts[following.earlier].tolist(), texts[following.later].tolist()
+def epsilon_of(word: str) -> float:
+    """The number that `auto` (NaN), `center` (inf) or a number above 0 says; ValueError for another word."""
+    try:
+        epsilon = {"auto": math.nan, "center": math.inf}.get(word) or float(word)
+    except ValueError:
+        epsilon = 0.0
+    if epsilon <= 0:
+        raise ValueError(f"Expected auto, center or a number above 0 but got {word!r}.")
+    return epsilon
 
 
-def described(head: DenseHead, parts: Mapping) -> str:
-    """One line of what was fitted, on how many notes."""
-    how = "centring alone" if math.isinf(head.epsilon) else f"epsilon {head.epsilon:g}"
-    return f"head       {how}, fitted on {min(len(parts['train']), SAMPLE):,} notes of training patients"
+def encoded_pairs(encode: Callable[[Sequence[str]], torch.Tensor], notes: Any) -> dict[str, Sides]:
+    """Embeddings of adjacent notes and of the halves of notes, of each kind that the notes have."""
+    found = {}
+    for kind in ("adjacent", "halves"):
+        try:
+            table, pairs = pair_notes(notes, kind)
+        except ValueError:  # there is no pair of this kind
+            continue
+        z = encode(table["text"][:])
+        found[kind] = (z[pairs.earlier], z[pairs.later])
+    return found
+
+
+def described(views: Mapping[str, DenseHead], tried: Sequence[Choice]) -> str:
+    """Lines of what was fitted, and why."""
+    if not tried:
+        return "views      content: centring alone"
+    chosen, base = tried[0], next(one for one in tried if not one.pairs)
+    why = f"validation texts find their pairs with {chosen.found:.3f}, as it is {base.found:.3f}"
+    lines = [f"views      content: {chosen}; {why}"]
+    if "form" in views:
+        lines.append(f"           form: by {views['form'].pairs} notes, epsilon {views['form'].epsilon:g}")
+    return "\n".join(lines)
+
+
+def how_to_use(folder: Any, views: Mapping[str, DenseHead]) -> str:
+    """A line of sentence-transformers for each view."""
+    calls = {"content": "encode(texts)", "form": 'encode(texts, task="form")'}
+    used = {name: call for name, call in calls.items() if name in views} or {"search": "encode(texts)"}
+    return "\n".join(
+        f'{f"{name.capitalize()}:":9} SentenceTransformer("{folder}").{call}' for name, call in used.items()
+    )

@@ -1,11 +1,11 @@
-"""End a high mean cosine, or sharpen search, without training: the dense head of any encoder.
+"""Two views of any encoder, without training: one by content, one by form, and no cosine of 0.9 between unrelated notes.
 
     densefeat head --model emilyalsentzer/Bio_ClinicalBERT --notes notes.parquet --output out
-    densefeat head --model out --notes notes.parquet --output sharper --epsilon auto
 
-The head is an affine map, fitted in closed form on training patients' notes and saved as a `Dense` module beside the encoder:
-`SentenceTransformer(out)` and `AutoDenseModel.from_pretrained(out)` apply it, and the encoder's weights stay as they are. It
-prints what the held-out patients' notes look like before and after.
+Each view is an affine map, fitted in closed form on training patients' notes and saved beside the encoder, whose weights stay
+as they are: SentenceTransformer(out).encode(texts) is the content view, encode(texts, task="form") the form view. Which pairs,
+layers and strength serve content is chosen by validation patients' notes, without a label; where nothing does, the encoder
+stays as it is. It prints what the held-out patients' notes look like as they are and under each view.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ class Settings(NotesTable):
 
     model: str = option(help="Hub name or folder of the encoder")
     output: str = option(help="folder to write")
-    epsilon: str = option("center", help="center (the default), auto, or a number: 1 for search")
+    epsilon: str = option(
+        "auto", help="auto (the default): chosen by validation notes; a number; center: subtract the mean"
+    )
     pooling: str | None = option(None, help="mean, cls, last or max; default: the encoder's, else mean")
     max_length: int | None = option(None, help="tokens of a note; default: what the encoder can see")
     batch_size: int = option(32, help="notes at once")
@@ -34,8 +36,7 @@ def run(settings: Settings) -> None:
     Raises:
         ValueError: for notes, a model or an epsilon that cannot be used.
     """
-    from hf_densefeat.commands.fitting import fit_and_save, loaded
-    from hf_densefeat.models.head import epsilon_of
+    from hf_densefeat.commands.fitting import epsilon_of, fit_and_save, loaded
 
     epsilon_of(settings.epsilon)  # refused before anything is read
     fit_and_save(loaded(settings), settings)

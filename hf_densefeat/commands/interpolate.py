@@ -3,7 +3,7 @@
     densefeat interpolate --model out --start emilyalsentzer/Bio_ClinicalBERT --share 0.5 --notes notes.parquet --output half
 
 Every weight becomes start + share (model - start): 0 is the start, 1 the model, and 1.25 goes on in the same direction. Then
-the dense head is fitted as `densefeat head` does. Compare shares with `densefeat probe --model out --model half ...`.
+the views are fitted as `densefeat head` does. Compare shares with `densefeat probe --model out --model half ...`.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,10 @@ def run(settings: Settings) -> None:
     Raises:
         ValueError: for models that are not of one training, and for a share, notes or an epsilon that cannot be used.
     """
-    from hf_densefeat.commands.fitting import fit_and_save, loaded
+    from hf_densefeat.commands.fitting import epsilon_of, fit_and_save, loaded
     from hf_densefeat.commands.measuring import loading
     from hf_densefeat.data.splits import SplitRecord
     from hf_densefeat.models.dense import AutoDenseModel
-    from hf_densefeat.models.head import epsilon_of
     from hf_densefeat.models.interpolation import interpolate_weights
 
     epsilon_of(settings.epsilon)  # refused before anything is read

@@ -93,15 +93,33 @@ def probes_of(words: Sequence[str], parts: Mapping) -> list[ProbeTask]:
     return [ProbeTask(label, parts, label, cast(Kind, kind)) for label, kind in (word.split(":") for word in words)]
 
 
-class Lookup:
-    """Embeddings that are already there, in the shape of an encoder."""
+class Encoded:
+    """An encoder that reads each text once, under one map of its embeddings after another.
 
-    def __init__(self, texts: Sequence[str], z: Any) -> None:
-        self.rows, self.z = {text: row for row, text in enumerate(texts)}, z
+    Args:
+        encode: texts -> embeddings (N, D) below the map.
+        head: the map, of the first columns; None for the first `width` columns as they are.
+        width: of the embedding.
+    """
+
+    def __init__(self, encode: Any, *, width: int, head: Any = None, rows: dict[str, Any] | None = None) -> None:
+        self.below, self.width, self.head, self.rows = encode, width, head, {} if rows is None else rows
+
+    @classmethod
+    def of(cls, texts: Sequence[str], z: Any) -> "Encoded":
+        """Embeddings that are already there."""
+        return cls(None, width=z.shape[1], rows=dict(zip(texts, torch.as_tensor(z), strict=True)))
+
+    def under(self, head: Any) -> "Encoded":
+        """The same encoder under another map."""
+        return Encoded(self.below, width=self.width, head=head, rows=self.rows)
 
     def encode(self, texts: Sequence[str], tokenizer: Any = None, **_: Any) -> Any:
-        """Rows of the texts."""
-        return self.z[[self.rows[text] for text in texts]]
+        """Embeddings (N, d) of the texts."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.rows]
+        self.rows.update(zip(new, self.below(new), strict=True) if new else ())
+        z = torch.stack([self.rows[text] for text in texts])
+        return z[:, : self.width] if self.head is None else self.head(z[:, : len(self.head.mean)])
 
 
 class Measurement:
@@ -143,7 +161,7 @@ class Measurement:
         """Numbers by name: geometry, similarity and probes with intervals, differences to the first call, the spectrum."""
         texts = self.texts + self.others
         found = torch.as_tensor(model.encode(texts, tokenizer, show_progress_bar=True))
-        z, known = found[: len(self.texts)], Lookup(texts, found)
+        z, known = found[: len(self.texts)], Encoded.of(texts, found)
         earlier, later = (z[self.pairs.earlier], z[self.pairs.later]) if len(self.pairs) else (z, None)
         groups = torch.from_numpy(self.pairs.patient) if len(self.pairs) else None
         results = (

@@ -38,7 +38,9 @@ class Settings(NotesTable):
     beside: str | None = option(
         None, help="JSON of measurements that the table shows beside this run's, such as MLM alone."
     )
-    head: str = option("center", help="Dense head after training: none, center, auto, or an epsilon.")
+    views: str = option(
+        "auto", help="Content and form view after training: none, auto, an epsilon, or center for the mean."
+    )
     allow_trained: bool = option(False, help="Hold out patients that the start was trained on, where the table does.")
     max_measured_notes: int = option(4000, help="Notes, of whole patients, to measure on.")
     head_warmup_steps: int = option(
@@ -49,7 +51,7 @@ class Settings(NotesTable):
 
 GROUPS = {  # what people set; --help_all lists the rest
     "data": ("notes", "patient_column", "time_column", "text_column", "pairs", "max_gap"),
-    "model": ("model", "pooling", "max_length", "long_notes", "head"),
+    "model": ("model", "pooling", "max_length", "long_notes", "views"),
     "objective": ("mlm_weight", "dense_weight", "lambda_pair", "lambda_sub", "mlm_probability"),
     "training": ("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "bf16"),
     "measured": ("similarity", "probe"),
@@ -135,8 +137,8 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Sett
     from transformers import HfArgumentParser
     from transformers.integrations import get_available_reporting_integrations
 
+    from hf_densefeat.commands.fitting import epsilon_of
     from hf_densefeat.evaluation.tasks import PROBE_KINDS
-    from hf_densefeat.models.head import epsilon_of
     from hf_densefeat.training.arguments import DenseTrainingArguments
 
     classes: Any = [Settings, DenseTrainingArguments]
@@ -166,11 +168,11 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Sett
         parser.error("no notes: pass --notes, a file, folder or Hub name, or name them in the config.")
     if not (settings.model or settings.config_name):
         parser.error("no model: pass --model, a Hub name or folder (or --config_name for a new one).")
-    if settings.head != "none":
+    if settings.views != "none":
         try:
-            epsilon_of(settings.head)
+            epsilon_of(settings.views)
         except ValueError as error:
-            parser.error(f"--head none, or an epsilon: {error}")
+            parser.error(f"--views none, or an epsilon: {error}")
     for task in settings.probe:
         if task.count(":") != 1 or task.rpartition(":")[2] not in PROBE_KINDS:
             kinds = ", ".join(PROBE_KINDS)

@@ -1,11 +1,10 @@
-"""A run of `densefeat pretrain`: read, measure, train, fit the head, save, measure."""
+"""A run of `densefeat pretrain`: read, measure, train, fit the views, save, measure."""
 
 import json
 import os
 import shlex
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.commands.fitting import described, fit_on_parts, validation_pairs
-from hf_densefeat.commands.measuring import Measurement, loading, probes_of, sample, similarity_tasks
+from hf_densefeat.commands.fitting import below, described, fit_views, how_to_use, measured_views
+from hf_densefeat.commands.measuring import Encoded, Measurement, loading, probes_of, sample, similarity_tasks
 from hf_densefeat.commands.pretrain import Settings, written_options
 from hf_densefeat.commands.progress import line, show
 from hf_densefeat.commands.settings import error_line, writable
@@ -28,7 +27,7 @@ from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.data.tokens import TokenPairs
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.tokenizers import load_tokenizer
-from hf_densefeat.reporting.comparison import Measured, plain_numbers, verdict
+from hf_densefeat.reporting.comparison import Measured, judged, plain_numbers, verdict
 from hf_densefeat.reporting.formats import markdown
 from hf_densefeat.reporting.tables import before_after_table, terminal
 from hf_densefeat.training.arguments import DenseTrainingArguments
@@ -47,7 +46,7 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
 
 
 def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
-    """Read, measure, train, fit the head, save, measure."""
+    """Read, measure, train, fit the views, save, measure."""
     set_seed(args.seed)
     use_every_core(args)
     transformers_logging.disable_progress_bar()  # of files read and written, which are there at once
@@ -85,19 +84,22 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     trainer.save_model(_internal_call=True)  # first: whatever fails from here on, the encoder is there
-    if settings.head != "none":
-        encode = partial(trainer.dense_model.encode, tokenizer=tokenizer, head=False)
-        head = fit_on_parts(encode, parts, settings.head, args.seed)
-        trainer.dense_model.dense_head = head
-        say(args, described(head, parts))
+    if settings.views != "none":
+        dense = trainer.dense_model
+        how: dict[str, Any] = {"width": dense.embedding_dimension, "epsilon": settings.views, "seed": args.seed}
+        dense.views, tried = fit_views(below(dense, tokenizer), parts, **how)
+        say(args, described(dense.views, tried))
         trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
     if args.should_save:
         # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
         trained = AutoDenseModel.from_pretrained(str(args.output_dir))
-        name = "MLM + dense" if args.dense_weight else "MLM alone"
-        after = measure(name, trained.to(args.device), tokenizer)
+        trained.to(args.device)
+        encoder = Encoded(below(trained, tokenizer), width=trained.embedding_dimension)
+        after = measured_views(measure, encoder, trained.views) or [
+            measure("MLM + dense" if args.dense_weight else "MLM alone", encoder)
+        ]
         assert before is not None
-        report([before, *beside, after], trainer, args)
+        report([before, *beside, *after], trainer, args)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -131,14 +133,14 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     pair_notes(notes, args.pairs, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     with loading(source):
         model, head_is_new = load_model(settings, args)
-    validated = args.eval_strategy != "no" or settings.head == "auto" or settings.probe
+    validated = args.eval_strategy != "no" or settings.probe
     need = ("train", "validation", "test") if validated else ("train", "test")
     allow = settings.allow_trained
     parts, record = hold_out(notes, seed=args.seed, record=SplitRecord.of(model), allow_trained=allow, need=need)
     record.write_to(model)
     if args.should_save:
         record.save(str(args.output_dir))
-    model.dense_head = None  # that of another run: it is fitted anew
+    model.views = {}  # that of another run: it is fitted anew
     words = f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling"
     say(args, line("model", words))
 
@@ -149,8 +151,6 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     probes = probes_of(settings.probe, probed)
     how |= {"record": record, "allow_trained": allow}
     measure = Measurement(held_out, similarity=settings.similarity, probes=probes, **how)
-    if settings.head == "auto":
-        validation_pairs(parts)  # which the choice of epsilon needs after training
     validation = parts["validation"] if args.eval_strategy != "no" else None
     trainer = DenseTrainer(
         model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
@@ -245,23 +245,22 @@ def report(measured: list[Measured], trainer: DenseTrainer, args: DenseTrainingA
     """Print the table, and write it, the numbers, the pictures and the model card beside the model."""
     table, folder = before_after_table(measured), Path(str(args.output_dir))
     (folder / "report.md").write_text(markdown(table) + "\n")
-    numbers = {"before": measured[0], "after": measured[-1], "updates": trainer.state.global_step}
+    views = {one["view"]: one for one in measured if "view" in one}
+    after = views.get("content", measured[-1])
+    numbers = {"before": measured[0], "after": after, "form": views.get("form"), "updates": trainer.state.global_step}
     (folder / "report.json").write_text(json.dumps(plain_numbers(numbers), indent=1) + "\n")
     trainer.measured = measured
     trainer.create_model_card()
-    if trainer.dense_model.dense_head is not None:
-        words = "The mean cosine after training is after the head, which subtracts the mean of training notes; centring alone"
-        say(args, "", textwrap.fill(f"{words} would lower that of the start too.", 80))
-    advice = textwrap.fill(verdict(measured[-1], measured[0]).sentence, 80)
-    say(args, f"\n{terminal(table)}\n\n{advice}\n\n{next_steps(args)}")
+    advice = textwrap.fill(verdict(judged(measured), measured[0]).sentence, 80)
+    say(args, f"\n{terminal(table)}\n\n{advice}\n\n{next_steps(args, trainer.dense_model.views)}")
 
 
-def next_steps(args: DenseTrainingArguments) -> str:
-    """Where things are and what to do with them, in three lines."""
+def next_steps(args: DenseTrainingArguments, views: dict) -> str:
+    """Where things are and what to do with them, a line each."""
     folder, word = args.output_dir, shlex.quote(str(args.output_dir))
     return (
         f"Saved to {folder}: AutoModel and SentenceTransformer open it; report.md has this table.\n"
-        f'Search:   SentenceTransformer("{folder}").encode(texts)\n'
+        f"{how_to_use(folder, views)}\n"
         f"Measure:  densefeat probe --model {word} --notes YOUR_NOTES --similarity same_patient\n"
         f"Share:    hf upload YOUR_NAME/MODEL {word} --private --exclude '_*'"
     )

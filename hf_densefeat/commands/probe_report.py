@@ -83,7 +83,7 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
 def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, settings: Settings) -> str:
     """When, with what, on what and with which options, in a paragraph."""
     encoders = "; ".join(
-        f"{name}: {one.known.z.shape[1]} dimensions, {one.encoder.max_length:,} tokens, which cut "
+        f"{name}: {one.known.width} dimensions, {one.encoder.max_length:,} tokens, which cut "
         f"{one.geometry['truncated']:.1%} of the notes"
         for name, one in found.items()
     )

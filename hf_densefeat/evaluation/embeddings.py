@@ -27,9 +27,8 @@ def encoder_key(model: Any, tokenizer: Any = None) -> str:
         digest.update(repr(tokenizer).encode() + repr(sorted(tokenizer.get_vocab().items())).encode())
     # The body only: a language-modelling head has no part in embeddings, and is random where a checkpoint has none.
     weights = dict(getattr(model, "base_model", model).state_dict())
-    head = getattr(model, "dense_head", None)
-    if head is not None:
-        weights |= {"dense_head.mean": head.mean, "dense_head.matrix": head.matrix}
+    for name, head in getattr(model, "views", {}).items():
+        weights |= {f"{name}.mean": head.mean, f"{name}.matrix": head.matrix}
     digest.update(repr(getattr(model, "sentence", "")).encode())  # prompts, and modules without their weights
     for place, module in enumerate(getattr(model, "tail", ())):
         weights |= {f"{place}.{name}": weight for name, weight in module.weights.items()}
@@ -62,7 +61,7 @@ def embed(
         cache: True for the private folder ``$HF_HOME/hf_densefeat/embeddings``, or a folder; made with mode 0700.
             The file name is a hash of weights, tokenizer, options, precision and texts; the file holds numbers only.
         key: `encoder_key` of the model, where it is known already.
-        head: False for the embeddings below the model's dense head, where ``encode`` takes ``head``.
+        head: False for the embeddings below the model's views, where ``encode`` takes ``head``.
         return_cut: Return the embeddings, and of each text whether it was cut (N,), as far as ``encode`` says so.
     """
     unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)

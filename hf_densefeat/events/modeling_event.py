@@ -130,6 +130,7 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
 
     main_input_name = "input_ids"
     card_kind = "An encoder for episodes of labs and vital signs"
+    has_input_layer = False
 
     def card_use(self) -> str:
         """How to use the model, for its card: code that runs as printed, with two codes that the processor knows."""
@@ -149,10 +150,11 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory, is_main_process: bool = True, **kwargs
     ):
-        """As in transformers, and the head: sentence-transformers reads texts, so there are no files for it."""
+        """As in transformers, and the views: sentence-transformers reads texts, so there are no files for it."""
+        self.config.densefeat = self.config.densefeat | {"views": list(self.views)}
         PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process and self.dense_head is not None:
-            self.dense_head.module().save(Path(save_directory) / "2_Dense")
+        for name, head in self.views.items() if is_main_process else ():
+            head.module().save(Path(save_directory) / f"{name}_Dense")
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the codes."""

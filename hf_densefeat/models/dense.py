@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -27,15 +27,18 @@ from hf_densefeat.models.encoding import Rows, evaluating, pooled_texts, token_r
 from hf_densefeat.models.families import check_family, language_modeling_of, positions_of
 from hf_densefeat.models.head import DenseHead
 from hf_densefeat.models.modules import SentenceModule, through
-from hf_densefeat.models.pooling import POOLINGS, pool
+from hf_densefeat.models.pooling import POOLINGS, pool, without_prompt
 from hf_densefeat.models.sentence_transformers import (
     SentenceFolder,
     SentenceSettings,
+    episode_views,
     fetcher,
+    placed_modules,
     read_folder,
     write_folder,
 )
 from hf_densefeat.models.tokenizers import ABSENT, NO_LIMIT, check_vocabulary, load_tokenizer
+from hf_densefeat.models.views import VIEWS
 
 Native: Any = PreTrainedModel if TYPE_CHECKING else object  # what the mixin is mixed into
 
@@ -48,7 +51,7 @@ HUB_OPTIONS = (
     "token",
     "trust_remote_code",
 )
-IN_MODULES = ("pooling", "max_length", "head")  # of the config's block, what a folder's modules.json says instead
+IN_MODULES = ("pooling", "max_length")  # of the config's block, what a folder's modules.json says instead
 
 
 class DenseFeatureMixin(Native):
@@ -78,6 +81,11 @@ class DenseFeatureMixin(Native):
         return self.sentence.tail
 
     @property
+    def has_input_layer(self) -> bool:
+        """Whether views may read the input embeddings: the base model gives `hidden_states`, and every token is pooled."""
+        return self.sentence.include_prompt
+
+    @property
     def prompt(self) -> str:
         """What stands before every text, in training too; "" for nothing."""
         return self.sentence.prompt()
@@ -87,6 +95,11 @@ class DenseFeatureMixin(Native):
         """Width d of the embedding: that of the hidden states, or what the last `Dense` of `tail` makes of it."""
         widths = [module.options["out_features"] for module in self.tail if module.kind == "Dense"]
         return widths[-1] if widths else self.config.hidden_size
+
+    @property
+    def output_dimension(self) -> int:
+        """Width of what `encode` gives by default: of the content view, where there is one."""
+        return self.embedding_dimension if self.dense_head is None else self.dense_head.matrix.shape[1]
 
     @property
     def language_modeling(self) -> str | None:
@@ -105,24 +118,34 @@ class DenseFeatureMixin(Native):
         return self.config.densefeat.get("long_notes", "truncate")
 
     @property
+    def views(self) -> dict[str, DenseHead]:
+        """Affine maps of the embedding by name, "content" and "form", saved beside the encoder; {} without.
+
+        A map of width `embedding_dimension` + `hidden_size` takes the mean of the input embeddings too, behind the embedding.
+        """
+        return dict(self.__dict__.get("_views", {}))
+
+    @views.setter
+    def views(self, views: Mapping[str, DenseHead]) -> None:
+        widths = [self.embedding_dimension]
+        widths += [widths[0] + self.config.hidden_size] if self.has_input_layer else []
+        for name, head in views.items():
+            if name not in VIEWS:
+                raise ValueError(f"Expected views by the names {' and '.join(VIEWS)} but got {name!r}.")
+            if len(head.mean) not in widths:
+                raise ValueError(
+                    f"The {name} view was fitted on embeddings of width {len(head.mean)}, but {type(self).__name__} has "
+                    f"embeddings of width {' or '.join(map(str, widths))}: fit it on this encoder's."
+                )
+        self.__dict__["_views"] = dict(views)
+
+    @property
     def dense_head(self) -> DenseHead | None:
-        """The map that `encode` applies and that is saved beside the encoder; None for embeddings as they are pooled.
+        """The content view, which `encode` applies; None for embeddings as they are pooled.
 
         Not called `head`, which in ModernBERT and others is a part of the language-modelling head.
         """
-        return self.__dict__.get("_dense_head")
-
-    @dense_head.setter
-    def dense_head(self, head: DenseHead | None) -> None:
-        if head is not None and len(head.mean) != self.embedding_dimension:
-            raise ValueError(
-                f"The head was fitted on embeddings of width {len(head.mean)}, but {type(self).__name__} has embeddings "
-                f"of width {self.embedding_dimension}: fit it on this encoder's."
-            )
-        self.__dict__["_dense_head"] = head
-        block = {name: value for name, value in self.config.densefeat.items() if name != "head"}
-        # a string, because JSON has no infinity
-        self.config.densefeat = block if head is None else block | {"head": {"epsilon": str(head.epsilon)}}
+        return self.views.get("content")
 
     @property
     def _body(self) -> Any:
@@ -151,10 +174,7 @@ class DenseFeatureMixin(Native):
         if prompt_length is None:
             settings = self.sentence
             prompt_length = 0 if settings.include_prompt else settings.excluded(self.prompt, self._default_tokenizer())
-        if prompt_length:
-            attention_mask = attention_mask.clone()
-            attention_mask[:, :prompt_length] = 0
-        z = pool(self._body._densefeat_hidden, attention_mask, self.pooling)
+        z = pool(self._body._densefeat_hidden, without_prompt(attention_mask, prompt_length), self.pooling)
         return through(self.tail, z) if tail else z
 
     @torch.no_grad()
@@ -167,6 +187,8 @@ class DenseFeatureMixin(Native):
         show_progress_bar: bool = False,
         head: bool = True,
         *,
+        view: str | None = "content",
+        input_layer: bool = False,
         prompt_name: str | None = None,
         convert_to_numpy: bool = False,
         normalize_embeddings: bool = False,
@@ -183,7 +205,9 @@ class DenseFeatureMixin(Native):
             batch_size: most rows of a forward; texts are sorted by length first, so that little is padded.
             max_length: tokens kept of a text; by default `max_length` of the model.
             show_progress_bar: show a progress bar.
-            head: apply `dense_head`, if the model has one; False for the embeddings below it.
+            head: False is the same as `view` None.
+            view: "content", which is no map for an encoder without views; "form"; None for the embeddings below the views.
+            input_layer: below the views, append the mean of the input embeddings (N, d + `hidden_size`), as views may read.
             prompt_name: which of the folder's prompts to put before every text; by default the folder's default.
             convert_to_numpy: an array in the place of a tensor, as of sentence-transformers.
             normalize_embeddings: rows of length 1, as of sentence-transformers.
@@ -191,10 +215,12 @@ class DenseFeatureMixin(Native):
         """
         if isinstance(texts, str):
             raise ValueError("Expected a list of texts but got one string: wrap it in a list.")
+        found = self._view(view) if head else None
+        wide = input_layer if found is None else len(found.mean) > self.embedding_dimension
         with evaluating(self):
             if hasattr(texts, "keys"):
-                tokens = dict(texts)
-                z = self._embed(tokens, int(tokens.pop("prompt_length", 0)))
+                tokens = dict(cast(Any, texts))
+                z = self._embed(tokens, int(tokens.pop("prompt_length", 0)), wide)
                 cut = torch.zeros(len(z), dtype=torch.bool)
             else:
                 tokenizer, prompt = tokenizer or self._default_tokenizer(), self.sentence.prompt(prompt_name)
@@ -206,12 +232,14 @@ class DenseFeatureMixin(Native):
                     max_length=max_length,
                     excluded=self.sentence.excluded(prompt, tokenizer),
                     progress=show_progress_bar,
+                    input_layer=wide,
                 )
-        z = through(self.tail, z)
-        z = self.dense_head(z) if head and self.dense_head is not None else z
+        z, *inputs = z.split(self.config.hidden_size, dim=1)
+        z = torch.cat([through(self.tail, z), *inputs], 1)
+        z = z if found is None else found(z)
         z = torch.nn.functional.normalize(z, dim=1) if normalize_embeddings else z
-        found = z.numpy() if convert_to_numpy else z
-        return (found, cut.numpy() if convert_to_numpy else cut) if return_cut else found
+        rows = z.numpy() if convert_to_numpy else z
+        return (rows, cut.numpy() if convert_to_numpy else cut) if return_cut else rows
 
     def encode_stream(self, texts: Iterable[str], *, block: int = 10_000, **options: Any) -> Iterator[Any]:
         """What `encode` gives of `block` texts at a time, in order: for texts that do not fit in memory.
@@ -225,6 +253,14 @@ class DenseFeatureMixin(Native):
         while some := list(itertools.islice(remaining, block)):
             yield self.encode(some, **options)
 
+    def _view(self, name: str | None) -> DenseHead | None:
+        if name is not None and name != "content" and name not in self.views:
+            raise ValueError(
+                f"Expected view to be one of {', '.join(self.views) or 'content'} or None, which this encoder has, but got "
+                f"{name!r}: `densefeat head` fits views."
+            )
+        return self.views.get(name) if name else None
+
     def _rows(self, texts: list[str], tokenizer: Any, max_length: int | None) -> Rows:
         limit = max_length or self.max_length or tokenizer.model_max_length
         rows = token_rows(texts, tokenizer, limit if limit < NO_LIMIT else None, chunk=self.long_notes == "chunk")
@@ -237,12 +273,16 @@ class DenseFeatureMixin(Native):
         """One batch, padded to the right as in training: learned positions count from the left."""
         return tokenizer.pad(rows, padding_side="right", return_tensors="pt")
 
-    def _embed(self, tokens: Any, prompt_length: int) -> Tensor:
+    def _embed(self, tokens: Any, prompt_length: int, input_layer: bool) -> Tensor:
         tokens = {name: values.to(self.device) for name, values in tokens.items()}
+        options = {"output_hidden_states": True} if input_layer else {}
         with self.capture_hidden():
             # the base model alone: no logits. Under FSDP2 only the root's forward gathers the parameters
-            (self if type(self).__name__.startswith("FSDP") else self.base_model)(**tokens)
-            return self.pooled(tokens["attention_mask"], prompt_length=prompt_length, tail=False).float().cpu()
+            out = (self if type(self).__name__.startswith("FSDP") else self.base_model)(**tokens, **options)
+            mask = without_prompt(tokens["attention_mask"], prompt_length)
+            z = pool(self._body._densefeat_hidden, mask, self.pooling)
+            z = torch.cat([z, pool(out.hidden_states[0], mask, "mean")], 1) if input_layer else z
+            return z.float().cpu()
 
     def _default_tokenizer(self) -> Any:
         if getattr(self, "_densefeat_tokenizer", None) is None:
@@ -266,8 +306,17 @@ class DenseFeatureMixin(Native):
         finally:
             self.config.densefeat = block
         if is_main_process:
-            folder = SentenceFolder(self.pooling, self.max_length, self.sentence, self.dense_head)
-            write_folder(save_directory, folder, width=self.config.hidden_size)
+            write_folder(save_directory, *self._sentence_folder())
+
+    def _sentence_folder(self) -> tuple[SentenceFolder, int, int]:
+        layers = getattr(self.config, "num_hidden_layers", 0)
+        folder = SentenceFolder(self.pooling, self.max_length, self.sentence, self.views)
+        return folder, self.config.hidden_size, layers
+
+    @property
+    def sentence_modules(self) -> dict[str, SentenceModule]:
+        """Path to module of what follows the transformer in a saved folder, the content view last but for the form view."""
+        return placed_modules(*self._sentence_folder())
 
 
 @functools.cache
@@ -296,8 +345,9 @@ def as_dense(
         native: Any = type(model)
         model.__class__ = _dense_class(native)
     block = dict(getattr(model.config, "densefeat", None) or {})
-    if getattr(model, "dense_head", None) is None:
-        block.pop("head", None)  # of the folder that the config is from; `AutoDenseModel` loads it
+    block = {
+        name: value for name, value in block.items() if name not in ("head", "views")
+    }  # of the folder, not of a run
     default = "last" if model.language_modeling == "causal" else "mean"
     block["pooling"] = pooling or block.get("pooling", default)
     if block["pooling"] == "cls" and model.language_modeling == "causal":
@@ -333,16 +383,12 @@ class AutoDenseModel:
         loaded = _auto_class(config).from_pretrained(name_or_path, **kwargs)
         loaded, *info = loaded if kwargs.get("output_loading_info") else (loaded,)
         if folder is None:
-            head = (
-                DenseHead.of_module(SentenceModule.load("Dense", "2_Dense", fetcher(name_or_path, hub)))
-                if (getattr(config, "densefeat", None) or {}).get("head")
-                else None
-            )
+            views = episode_views(getattr(config, "densefeat", None) or {}, fetcher(name_or_path, hub))
             model: Any = as_dense(loaded, pooling, max_length)
         else:
-            model, head = as_dense(loaded, pooling or folder.pooling, max_length or folder.max_length), folder.head
+            model, views = as_dense(loaded, pooling or folder.pooling, max_length or folder.max_length), folder.views
             model.sentence = folder.settings
-        model.dense_head = head
+        model.views = views
         return (model, *info) if info else model
 
     @classmethod

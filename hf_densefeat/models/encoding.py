@@ -57,8 +57,9 @@ def pooled_texts(
     max_length: int | None,
     excluded: int,
     progress: bool,
+    input_layer: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled embeddings (N, d), float32 on the CPU, and whether each text was cut (N,).
+    """Pooled states (N, d), float32 on the CPU, and whether each text was cut (N,).
 
     Texts are sorted by characters, tokenised 1,000 at a time, and each slice is sorted by tokens: little is padded.
 
@@ -70,8 +71,9 @@ def pooled_texts(
         max_length: tokens kept of a text; None for what the model says.
         excluded: tokens at the beginning of each text that are not pooled.
         progress: show a progress bar.
+        input_layer: (N, 2 d), with the mean of the input embeddings beside.
     """
-    z = torch.empty(len(texts), model.config.hidden_size)
+    z = torch.empty(len(texts), model.config.hidden_size * (1 + input_layer))
     cut = torch.zeros(len(texts), dtype=torch.bool)
     with tqdm(total=len(texts), desc="Encoding", disable=None if progress else True) as bar:
         for part in slices_by_length(texts):
@@ -80,7 +82,7 @@ def pooled_texts(
             found = torch.empty(len(lengths), z.shape[1])
             for some in batches_by_length(lengths, batch_size, model.device):
                 batch = {name: [values[i] for i in some] for name, values in rows.tokens.items()}
-                found[some] = model._embed(model._padded(batch, tokenizer), excluded)
+                found[some] = model._embed(model._padded(batch, tokenizer), excluded, input_layer)
                 bar.update(len(some) * len(part) / len(lengths))
             if rows.chunk_to_note is not None:
                 found = over_chunks(found, torch.tensor(lengths), torch.tensor(rows.chunk_to_note), len(part))

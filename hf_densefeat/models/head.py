@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_densefeat.models.modules import SentenceModule
-
-EPSILONS = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
-SAMPLE = 20_000  # notes are plenty for a covariance: d is some hundreds
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +24,13 @@ class DenseHead:
         mean: mu (d,), float64.
         matrix: V (Lambda + epsilon l I)^(-1/2) (d, d), float64, or I.
         epsilon: see above; inf for centring alone.
+        pairs: kind of the pairs that it was fitted on, of `data.pairs`; "" for none.
     """
 
     mean: Tensor
     matrix: Tensor
     epsilon: float
+    pairs: str = ""
 
     @classmethod
     def fit(cls, z: Tensor, *, epsilon: float = math.inf) -> DenseHead:
@@ -97,94 +94,21 @@ class DenseHead:
         return ((z.double() - mean) @ matrix).to(z.dtype)
 
     def module(self) -> SentenceModule:
-        """The map as a `Dense` module of sentence-transformers without activation, z W^T + b; its metadata say epsilon."""
-        d = len(self.mean)
-        activation = "torch.nn.modules.linear.Identity"
-        options = {"in_features": d, "out_features": d, "bias": True, "activation_function": activation}
+        """The map as a `Dense` module of sentence-transformers without activation, z W^T + b; its metadata say the rest."""
+        options = {
+            "in_features": self.matrix.shape[0],
+            "out_features": self.matrix.shape[1],
+            "bias": True,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
         weights = {"linear.weight": self.matrix.mT.float(), "linear.bias": (-self.mean @ self.matrix).float()}
-        return SentenceModule("Dense", options, weights, {"epsilon": str(self.epsilon)})
+        return SentenceModule("Dense", options, weights, {"epsilon": str(self.epsilon), "pairs": self.pairs})
 
     @classmethod
-    def of_module(cls, module: SentenceModule) -> DenseHead | None:
-        """The head that `module` wrote, with the mean found from the bias; None for a module that no head wrote."""
-        if "epsilon" not in module.metadata:
-            return None
+    def of_module(cls, module: SentenceModule) -> DenseHead:
+        """The head of a `Dense` module, with the mean found from the bias; epsilon is NaN where `module` did not write it."""
         matrix = module.weights["linear.weight"].double().mT.contiguous()
         bias = module.weights["linear.bias"].double()
         # b = -mu W has a solution in the span of W, and only that part of mu matters
         mean = -torch.linalg.lstsq(matrix.mT, bias[:, None], driver="gelsd").solution[:, 0]
-        return cls(mean, matrix, float(module.metadata["epsilon"]))
-
-
-def epsilon_of(word: str) -> float | str:
-    """What `center`, `auto` or a number above 0 says of epsilon: inf, "auto" or the number; ValueError for another word."""
-    if word in ("center", "auto"):
-        return math.inf if word == "center" else word
-    try:
-        epsilon = float(word)
-    except ValueError:
-        epsilon = math.nan
-    if not epsilon > 0:
-        raise ValueError(f"Expected center, auto or a number above 0 but got {word!r}.")
-    return epsilon
-
-
-def mean_reciprocal_rank(earlier: Tensor, later: Tensor) -> float:
-    """Mean of 1 / rank at which row i of `earlier` finds row i of `later` among all rows by cosine; both (N, d)."""
-    a, b = (torch.nn.functional.normalize(z.float(), dim=1) for z in (earlier, later))
-    ranks = []
-    for start in range(0, len(a), 1024):
-        scores = a[start : start + 1024] @ b.mT
-        own = scores.diagonal(offset=start)[:, None]
-        # a tie takes the middle of its places
-        ranks.append(1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2)
-    return float((1 / torch.cat(ranks)).mean())
-
-
-def choose_epsilon(z: Tensor, earlier: Tensor, later: Tensor, *, epsilons: Sequence[float] = EPSILONS) -> float:
-    """The epsilon after which validation patients' next notes rank highest among everybody's: no label is used.
-
-    Args:
-        z: embeddings (N, d) of training notes, on which each head is fitted.
-        earlier: embeddings (P, d) of validation notes.
-        later: embeddings (P, d) of the notes that follow them.
-        epsilons: what is tried; of equal ones the first is taken.
-    """
-    scores = []
-    for epsilon in epsilons:
-        head = DenseHead.fit(z, epsilon=epsilon)
-        scores.append(mean_reciprocal_rank(head(earlier), head(later)))
-    return epsilons[scores.index(max(scores))]
-
-
-def fit_head(
-    encode: Callable[..., Tensor],
-    texts: Sequence[Any],
-    *,
-    epsilon: float | str = math.inf,
-    pairs: tuple[Sequence[Any], Sequence[Any]] | None = None,
-    seed: int = 0,
-) -> DenseHead:
-    """Fit a head for an encoder on a sample of at most 20,000 training notes.
-
-    Args:
-        encode: notes -> embeddings (N, d) without a head, such as `partial(model.encode, head=False)`.
-        texts: training notes, unmasked.
-        epsilon: see `DenseHead`, or "auto" for `choose_epsilon` on `pairs`.
-        pairs: validation notes and the notes that follow them; needed for "auto" alone.
-        seed: of the sample.
-
-    Raises:
-        ValueError: for "auto" without pairs, and as `DenseHead.fit`.
-    """
-    if isinstance(epsilon, str) and (epsilon != "auto" or pairs is None or not len(pairs[0])):
-        raise ValueError(
-            f'Expected epsilon as a number or "auto", which needs pairs of validation notes, but got {epsilon!r}'
-            f"{' without pairs' if epsilon == 'auto' else ''}."
-        )
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:SAMPLE].tolist()
-    z = encode([texts[i] for i in sorted(order)])
-    if isinstance(epsilon, str):
-        assert pairs is not None
-        epsilon = choose_epsilon(z, encode(list(pairs[0])), encode(list(pairs[1])))
-    return DenseHead.fit(z, epsilon=epsilon)
+        return cls(mean, matrix, float(module.metadata.get("epsilon", "nan")), module.metadata.get("pairs", ""))

@@ -14,8 +14,8 @@ def interpolate_weights(model: Any, start: Any, share: float, *, new: Collection
     """W <- W_start + share (W - W_start) for every weight and floating-point buffer of `model`, in place.
 
     Weight interpolation of a fine-tuned model and its start (WiSE-FT: Wortsman et al., 2022). 0 is the start, 1 the model as
-    it is; above 1 goes on in the same direction. Half precision is interpolated in float32 and rounded once. The dense head of
-    `model` is dropped, because its mean and axes are those of other embeddings.
+    it is; above 1 goes on in the same direction. Half precision is interpolated in float32 and rounded once. The views of
+    `model` are dropped, because their mean and axes are those of other embeddings.
 
     Args:
         model: as `AutoDenseModel` gives it, trained from `start`.
@@ -46,4 +46,4 @@ def interpolate_weights(model: Any, start: Any, share: float, *, new: Collection
             first = theirs[name].to(value.device, torch.promote_types(value.dtype, torch.float32))
             found[name] = torch.lerp(first, value.to(first.dtype), share).to(value.dtype)
     model.load_state_dict(found, strict=False)  # values first, then copies: a tied weight has two names
-    model.dense_head = None
+    model.views = {}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Fetch = Callable[[str], str | None]  # the name of a file in a folder or repository -> where it lies, or None
 EMBEDDING = "sentence_embedding"  # what a module after pooling reads and writes
+BESIDE = "cls_token_embeddings"  # where `Pooling` by "cls" looks first: it can put two vectors side by side
 WEIGHTED = ("Dense", "LayerNorm")
 KEPT = (*WEIGHTED, "Normalize", "Dropout")
 

@@ -89,3 +89,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """Embeddings (B, d) by the named pooling; half precision is widened first, so that sums over tokens are exact."""
     widened = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
     return POOLINGS[pooling].function(widened, mask)
+
+
+def without_prompt(mask: Tensor, length: int) -> Tensor:
+    """The mask (B, L) without its first tokens, those of a prompt that is not pooled."""
+    return torch.cat([torch.zeros_like(mask[:, :length]), mask[:, length:]], 1) if length else mask

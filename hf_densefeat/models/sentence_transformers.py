@@ -10,9 +10,10 @@ import torch
 from transformers.utils import cached_file
 
 from hf_densefeat.models.head import DenseHead
-from hf_densefeat.models.modules import Fetch, SentenceModule, read_json, write_json
+from hf_densefeat.models.modules import BESIDE, EMBEDDING, Fetch, SentenceModule, read_json, write_json
 from hf_densefeat.models.pooling import POOLINGS
 
+ROUTER, TYPE = "router_config.json", "sentence_transformers.models.{}"
 MODULES, TRANSFORMER, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 TOKENIZER = "tokenizer_config.json"
 # by the classes of the first releases
@@ -66,13 +67,13 @@ class SentenceFolder:
         pooling: a name of `POOLINGS`.
         max_length: tokens that are kept of a text; None for as many as the transformer has positions.
         settings: what comes beside and after pooling.
-        head: the last module, where a `DenseHead` wrote it.
+        views: the last module: a `DenseHead` alone, or one for each route of a `Router`.
     """
 
     pooling: str
     max_length: int | None
     settings: SentenceSettings
-    head: DenseHead | None = None
+    views: dict[str, DenseHead] = field(default_factory=dict)
 
 
 def fetcher(name_or_path: str, hub: dict[str, Any]) -> Fetch:
@@ -127,6 +128,7 @@ def _read(fetch: Fetch) -> SentenceFolder:
         "do_lower_case",
         "transformer_task",
         "modality_config",
+        "config_args",
         "module_output_name",
         "unpad_inputs",
     )
@@ -135,24 +137,52 @@ def _read(fetch: Fetch) -> SentenceFolder:
     if unknown:
         raise ValueError(f"it sets {', '.join(unknown)}")
     pooling, include_prompt = _read_pooling(read_json(fetch(f"{modules[1]['path']}/config.json")))
-    tail = [
-        SentenceModule.load(kind, module["path"], fetch) for kind, module in zip(kinds[2:], modules[2:], strict=True)
-    ]
-    head = DenseHead.of_module(tail[-1]) if tail else None
+    paths = [(kind, module["path"]) for kind, module in zip(kinds[2:], modules[2:], strict=True)]
+    paths, views = _read_views(paths, fetch)
+    tail = [SentenceModule.load(kind, path, fetch) for kind, path in paths]
     length = transformer.get("max_seq_length") or read_json(fetch(TOKENIZER)).get("model_max_length")
     return SentenceFolder(
         pooling,
         int(length) if length and length < 10**9 else None,  # tokenizers without a limit say 10^30
         SentenceSettings(
-            tuple(tail[:-1] if head else tail),
+            tuple(tail),
             settings.get("prompts") or {},
             settings.get("default_prompt_name"),
             include_prompt,
             bool(transformer.get("do_lower_case")),
             settings.get("similarity_fn_name"),
         ),
-        head,
+        views,
     )
+
+
+def _read_views(paths: list[tuple[str, str]], fetch: Fetch) -> tuple[list[tuple[str, str]], dict[str, DenseHead]]:
+    """Kinds and paths of the modules before the views, and the views."""
+    kind, path = paths[-1] if paths else ("", "")
+    if kind == "Router":
+        routes = read_json(fetch(f"{path}/{ROUTER}")).get("structure", {})
+        views = {name: one for name, one in routes.items() if name in ("content", "form")}
+        others = [name for name, one in routes.items() if name not in views and one != views.get("content")]
+        if "content" not in views or others or any(len(one) != 1 for one in views.values()):
+            raise ValueError(f"its Router has the routes {', '.join(routes)}")
+        places = {name: f"{path}/{one}" for name, (one,) in views.items()}
+    else:
+        places = {"content": path} if kind == "Dense" else {}
+    modules = {name: SentenceModule.load("Dense", place, fetch) for name, place in places.items()}
+    wide = [one for one, _ in paths[-4:-1]] == ["Dense", "WeightedLayerPooling", "Pooling"]
+    # without a mark the last Dense is another's, and belongs to the embedding
+    if kind != "Router" and not wide and not any("epsilon" in module.metadata for module in modules.values()):
+        return paths, {}
+    before = paths[:-4] if wide else paths[:-1]
+    return before, {name: DenseHead.of_module(module) for name, module in modules.items()}
+
+
+def episode_views(block: dict[str, Any], fetch: Fetch) -> dict[str, DenseHead]:
+    """The views of a folder without `modules.json`, by the names in the config's block; once there was a head alone."""
+    paths = {name: f"{name}_Dense" for name in block.get("views", ())} or (
+        {"content": "2_Dense"} if "head" in block else {}
+    )
+    return {name: DenseHead.of_module(SentenceModule.load("Dense", path, fetch)) for name, path in paths.items()}
 
 
 def read_transformer(fetch: Fetch) -> dict[str, Any]:
@@ -173,30 +203,29 @@ def _read_pooling(config: dict[str, Any]) -> tuple[str, bool]:
     return found[0], config.get("include_prompt", True)
 
 
-def write_folder(target: Path | str, folder: SentenceFolder, *, width: int) -> None:
+def write_folder(target: Path | str, folder: SentenceFolder, width: int, layers: int) -> None:
     """Write the files into a folder that has a transformers model, in the older form, which every release from 2 to 6 reads.
 
     Args:
         target: the model's folder.
         folder: what is written.
         width: of the hidden states.
+        layers: of the transformer.
     """
-    settings = folder.settings
-    flags = {f"pooling_mode_{mode}": mode == POOLINGS[folder.pooling].mode for mode in MODES}
-    options = {"word_embedding_dimension": width, **flags, "include_prompt": settings.include_prompt}
-    modules = [SentenceModule("Pooling", options), *settings.tail]
-    if folder.head is not None:
-        modules.append(folder.head.module())
-    entries = [("", "Transformer")]
-    for place, module in enumerate(modules, start=1):
-        entries.append((f"{place}_{module.kind}", module.kind))
-        module.save(Path(target) / entries[-1][0])
+    settings, modules = folder.settings, placed_modules(folder, width, layers)
+    for path, module in modules.items():
+        module.save(Path(target) / path)
+    entries = list(dict.fromkeys(path.split("/")[0] for path in modules))
+    if entries[-1].endswith("Router"):
+        write_json(Path(target) / entries[-1] / ROUTER, _router(list(folder.views)))
+    wide = any(module.kind == "WeightedLayerPooling" for module in modules.values())
+    transformer: dict[str, Any] = {"max_seq_length": folder.max_length, "do_lower_case": settings.lower_case}
     files: dict[str, Any] = {
         MODULES: [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(entries)
+            {"idx": i, "name": str(i), "path": path, "type": TYPE.format(path.partition("_")[2] or "Transformer")}
+            for i, path in enumerate(["", *entries])
         ],
-        TRANSFORMER: {"max_seq_length": folder.max_length, "do_lower_case": settings.lower_case},
+        TRANSFORMER: transformer | ({"config_args": {"output_hidden_states": True}} if wide else {}),
         SETTINGS: {
             "model_type": "SentenceTransformer",
             "__version__": {},
@@ -207,6 +236,57 @@ def write_folder(target: Path | str, folder: SentenceFolder, *, width: int) -> N
     }
     for name, content in files.items():
         write_json(Path(target) / name, content)
+
+
+def placed_modules(folder: SentenceFolder, width: int, layers: int) -> dict[str, SentenceModule]:
+    """Path in the folder to module, in order, those of the views last; arguments as of `write_folder`."""
+    modules = [_pooling(width, POOLINGS[folder.pooling].mode, folder.settings), *folder.settings.tail]
+    widths = [module.options["out_features"] for module in folder.settings.tail if module.kind == "Dense"]
+    d, views = widths[-1] if widths else width, folder.views
+    if any(len(head.mean) > d for head in views.values()):
+        modules += _beside(d, width, layers, folder.settings)
+    found = {f"{place}_{module.kind}": module for place, module in enumerate(modules, start=1)}
+    last = f"{len(modules) + 1}_" + ("Router/{}_0_Dense" if len(views) > 1 else "Dense")
+    return found | {last.format(name): head.module() for name, head in views.items()}
+
+
+def _pooling(width: int, mode: str, settings: SentenceSettings, *more: str) -> SentenceModule:
+    flags = {f"pooling_mode_{one}": one in (mode, *more) for one in MODES}
+    return SentenceModule(
+        "Pooling", {"word_embedding_dimension": width, **flags, "include_prompt": settings.include_prompt}
+    )
+
+
+def _beside(d: int, width: int, layers: int, settings: SentenceSettings) -> list[SentenceModule]:
+    """Modules that append the mean of the input embeddings (N, width) to the embedding (N, d).
+
+    The embedding is kept where `Pooling` takes the vector of its mode "cls" from, the input embeddings take the place of the
+    last states, and `Pooling` by "cls" and "mean" puts both side by side.
+    """
+    copy = {
+        "in_features": d,
+        "out_features": d,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+        "module_input_name": EMBEDDING,
+        "module_output_name": BESIDE,
+    }
+    first = {"word_embedding_dimension": width, "layer_start": 0, "num_hidden_layers": layers}
+    return [
+        SentenceModule("Dense", copy, {"linear.weight": torch.eye(d)}),
+        SentenceModule("WeightedLayerPooling", first, {"layer_weights": torch.eye(layers + 1)[0]}),
+        _pooling(width, "cls_token", settings, "mean_tokens"),
+    ]
+
+
+def _router(names: list[str]) -> dict[str, Any]:
+    """The config of a `Router` by `task`; `encode_query` and `encode_document` are of the first view."""
+    routes = {name: name for name in names} | {"query": names[0], "document": names[0]}
+    return {
+        "types": {f"{name}_0_Dense": TYPE.format("Dense") for name in names},
+        "structure": {task: [f"{name}_0_Dense"] for task, name in routes.items()},
+        "parameters": {"default_route": names[0], "allow_empty_key": True},
+    }
 
 
 def files_of(folder: Path | str) -> list[str]:
@@ -238,7 +318,7 @@ class _Live(torch.nn.Module):
 
     def get_embedding_dimension(self) -> int:
         """d; `get_sentence_embedding_dimension` is the name before release 6."""
-        return self.model.embedding_dimension
+        return self.model.output_dimension
 
     get_sentence_embedding_dimension = get_embedding_dimension
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hf_densefeat.models.head import DenseHead
 
+VIEWS = ("content", "form")
+
 
 class PairCovariances(NamedTuple):
     """Second moments of pairs of embeddings (z_a, z_b), each side about its own mean: all that the views need.

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_densefeat.evaluation.metrics import METRICS
 from hf_densefeat.models.pooling import POOLINGS
-from hf_densefeat.reporting.comparison import GROUPS, Measured, comparisons, verdict
+from hf_densefeat.reporting.comparison import GROUPS, Measured, comparisons, judged, verdict
 from hf_densefeat.reporting.formats import markdown, number
 from hf_densefeat.reporting.plots import Picture
 from hf_densefeat.reporting.tables import before_after_table, geometry_table, subspace_table
@@ -43,9 +43,13 @@ TERMS = {
 }
 
 HEAD = """
-# the dense head, an affine map fitted on training notes; the two other ways apply it by themselves
-head = load_file(cached_file("{repository}", "2_Dense/model.safetensors"))
+# the content view, an affine map fitted on training notes; the two other ways apply it by themselves
+head = load_file(cached_file("{repository}", "{path}/model.safetensors"))
 embeddings = embeddings @ head["linear.weight"].T + head["linear.bias"]"""
+
+INPUTS = """
+inputs, seen = out.hidden_states[0], tokens["attention_mask"].unsqueeze(-1)
+embeddings = torch.cat([embeddings, (inputs * seen).sum(1) / seen.sum(1)], 1)"""
 
 LOCAL = "`{repository}` is the folder's name: give its path instead, or the repository's name once it is pushed."
 
@@ -59,8 +63,8 @@ from sentence_transformers import SentenceTransformer
 
 texts = ["Chest pain on exertion, relieved by rest.", "Follow-up for type 2 diabetes."]
 encoder = SentenceTransformer("{repository}")
-embeddings = encoder.encode(texts)
-print(embeddings.shape)  # (2, {width})
+embeddings = encoder.encode(texts){by_content}
+print(embeddings.shape)  # (2, {width}){by_form}
 print(encoder.similarity(embeddings, embeddings))
 ```
 
@@ -75,8 +79,9 @@ tokenizer = AutoTokenizer.from_pretrained("{repository}")
 model = AutoModel.from_pretrained("{repository}")
 tokens = tokenizer(texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
 with torch.no_grad():
-    hidden = model(**tokens).last_hidden_state
-{pooling_code}{head}
+    out = model(**tokens{states})
+hidden = out.last_hidden_state
+{pooling_code}{inputs}{head}
 print(embeddings.shape)  # torch.Size([2, {width}])
 ```
 
@@ -219,7 +224,7 @@ def _text(repository: str, model: Any, run: Run, measured: Sequence[Measured], p
         local="" if "/" in repository else LOCAL.format(repository=repository),
         architecture=type(model).__name__.removeprefix("FSDP"),
         parameters=model.num_parameters(),
-        width=model.embedding_dimension,
+        width=model.output_dimension,
         pooling=model.pooling,
         span=f"the first {model.max_length:,} tokens" if model.max_length else "all tokens",
         longer=CHUNKED if model.long_notes == "chunk" else "",
@@ -246,18 +251,26 @@ def _origin(run: Run) -> str:
 
 def _use(repository: str, model: Any) -> str:
     """The snippets."""
-    shared = {"repository": repository, "width": model.embedding_dimension}
+    content = model.dense_head
+    shared = {"repository": repository, "width": model.output_dimension}
     own = model.card_use()
     if own is not None:
         return own.format(**shared)
-    has_head = model.dense_head is not None
+    path = next((path for path in model.sentence_modules if "content" in path), list(model.sentence_modules)[-1])
+    wide, two = content is not None and len(content.mean) > model.embedding_dimension, len(model.views) > 1
     return USE.format(
         **shared,
         max_length=model.max_length,
         pooling_code=POOLINGS[model.pooling].snippet,
-        head=HEAD.format(**shared) if has_head else "",
-        head_imports="from safetensors.torch import load_file\n" if has_head else "",
-        cached_file="\nfrom transformers.utils import cached_file" if has_head else "",
+        states=", output_hidden_states=True" if wide else "",
+        inputs=INPUTS if wide else "",
+        head=HEAD.format(repository=repository, path=path) if content is not None else "",
+        head_imports="from safetensors.torch import load_file\n" if content is not None else "",
+        cached_file="\nfrom transformers.utils import cached_file" if content is not None else "",
+        by_content="  # the content view: what a text is about" if two else "",
+        by_form='\nby_form = encoder.encode(texts, task="form")  # the form view: what kind of text it is'
+        if two
+        else "",
     )
 
 
@@ -274,7 +287,7 @@ def _measured(measured: Sequence[Measured], pictures: Sequence[Picture], evaluat
     """Verdict, table, pictures; of a run that was only evaluated in training, the evaluator's numbers."""
     if not measured:
         return _evaluated(evaluated)
-    base, last = measured[0], measured[-1]
+    base, last = measured[0], judged(measured)
     found = verdict(last, base if len(measured) > 1 else None)
     parts = [f"**{found.advice}** {found.evidence}"]
     shape = last["geometry"]
@@ -303,10 +316,13 @@ def _evaluated(evaluated: Mapping[str, Any]) -> str:
 def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
     """Headlines of the last encoder, with the interval in the metric's name: the Hub has no field for it."""
     results = []
-    for row in comparisons([measured[-1]]):
-        if not row.headline or not math.isfinite(row.values[measured[-1]["name"]].value):
+    one = next(
+        (one for one in measured if "view" in one), measured[-1]
+    )  # the content view, which the folder gives by default
+    for row in comparisons([one]):
+        if not row.headline or not math.isfinite(row.values[one["name"]].value):
             continue
-        found, entry = row.values[measured[-1]["name"]], METRICS[row.metric]
+        found, entry = row.values[one["name"]], METRICS[row.metric]
         kind, name = HUB_TASKS.get(row.metric, ("feature-extraction", GROUPS[row.group].capitalize()))
         title, known = entry.title, math.isfinite(found.low)
         results.append(

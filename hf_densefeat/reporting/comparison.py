@@ -23,6 +23,7 @@ class Measured(TypedDict, total=False):
 
     Attributes:
         name: in tables and pictures; no path.
+        view: of an encoder with views, which of them this is.
         geometry: `geometry_report` of the notes, or some of it.
         spectrum: eigenvalues of their centred covariance, largest first.
         similarity: "task metric" to value, low, high.
@@ -31,6 +32,7 @@ class Measured(TypedDict, total=False):
     """
 
     name: str
+    view: str
     geometry: dict[str, float]
     spectrum: list[float]
     similarity: dict[str, Triple]
@@ -72,6 +74,23 @@ def _triples(results: Results, base: Results | None = None) -> dict[str, Triple]
         estimates = result.metrics if base is None else paired_difference(result, base[task])
         found |= {f"{task} {metric}": [e.value, e.low, e.high] for metric, e in estimates.items()}
     return found
+
+
+def judged(measured: Sequence[Measured]) -> Measured:
+    """What is compared with the first encoder of a list: the last one, or its views, in each row the one that gains more.
+
+    Geometry is that of the first view. An encoder has views where `view` names them.
+    """
+    views = [one for one in measured if "view" in one] or [measured[-1]]
+    merged: Any = {**views[0], "name": " or ".join(one["name"] for one in views)}
+    for key in views[0].get("differences", {}):
+        sign = 1 if metric_named(key.rsplit(" ", 1)[1]).higher_is_better else -1
+        gains = [sign * (one["differences"][key][0] or 0.0) for one in views]
+        best = views[gains.index(max(gains))]
+        for part in ("similarity", "probes", "differences"):
+            if key in merged[part]:
+                merged[part] = {**merged[part], key: best[part][key]}
+    return merged
 
 
 def plain_numbers(value: Any) -> Any:

@@ -7,7 +7,7 @@ from hf_densefeat.evaluation.geometry import geometry_state, variance_share
 from hf_densefeat.evaluation.metrics import CODES, METRICS, Estimate
 from hf_densefeat.evaluation.probes import ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityResult
-from hf_densefeat.reporting.comparison import ARROWS, WORDS, Comparison, Measured, comparisons
+from hf_densefeat.reporting.comparison import ARROWS, WORDS, Comparison, Measured, comparisons, judged
 from hf_densefeat.reporting.formats import Table, interval, number
 
 Report = dict[str, float]
@@ -19,9 +19,9 @@ def before_after_table(measured: Sequence[Measured]) -> Table:
     """Similarity first, then geometry, then probes: a column an encoder, and the last one minus the first in `change`.
 
     The change has its paired 95 % interval and ↑ for better, ↓ for worse, · for no visible difference. Unknown values are
-    n/a. With one encoder there is no such column.
+    n/a. With one encoder there is no such column. Of an encoder with views it is the change of the view that gains more.
     """
-    last = measured[-1]
+    last = judged(measured)
     compared = len(measured) > 1
     names = [one["name"] for one in measured]
     lines = [["held-out notes", *names, *(["change"] * compared)]]
@@ -29,17 +29,18 @@ def before_after_table(measured: Sequence[Measured]) -> Table:
     def line(row: Comparison) -> list[str]:
         missing = Estimate(float("nan"))
         cells = [number(row.values.get(name, missing).value) for name in names]
-        known = last["name"] in row.differences
-        gap = interval(row.differences[last["name"]], digits=3, signed=True) if known else "n/a"
-        return [row.title, *cells, *([f"{gap} {ARROWS[row.direction(last['name'])]}"] * compared)]
+        gap = row.differences.get(last["name"])
+        change = "n/a" if gap is None else interval(gap, digits=3, signed=True)
+        return [row.title, *cells, *([f"{change} {ARROWS[row.direction(last['name'])]}"] * compared)]
 
-    rows = [row for row in comparisons(measured, variants=True) if row.headline or row.metric in BESIDE]
+    rows = comparisons([*measured, last] if last["name"] not in names else measured, variants=True)
+    rows = [row for row in rows if row.headline or row.metric in BESIDE]
     lines += [line(row) for row in rows if row.group == "similarity"]
     attainable = f"effective rank, of {last['geometry']['attainable_rank']:.0f}"
     for title, key in (("mean cosine of two notes", "mean_cosine"), (attainable, "effective_rank_centered")):
-        values = [one.get("geometry", {}).get(key, float("nan")) for one in measured]
+        *values, after = (one.get("geometry", {}).get(key, float("nan")) for one in [*measured, last])
         digits = 3 if key == "mean_cosine" else 1
-        gap = number(values[-1] - values[0], digits=digits, signed=True)
+        gap = number(after - values[0], digits=digits, signed=True)
         lines.append([title, *(number(value, digits=digits) for value in values), *([gap] * compared)])
     return lines + [line(row) for row in rows if row.group != "similarity"]
 

@@ -45,8 +45,8 @@ def test_a_misspelt_option_names_the_nearest(capsys):
         pretrain.parse(["--notes", "x", "--model_name_or_path", "y", "--learnin_rate", "1", "--use_cpu"])
     assert "Did you mean learning_rate" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        pretrain.parse(["--notes", "x", "--model_name_or_path", "y", "--head", "centre", "--use_cpu"])
-    assert "center, auto or a number above 0" in capsys.readouterr().err
+        pretrain.parse(["--notes", "x", "--model_name_or_path", "y", "--views", "centre", "--use_cpu"])
+    assert "auto, center or a number above 0" in capsys.readouterr().err
 
 
 def test_one_name_of_the_model_and_the_other_is_taken():
@@ -136,13 +136,14 @@ def test_head_ends_the_mean_cosine_and_keeps_the_weights(tokenizer, tmp_path, ca
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("encoder", "ö ut"))
     assert all(before[name].equal(after[name]) for name in before)
     modules = json.loads((tmp_path / "ö ut" / "modules.json").read_text())
-    assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Dense"]
+    assert modules[-1]["path"].endswith("Dense" if epsilon == "center" else "Router")
+    assert set(again.views) == ({"content"} if epsilon == "center" else {"content", "form"})
 
 
 def test_head_says_what_is_wrong_in_one_line(tmp_path):
     """An epsilon that is none, and notes that are not there."""
     words = ["head", "--model", str(tmp_path), "--output", str(tmp_path), "--notes"]
-    with pytest.raises(SystemExit, match="center, auto or a number"):
+    with pytest.raises(SystemExit, match="auto, center or a number"):
         main.main([*words, "x", "--epsilon", "much"])
     with pytest.raises(SystemExit, match="error: "):
         main.main([*words, str(tmp_path / "none.csv")])

@@ -235,7 +235,7 @@ def test_what_fails_after_training_leaves_the_encoder(run, encoder, table, tmp_p
     def fail(*args, **options):
         raise RuntimeError("not of ours")
 
-    monkeypatch.setattr(pretraining, "fit_on_parts", fail)
+    monkeypatch.setattr(pretraining, "fit_views", fail)
     with pytest.raises(RuntimeError, match="not of ours"):
         run("--notes", table, "--model", encoder, *SMALL)
     AutoModel.from_pretrained(tmp_path / "out")

@@ -235,9 +235,9 @@ def test_with_and_without_the_models_own_head(tokenizer, tmp_path):
 
     plain = measured()
     z = model.encode(list(notes["text"]), tokenizer=tokenizer)
-    model.dense_head = DenseHead.fit(z, epsilon=0.1)
+    model.views = {"content": DenseHead.fit(z, epsilon=0.1)}
     assert measured() != plain
     assert measured(False) == plain
     assert measured(model.dense_head)["mrr"].value == pytest.approx(measured()["mrr"].value, abs=1e-6)
-    model.dense_head = DenseHead.fit(z)
+    model.views = {"content": DenseHead.fit(z)}
     assert measured()["mrr"].value == pytest.approx(measured("centred")["mrr"].value, abs=1e-6)

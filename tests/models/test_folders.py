@@ -16,6 +16,7 @@ from hf_densefeat import AutoDenseModel, DenseHead, DenseTrainer, DenseTrainingA
 from hf_densefeat.models.interpolation import interpolate_weights
 from hf_densefeat.models.sentence_transformers import as_sentence_transformer
 from hf_densefeat.models.tokenizers import load_tokenizer
+from hf_densefeat.models.views import PairCovariances, content_head, form_head
 
 TEXTS = [" ".join(WORDS[i : i + n]) for i, n in ((0, 4), (4, 2), (6, 25), (3, 3), (9, 12), (1, 1))]
 PROMPTS = {"query": "chest: ", "passage": "fever and pain: "}
@@ -65,9 +66,9 @@ def difference(model, folder_or_encoder, texts=TEXTS, **options):
         theirs = SentenceTransformer(str(theirs), device="cpu")
     expected = theirs.encode(texts, convert_to_tensor=True, **options)
     found = model.encode(texts, **options)
-    assert found.shape == expected.shape == (len(texts), model.embedding_dimension)
+    assert found.shape == expected.shape == (len(texts), model.output_dimension)
     assert found.std(0).max() > 1e-3
-    return float((found - expected).abs().max())
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 
 KINDS = ("mean", "cls", "last", "max", "sqrt", "normalised", "prompted", "dense", "everything")
@@ -85,13 +86,13 @@ def test_a_folder_is_read_and_saved_as_it_is(bases, tmp_path, kind):
     live = as_sentence_transformer(model, tokenizer).encode(TEXTS, convert_to_tensor=True)
     assert float((live - model.encode(TEXTS)).abs().max()) < LIMIT
 
-    model.dense_head = DenseHead.fit(model.encode(TEXTS))
-    for name, head in (("head", model.dense_head), ("ours", None)):
-        model.dense_head = head
+    head = {"content": DenseHead.fit(model.encode(TEXTS))}
+    for name, views in (("head", head), ("views", two_views(model)), ("ours", {})):
+        model.views = views
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         again = AutoDenseModel.from_pretrained(str(tmp_path / name))
-        assert (again.dense_head is None) == (head is None)
+        assert list(again.views) == list(views)
         assert difference(again, tmp_path / name) < LIMIT
         assert difference(model, tmp_path / name) < LIMIT
     kinds = [type(module).__name__ for module in SentenceTransformer(str(tmp_path / "ours"), device="cpu")]
@@ -102,6 +103,27 @@ def test_a_folder_is_read_and_saved_as_it_is(bases, tmp_path, kind):
         encoder.prompts,
         encoder.default_prompt_name,
     )
+
+
+def two_views(model):
+    """Content and form, of the input embeddings too where the folder pools every token."""
+    z = model.encode(TEXTS, view=None, input_layer=model.has_input_layer)
+    pairs = PairCovariances.of(z[:-1], z[1:])
+    return {"content": content_head(pairs, epsilon=0.3), "form": form_head(pairs, epsilon=1.0)}
+
+
+def test_views_that_they_saved_again(bases, tmp_path, tokenizer):
+    """Their own layout of the same modules is read as two views."""
+    model = AutoDenseModel.from_pretrained(str(bases / "encoder"), max_length=20)
+    model.views = two_views(model)
+    model.save_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    SentenceTransformer(str(tmp_path / "ours"), device="cpu").save_pretrained(str(tmp_path / "again"))
+    again = AutoDenseModel.from_pretrained(str(tmp_path / "again"))
+    for view in (None, "content", "form"):
+        torch.testing.assert_close(
+            again.encode(TEXTS, view=view), model.encode(TEXTS, tokenizer, view=view), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_older_layout(bases, tmp_path):
@@ -127,7 +149,7 @@ def test_the_older_layout(bases, tmp_path):
 def test_a_folder_of_ours_that_they_saved_again(bases, tmp_path, tokenizer):
     """It is read as it now is: other pooling, other modules, fewer tokens; what the config said before counts no more."""
     model = make_model("bert", tokenizer, pooling="mean", max_length=30)
-    model.dense_head = DenseHead.fit(model.encode(TEXTS, tokenizer), epsilon=1.0)
+    model.views = {"content": DenseHead.fit(model.encode(TEXTS, tokenizer), epsilon=1.0)}
     model.save_pretrained(tmp_path / "ours")
     tokenizer.save_pretrained(tmp_path / "ours")
     theirs = SentenceTransformer(str(tmp_path / "ours"), device="cpu")

@@ -11,7 +11,8 @@ from transformers import AutoModel
 
 from hf_densefeat import AutoDenseModel, DenseHead, Moments
 from hf_densefeat.events import EventConfig, EventModelForMaskedValues
-from hf_densefeat.models.head import EPSILONS, choose_epsilon, fit_head, mean_reciprocal_rank
+from hf_densefeat.models.choosing import EPSILONS
+from hf_densefeat.models.views import PairCovariances, content_head, form_head
 
 TEXTS = [" ".join(WORDS[i : i + n]) for i, n in ((0, 4), (4, 2), (6, 5), (3, 3), (9, 2))]
 
@@ -80,47 +81,50 @@ def test_what_cannot_be_fitted_is_refused():
         DenseHead.fit(torch.ones(2, 2), epsilon=-1)
     with pytest.raises(ValueError, match="width 2 but got 3"):
         DenseHead.fit(torch.ones(2, 2))(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="without pairs"):
-        fit_head(lambda texts: torch.ones(len(texts), 2), TEXTS, epsilon="auto")
 
 
-def test_the_criterion_is_the_rank_of_the_next_note():
-    """Against a loop; and a space whose leading axis is noise is whitened."""
-    a, b = correlated(40, 5, 1), correlated(40, 5, 2)
-    unit = [torch.nn.functional.normalize(z, dim=1).numpy() for z in (a, b)]
-    ranks = [1 + (row > row[i]).sum() for i, row in enumerate(unit[0] @ unit[1].T)]
-    assert mean_reciprocal_rank(a, b) == pytest.approx(np.mean(1 / np.array(ranks)))
-    shared, noise = torch.randn(200, 8), 30 * torch.randn(2, 200, 1)
-    earlier, later = (torch.cat([shared + 0.1 * torch.randn(200, 8), noise[i]], 1) for i in range(2))
-    assert choose_epsilon(torch.cat([earlier, later]), earlier, later) < 1
+def fitted(model, tokenizer, input_layer):
+    """Both views of random pairs."""
+    z = model.encode(TEXTS, tokenizer, view=None, input_layer=input_layer)
+    pairs = PairCovariances.of(z[:-1], z[1:])
+    return {"content": content_head(pairs, epsilon=0.3), "form": form_head(pairs, epsilon=1.0, center=False)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epsilon", [math.inf, 0.3])
-def test_a_folder_with_a_head_opens_everywhere(tmp_path, epsilon):
-    """`encode`, a second load and sentence-transformers in another process apply it; AutoModel's states stay."""
+@pytest.mark.parametrize("views", ["head", "views", "views of two layers"])
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_a_folder_with_views_opens_everywhere(tmp_path, views, name):
+    """`encode`, a second load and sentence-transformers in another process apply them; AutoModel's states stay."""
     tokenizer = make_tokenizer()
-    model = make_model("bert", tokenizer)
+    model = make_model(name, tokenizer)
     plain = model.encode(TEXTS, tokenizer)
-    model.dense_head = fit_head(lambda texts: model.encode(texts, tokenizer, head=False), TEXTS, epsilon=epsilon)
-    z = model.encode(TEXTS, tokenizer)
+    if views == "head":
+        model.views = {"content": DenseHead.fit(plain)}
+    else:
+        model.views = fitted(model, tokenizer, input_layer="two" in views)
     torch.testing.assert_close(model.encode(TEXTS, tokenizer, head=False), plain)
-    torch.testing.assert_close(z, model.dense_head(plain))
+    torch.testing.assert_close(model.encode(TEXTS, tokenizer, view=None), plain)
+    expected = [model.encode(TEXTS, tokenizer, view=view) for view in model.views]
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again = AutoDenseModel.from_pretrained(str(tmp_path))
-    assert again.dense_head.epsilon == epsilon
-    torch.testing.assert_close(again.encode(TEXTS), z, rtol=1e-5, atol=1e-5)
+    assert [head.epsilon for head in again.views.values()] == [head.epsilon for head in model.views.values()]
+    again.save_pretrained(tmp_path)
     code = f"""
 import json
 from sentence_transformers import SentenceTransformer
 encoder = SentenceTransformer(".", device="cpu")
-cut = SentenceTransformer(".", device="cpu", truncate_dim=4)
-print(json.dumps([encoder.encode({TEXTS!r}).tolist(), cut.encode({TEXTS!r}).tolist()]))
+found = [encoder.encode({TEXTS!r}, truncate_dim=4), encoder.encode({TEXTS!r})]
+if {len(expected) > 1}:
+    found.append(encoder.encode({TEXTS!r}, task="form"))
+    assert (encoder.encode_query({TEXTS!r}) == found[1]).all()
+print(json.dumps([z.tolist() for z in found]))
 """
-    whole, first = (np.array(found) for found in json.loads(run_without_densefeat(code, tmp_path)))
-    np.testing.assert_allclose(whole, z, rtol=1e-5, atol=1e-5 * float(z.abs().max()))
-    np.testing.assert_allclose(first, z[:, :4], rtol=1e-5, atol=1e-5 * float(z.abs().max()))
+    first, *whole = (np.array(found) for found in json.loads(run_without_densefeat(code, tmp_path)))
+    np.testing.assert_allclose(first, expected[0][:, :4], rtol=1e-5, atol=1e-5 * float(expected[0].abs().max()))
+    for z, native, view in zip(expected, whole, model.views, strict=True):
+        np.testing.assert_allclose(native, z, rtol=1e-5, atol=1e-5 * float(z.abs().max()))
+        torch.testing.assert_close(again.encode(TEXTS, view=view), z, rtol=1e-5, atol=1e-5 * float(z.abs().max()))
     states = [AutoModel.from_pretrained(str(tmp_path))(**tokenizer(TEXTS[:1], return_tensors="pt"))[0]]
     states.append(model.base_model.eval()(**tokenizer(TEXTS[:1], return_tensors="pt"))[0])
     torch.testing.assert_close(*states)
@@ -129,12 +133,13 @@ print(json.dumps([encoder.encode({TEXTS!r}).tolist(), cut.encode({TEXTS!r}).toli
 def test_a_head_can_be_dropped_and_must_fit():
     """None drops it; one of another width is refused."""
     model = make_model("bert", make_tokenizer())
-    model.dense_head = DenseHead.fit(torch.randn(10, model.config.hidden_size))
-    assert model.config.densefeat["head"] == {"epsilon": "inf"}
-    model.dense_head = None
-    assert "head" not in model.config.densefeat
+    model.views = {"content": DenseHead.fit(torch.randn(10, model.config.hidden_size))}
+    model.views = {}
+    assert model.dense_head is None
+    with pytest.raises(ValueError, match="view to be one of content or None"):
+        model.encode(TEXTS, view="form")
     with pytest.raises(ValueError, match="width 3, but"):
-        model.dense_head = DenseHead.fit(torch.randn(10, 3))
+        model.views = {"content": DenseHead.fit(torch.randn(10, 3))}
 
 
 def test_event_encoders_have_a_head_too(tmp_path):
@@ -144,7 +149,7 @@ def test_event_encoders_have_a_head_too(tmp_path):
     )
     model = AutoDenseModel.from_config(config)
     assert isinstance(model, EventModelForMaskedValues)
-    model.dense_head = DenseHead.fit(correlated(30, 16), epsilon=1.0)
+    model.views = {"content": DenseHead.fit(correlated(30, 16), epsilon=1.0)}
     model.save_pretrained(tmp_path)
     again = AutoDenseModel.from_pretrained(str(tmp_path))
     z = torch.randn(4, 16)

@@ -26,14 +26,13 @@ def test_every_weight_is_start_plus_share_of_the_way(tokenizer, family, share):
     start = make_model(family, tokenizer)
     model = moved(start)
     first, last = ({name: value.double() for name, value in one.state_dict().items()} for one in (start, model))
-    model.dense_head = DenseHead.fit(torch.randn(50, model.config.hidden_size))
+    model.views = {"content": DenseHead.fit(torch.randn(50, model.config.hidden_size))}
     interpolate_weights(model, start, share)
     for name, value in model.state_dict().items():
         expected = first[name] + share * (last[name] - first[name])
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-6)
         assert start.state_dict()[name].double().equal(first[name])
     assert model.dense_head is None
-    assert "head" not in model.config.densefeat
 
 
 def test_half_precision_is_rounded_once(tokenizer):

@@ -31,7 +31,7 @@ def retrieval():
 def test_a_live_model_encodes_as_a_sentence_transformer(tokenizer):
     """The same embeddings as `encode`, with the head, and the saved folder's."""
     model = make_model("bert", tokenizer)
-    model.dense_head = DenseHead.fit(model.encode(TEXTS, tokenizer))
+    model.views = {"content": DenseHead.fit(model.encode(TEXTS, tokenizer))}
     live = as_sentence_transformer(model, tokenizer)
     expected = model.encode(TEXTS, tokenizer)
     torch.testing.assert_close(live.encode(TEXTS, convert_to_tensor=True), expected, rtol=1e-5, atol=1e-5)

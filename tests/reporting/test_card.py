@@ -16,6 +16,7 @@ from hf_densefeat import (
     geometry_report,
 )
 from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, Metric
+from hf_densefeat.models.views import PairCovariances, content_head, form_head
 from hf_densefeat.reporting.card import licence_of
 
 ARGUMENTS = {"use_cpu": True, "report_to": [], "subspace_dim": 3, "max_steps": 1}
@@ -41,7 +42,7 @@ def measure(name, model, tokenizer, shift=None):
     return found
 
 
-@pytest.fixture(scope="module", params=["mean with a head", "mean", "cls", "last", "max"])
+@pytest.fixture(scope="module", params=["mean with a head", "mean with views", "mean", "cls", "last", "max"])
 def card(request, tokenizer, tmp_path_factory):
     """The card of a measured run, in the folder of the run."""
     root = tmp_path_factory.mktemp("card")
@@ -54,7 +55,11 @@ def card(request, tokenizer, tmp_path_factory):
     options = {"train_dataset": make_notes(), "processing_class": tokenizer, "objective": objective}
     trainer = DenseTrainer(model, args, **options)
     if "head" in request.param:
-        model.dense_head = DenseHead.fit(model.encode(make_notes()["text"], tokenizer), epsilon=1.0)
+        model.views = {"content": DenseHead.fit(model.encode(make_notes()["text"], tokenizer), epsilon=1.0)}
+    if "views" in request.param:
+        z = model.encode(make_notes()["text"], tokenizer, view=None, input_layer=True)
+        pairs = PairCovariances.of(z[:-1], z[1:])
+        model.views = {"content": content_head(pairs, epsilon=0.3), "form": form_head(pairs, epsilon=1.0)}
     trainer.save_model()
     trainer.measured = [measure("start", model, tokenizer), measure("trained", model, tokenizer, 0.05)]
     trainer.create_model_card()
@@ -68,7 +73,8 @@ def test_snippets_run_as_printed(card, monkeypatch, capsys):
     text, found = (folder / "README.md").read_text(), []
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(snippets) == 3
-    assert ("2_Dense" in snippets[1]) == (trainer.model.dense_head is not None)
+    assert ("load_file" in snippets[1]) == (trainer.model.dense_head is not None)
+    assert ('task="form"' in snippets[0]) == (len(trainer.model.views) > 1)
     for snippet in snippets:
         names = {}
         exec(snippet, names)

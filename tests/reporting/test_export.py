@@ -206,12 +206,14 @@ def test_the_recipe_pushes_once_with_what_it_measured(pushes, base):
     [commit] = [commit for commit in pushes[0].commits if commit["repository"] == "someone/dense-recipe"]
     reports = {"report.json", "report.md", "spectrum.png"}
     reports |= {"train_results.json", "all_results.json", "trainer_state.json"}
-    assert set(commit["files"]) == ENCODER | reports | {"2_Dense/config.json", "2_Dense/model.safetensors"}
+    modules = {name for name in commit["files"] if re.match(r"\d+_(Dense|Router|WeightedLayerPooling|Pooling)/", name)}
+    assert any("Router/form_0_Dense" in name for name in modules)
+    assert set(commit["files"]) - modules == (ENCODER | reports) - modules
     for name, data in commit["files"].items():
         assert (base / "recipe" / name).read_bytes() == data, name
     card = ModelCard(commit["files"]["README.md"].decode())
     after = json.loads(commit["files"]["report.json"])["after"]["probes"]["old auroc"]
-    assert re.search(r"\| held-out notes +\| +start \| +MLM \+ dense \| +change \|", card.text)
+    assert re.search(r"\| held-out notes +\| +start \| +content view \| +form view \| +change \|", card.text)
     assert re.search(rf"\| old: AUROC +\| +\d\.\d+ \| +{after[0]:.3f} \|", card.text)
     assert [result.metric_value for result in card.data.eval_results if result.metric_type == "roc_auc"] == [
         round(after[0], 4)

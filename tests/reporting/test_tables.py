@@ -197,3 +197,31 @@ def test_what_was_measured_is_plain_numbers():
     assert plain_numbers({"a": [np.float32(0.5), float("nan")], 1: np.int64(3)}) == {"a": [0.5, None], "1": 3}
     [row] = comparisons([alone])
     assert (row.task, row.metric, row.headline) == ("disease", "mrr", True)
+
+
+def test_the_change_of_an_encoder_with_views_is_that_of_the_better_view():
+    """In each row; the geometry is the content view's, and columns stay what each view measured."""
+
+    def measured(name, mrr, kind, **more):
+        similarity = {"disease mrr": [mrr, mrr, mrr], "kind precision_at_10": [kind, kind, kind]}
+        gaps = {
+            key: [one[0] - base, one[0] - base - 0.01, one[0] - base + 0.01]
+            for (key, one), base in zip(similarity.items(), (0.3, 0.7), strict=True)
+        }
+        shape = {"attainable_rank": 9.0, "mean_cosine": mrr, "effective_rank_centered": 5.0}
+        return {
+            "name": name,
+            "geometry": shape,
+            "similarity": similarity,
+            "probes": {},
+            "differences": gaps if more else {},
+            **more,
+        }
+
+    views = [measured("content view", 0.5, 0.4, view="content"), measured("form view", 0.2, 0.72, view="form")]
+    table = before_after_table([measured("start", 0.3, 0.7), *views])
+    assert table[0] == ["held-out notes", "start", "content view", "form view", "change"]
+    assert [line[1:4] for line in table[1:3]] == [["0.300", "0.500", "0.200"], ["0.700", "0.400", "0.720"]]
+    assert [line[4][:6] for line in table[1:3]] == ["+0.200", "+0.020"]
+    assert [line[4][-1] for line in table[1:3]] == ["↑", "↑"]
+    assert table[3][-1] == "+0.200"

@@ -1,0 +1,66 @@
+"""The content view that validation notes choose: against a loop, with nothing to gain, and where the mean hides all."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_densefeat.models.choosing import Choice, choose_content, fit_content, reciprocal_ranks
+
+
+def made(n, seed, noise=3.0, mean=0.0):
+    """Pairs that share 8 directions, below 4 of noise."""
+    rng = torch.Generator().manual_seed(seed)
+    shared = torch.randn(n, 8, generator=rng)
+    return tuple(torch.cat([shared, noise * torch.randn(n, 4, generator=rng)], 1) + mean for _ in range(2))
+
+
+def test_reciprocal_ranks_equal_a_loop_and_share_ties():
+    """Of cosines; equal rows share the middle of their places."""
+    a, b = torch.randn(40, 5), torch.randn(40, 5)
+    unit = [torch.nn.functional.normalize(z, dim=1).numpy() for z in (a, b)]
+    ranks = [1 + (row > row[i]).sum() for i, row in enumerate(unit[0] @ unit[1].T)]
+    np.testing.assert_allclose(reciprocal_ranks(a, b), 1 / np.array(ranks), rtol=1e-6)
+    np.testing.assert_allclose(reciprocal_ranks(torch.ones(3, 2), torch.ones(3, 2)), 0.5)
+
+
+def test_noise_is_whitened_and_the_scores_are_those_of_the_view():
+    """The chosen view finds more pairs than the encoder as it is, by as much as is said."""
+    train, validation = {"adjacent": made(300, 0)}, {"adjacent": made(200, 1)}
+    head, order = choose_content(train, validation, width=12)
+    assert order[0].epsilon < 1
+    assert head.pairs == "adjacent"
+    found = float(reciprocal_ranks(*map(head, validation["adjacent"])).mean())
+    assert found == pytest.approx(order[0].found, abs=1e-6)
+    as_it_is = float(reciprocal_ranks(*validation["adjacent"]).mean())
+    assert found - as_it_is == pytest.approx(order[0].gain, abs=1e-6)
+
+
+def test_without_anything_to_gain_the_encoder_stays_as_it_is():
+    """Every text finds its pair already, or there are no pairs to tell by."""
+    clean = [made(200, seed, noise=0.0) for seed in range(2)]
+    head, order = choose_content({"halves": clean[0]}, {"halves": clean[1]}, width=12)
+    assert (head, order[0].pairs, order[0].gain) == (None, "", 0)
+    none = (torch.empty(0, 12), torch.empty(0, 12))
+    assert choose_content({"halves": none}, {"halves": none}, width=12)[0] is None
+
+
+def test_a_common_mean_is_subtracted():
+    """Rows that all point one way are told apart about their mean."""
+    head, order = choose_content({"halves": made(300, 0, mean=50.0)}, {"halves": made(200, 1, mean=50.0)}, width=12)
+    assert order[0].center
+    assert order[0].gain > 0.5
+    assert float(head(made(300, 0, mean=50.0)[0]).mean()) < 1
+
+
+@pytest.mark.parametrize("epsilon", [math.inf, 0.3])
+def test_the_input_embeddings_count_as_much_as_the_last_layer(epsilon):
+    """Whatever their scale: columns times 1,000 give the same cosines."""
+    a, b = made(300, 0)
+    choice = Choice("halves", True, True, epsilon)
+    scaled = torch.tensor([1.0] * 6 + [1000.0] * 6)
+    one, other = (fit_content((a * s, b * s), choice, width=6)(a * s) for s in (1, scaled))
+    torch.testing.assert_close(reciprocal_ranks(one, other), torch.ones(300))
+    unit = [torch.nn.functional.normalize(z, dim=1) for z in (one, other)]
+    torch.testing.assert_close(unit[0] @ unit[0].mT, unit[1] @ unit[1].mT, rtol=1e-4, atol=1e-4)
