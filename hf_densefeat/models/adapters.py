@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
@@ -26,24 +27,7 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             f"{PeftType(config.peft_type).value} adds virtual tokens, which cannot be merged into the weights, so that no "
             "plain AutoModel could open the encoder. Use an adapter of the weights, such as LoraConfig."
         )
-    adapted = get_peft_model(model, config)
-    check_ties(adapted)
-    return adapted
-
-
-def check_ties(model: PeftModel) -> None:
-    """ValueError for an adapter of a matrix that two modules share: merged, it would change the other module too."""
-    base = model.get_base_model()
-    names = Counter(parameter for _, parameter in base.named_parameters(remove_duplicate=False))
-    shared = {parameter for parameter, number in names.items() if number > 1 and parameter.ndim > 1}
-    for name, module in base.named_modules():
-        own: set = set(module.parameters(recurse=False)) if name.endswith(".base_layer") else set()
-        own |= set(module.original_module.parameters()) if isinstance(module, ModulesToSaveWrapper) else set()
-        if own & shared:
-            raise ValueError(
-                f"The adapter changes {name.removesuffix('.base_layer')}, whose weight is tied to another module's: merged "
-                "into one, it would change the other too. Leave it out of target_modules and modules_to_save."
-            )
+    return get_peft_model(model, config)
 
 
 def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -52,8 +36,32 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """A copy with the adapter merged into the weights: the model that trains stays as it is, to the last bit."""
-    return copy.deepcopy(model).merge_and_unload()
+    """A copy with the adapter merged into the weights: the model that trains stays as it is, to the last bit.
+
+    Where the adapter changes one of the modules that share a weight, such as embeddings and a tied decoder, each module of
+    the copy has its own, and the config says so: merged into the one weight it would change the others too.
+    """
+    copied = copy.deepcopy(model)
+    base = without_adapter(copied)
+    names = Counter(parameter for _, parameter in base.named_parameters(remove_duplicate=False))
+    changed: set[torch.nn.Parameter] = set()
+    for name, module in base.named_modules():
+        changed |= set(module.parameters(recurse=False)) if name.endswith(".base_layer") else set()
+        changed |= set(module.original_module.parameters()) if isinstance(module, ModulesToSaveWrapper) else set()
+    if any(names[parameter] > 1 for parameter in changed):
+        _untie(base)
+    return cast(PreTrainedModel, copied.merge_and_unload())
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """A weight of its own for every module."""
+    seen: set[torch.nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(parameter)
+    model.config.tie_word_embeddings = False
 
 
 def save_adapter(model: PeftModel, folder: Path | str) -> None:

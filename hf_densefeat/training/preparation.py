@@ -15,7 +15,7 @@ from hf_densefeat.data.inputs import PairDataset, PairProcessor, ReadingStats, S
 from hf_densefeat.data.notes import load_notes
 from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.text import TextProcessor
-from hf_densefeat.models.adapters import check_ties, with_adapter, without_adapter
+from hf_densefeat.models.adapters import with_adapter, without_adapter
 from hf_densefeat.models.dense import AutoDenseModel, as_dense
 from hf_densefeat.models.tokenizers import check_vocabulary
 from hf_densefeat.training.arguments import DenseTrainingArguments
@@ -31,8 +31,6 @@ def prepare_model(
     Without weight on language modelling, what is not in the body of the model is frozen: no gradient reaches it.
     """
     loaded: Any = AutoDenseModel.from_pretrained(model) if isinstance(model, str) else model
-    if isinstance(loaded, PeftModel):
-        check_ties(loaded)
     dense = as_dense(without_adapter(loaded), args.pooling, args.max_length, args.long_notes)
     if args.mlm_weight == 0:
         body = {id(parameter) for parameter in dense.base_model.parameters()}

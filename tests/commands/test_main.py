@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -276,3 +277,19 @@ def test_head_of_patients_with_one_note_each(tokenizer, tmp_path, capsys):
     with pytest.raises(SystemExit, match="kind one of query, same"):
         main.main([*words, "--output", str(tmp_path / "none"), "--similarity", "text:wrong"])
     assert not (tmp_path / "none").exists()
+
+
+def test_what_stands_beside_a_number_of_another_kind(tokenizer):
+    """A model that reads notes in chunks cuts none; models that see different lengths are said to."""
+    from hf_densefeat.commands import examine, probe_report
+
+    texts = ["fever and cough " * 20, "stable"]
+    made = {}
+    for name, limit, long_notes in (("a", 8, "truncate"), ("b", 16, "truncate"), ("c", 8, "chunk")):
+        encoder = examine.Encoder(name, SimpleNamespace(long_notes=long_notes), tokenizer, limit)
+        share = examine.truncated_share(encoder, texts)
+        made[name] = SimpleNamespace(encoder=encoder, geometry={"truncated": share})
+    assert [one.geometry["truncated"] for one in made.values()] == [0.5, 0.5, 0.0]
+    said = probe_report.different_lengths({name: made[name] for name in "ab"})
+    assert "--max_length 8 makes them comparable" in said
+    assert probe_report.different_lengths({name: made[name] for name in "ac"}) == ""

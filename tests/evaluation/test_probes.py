@@ -282,3 +282,14 @@ def test_meds_predictions_have_the_schema_and_the_rows():
         meds_predictions(ProbeTask("t", table, "age", "regression"), result)
     with pytest.raises(ValueError, match="subject ids are integers"):
         meds_predictions(ProbeTask("t", table, "sick"), result)
+
+
+def test_a_class_that_was_never_trained_is_counted():
+    """It is among the test rows alone: the number stands beside the AUROC, of which its share is a guess."""
+    rng = np.random.default_rng(0)
+    y = np.array([0, 1] * 20 + [2] * 4 + [0, 1] * 4)
+    split = np.array([0] * 30 + [1] * 10 + [2] * 12)
+    found = probe(rng.normal(size=(52, 4)), y, np.arange(52), split, "multiclass", bootstraps=0)
+    assert found.rows["classes_without_training_rows"] == 1
+    known = probe(rng.normal(size=(52, 4)), y % 2, np.arange(52), split, "multiclass", bootstraps=0)
+    assert "classes_without_training_rows" not in known.rows

@@ -2,16 +2,15 @@
 
 import copy
 import pickle
-from functools import partial
 
 import datasets
 import pytest
 import torch
 from conftest import QUIET, logs, make_model, make_notes, make_trainer
 from torch import nn
-from transformers import DataCollatorForLanguageModeling
+from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
-from hf_densefeat import BatchLoss, DenseObjective, DenseTrainer, DenseTrainingArguments
+from hf_densefeat import AutoDenseModel, BatchLoss, DenseObjective, DenseTrainer, DenseTrainingArguments
 
 SHORT = {"max_steps": 2, "logging_steps": 1}
 
@@ -190,15 +189,23 @@ def test_evaluation_leaves_a_batch_loss_as_it_was(tmp_path, tokenizer, pairs):
         {"target_modules": ["query", "decoder"]},
         {"target_modules": ["query", "word_embeddings"]},
         {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]},
+        {"target_modules": ["query"], "modules_to_save": ["cls"]},
     ],
 )
-def test_an_adapter_of_a_tied_weight_is_refused(tmp_path, tokenizer, pairs, options):
-    """Merged into the one weight it would change the other module too: the encoder saved is not the one trained."""
+def test_an_adapter_of_a_tied_weight_is_saved_as_it_was_trained(tmp_path, tokenizer, pairs, options):
+    """Merged into the one weight it would change the other module too: each has its own in the folder."""
     peft = pytest.importorskip("peft")
-    make = partial(make_trainer, tmp_path, tokenizer, pairs)
-    with pytest.raises(ValueError, match=r"word_embeddings|decoder.*tied to another module's"):
-        make(extra={"peft_config": peft.LoraConfig(r=2, **options)})
-    make(extra={"peft_config": peft.LoraConfig(r=2, target_modules="all-linear")})
+    extra = {"peft_config": peft.LoraConfig(r=2, **options)}
+    trainer = make_trainer(tmp_path, tokenizer, pairs, extra=extra, learning_rate=1e-2, **SHORT)
+    trainer.train()
+    trainer.save_model()
+    texts = ["fever and cough", "stable"]
+    tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**tokens).logits, trainer.model.eval()(**tokens).logits, rtol=1e-4, atol=1e-5)
+    z = AutoDenseModel.from_pretrained(str(tmp_path)).encode(texts)
+    torch.testing.assert_close(z, trainer.dense_model.encode(texts, tokenizer), rtol=1e-4, atol=1e-5)
 
 
 def test_resuming_with_another_rank_is_refused(tmp_path, tokenizer, pairs):
