@@ -70,7 +70,7 @@ EXTRA = ("config", "help", "help_all", "num_processes")  # options that no datac
 
 def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
     """Read the options, and run."""
-    words = canonical(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     check(words)
     settings, args = parse(words, default_config)
     from hf_densefeat.commands.pretraining import run
@@ -84,7 +84,9 @@ def check(words: Sequence[str]) -> None:
     if "--help" in words or "-h" in words:
         print(short_help(options))
         sys.exit()
-    refuse_unknown(words, {*options, *EXTRA}, argparse.ArgumentParser(prog="densefeat pretrain", usage=USAGE))
+    refuse_unknown(
+        canonical(words), {*options, *EXTRA}, argparse.ArgumentParser(prog="densefeat pretrain", usage=USAGE)
+    )
 
 
 def written_options() -> dict[str, tuple[Any, str]]:

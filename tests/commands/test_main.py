@@ -54,7 +54,9 @@ def test_one_name_of_the_model_and_the_other_is_taken():
     """`--model` everywhere; what transformers' scripts call it is understood, with = and with a hyphen."""
     parsed = settings.parse(head, ["--model-name-or-path=m", "--notes", "n", "--output", "o"])
     assert parsed.model == "m"
-    parsed, _ = pretrain.parse(["--notes", "x", "--model_name_or_path", "y", "--use_cpu"])
+    words = ["--notes", "x", "--model_name_or_path", "y", "--use_cpu"]
+    pretrain.check(words)
+    parsed, _ = pretrain.parse(words)
     assert parsed.model == "y"
 
 
