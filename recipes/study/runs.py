@@ -13,6 +13,7 @@ import torch
 from domains import Domain
 
 from hf_densefeat import DenseTrainingArguments, interpolate_weights
+from hf_densefeat.data.splits import refuse_trained
 from study.measures import Measures
 from study.methods import METHODS, Method
 from study.training import embed_at, make_trainer
@@ -39,6 +40,9 @@ class Study:
 
     def plan(self, budget: float, seeds: int, steps: int | None) -> None:
         """Settle the number of steps: given, remembered for this budget, or timed now."""
+        probes = self.measures.evaluator.rows if self.domain.tasks else {}
+        for name, rows in (probes | self.measures.similarity.rows).items():
+            refuse_trained(rows.tested, self.domain.make_model(0), name)
         path = self.folder / f"plan-{budget:g}-{seeds}.json"
         if steps:
             self.steps = steps
