@@ -84,6 +84,8 @@ class SplitRecord:
     @classmethod
     def from_dict(cls, block: dict[str, Any], folder: str | os.PathLike[str] | None = None) -> SplitRecord:
         """From what `to_dict` gave, with the lists that `save` wrote to the folder or to the one that it is in."""
+        if "rules" not in block:
+            return cls((), None, "an older one")
         rules = [HashRule(int(one["seed"]), tuple(one["shares"]), tuple(one["cuts"])) for one in block["rules"]]
         lists: tuple[tuple[bytes, np.ndarray], ...] | None = ()
         if block["listed"]:
@@ -141,15 +143,10 @@ class SplitRecord:
             UnknownTrainingPatients: if the list is not there, or ids were hashed in another form.
         """
         if self.lists is None or self.ids != ID_RULE:
-            why = (
-                "its folder lacks the file " + LISTED
-                if self.lists is None
-                else f"its ids are in another form ({self.ids})"
-            )
+            why = f"its ids are in another form ({self.ids})" if self.ids != ID_RULE else f"its folder lacks {LISTED}"
             raise UnknownTrainingPatients(
-                f"Who the model was trained on cannot be told: its record names patients by a list, and {why}. Copy the "
-                "file from the folder that training wrote, or, if these are other patients or you want it so, allow it "
-                "(allow_trained=True)."
+                f"Who the model was trained on cannot be told from its record: {why}. Copy that file from the folder that "
+                "training wrote; or, if these are other patients or you want it so, allow it (allow_trained=True)."
             )
         found = np.zeros(len(ids), dtype=bool)
         for rule in self.rules:

@@ -115,7 +115,7 @@ def test_a_list_says_it_where_the_table_brought_its_own_splits(tmp_path):
             read.trained_on([str(float(one)) for one in range(60)]), [i in trained for i in range(60)]
         )
     lost = SplitRecord.from_dict(block, tmp_path / "other" / "folder")
-    with pytest.raises(UnknownTrainingPatients, match="its folder lacks the file"):
+    with pytest.raises(UnknownTrainingPatients, match="its folder lacks _trained"):
         split_by_patient(plain, record=lost)
     assert len(split_by_patient(plain, record=lost, allow_trained=True)["test"])
     # another list is another key: two folders cannot be joined by their hashes
