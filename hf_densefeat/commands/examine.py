@@ -59,30 +59,12 @@ def load_encoder(argument: str, names: set[str], max_length: int | None) -> Enco
     name = name or Path(source).name or Path(source).resolve().name
     if name in names:
         raise ValueError(f"Two models would be called {name!r}: give names, --model first=PATH --model second=PATH.")
-    if _file(source, "modules.json") and "densefeat" not in _config(source):
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise ValueError(
-                f"{name} is a folder of sentence-transformers: install it, pip install sentence-transformers."
-            ) from error
-        with loading(source):
-            encoder = SentenceTransformer(source)
-        seen = min(
-            int(limit) for limit in (max_length, encoder.max_seq_length, encoder.tokenizer.model_max_length) if limit
-        )
-        encoder.max_seq_length = seen
-        return Encoder(name, encoder, encoder.tokenizer, seen)
     with loading(source):
         model = AutoDenseModel.from_pretrained(source)
         tokenizer = load_tokenizer(source)
     limits = (max_length, model.max_length, tokenizer.model_max_length)
     seen = min(int(limit) for limit in limits if limit)
     return Encoder(name, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, seen)
-
-
-def _file(source: str, name: str) -> str | None:
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
 
 
 def _config(source: str) -> dict[str, Any]:
@@ -144,14 +126,6 @@ def read_table(path: str) -> datasets.Dataset:
         return Layout("a probe's table", {name: name for name in wanted})
 
     return read_files(Path(path), layout).data
-
-
-def truncated_share(encoder: Encoder, texts: Sequence[str]) -> float:
-    """Share of the texts that are longer than what the encoder sees; 0 for one that reads long notes in chunks."""
-    if getattr(encoder.model, "long_notes", None) == "chunk":
-        return 0.0
-    lengths = encoder.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-    return float(np.mean([len(ids) > encoder.max_length for ids in lengths]))
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -228,7 +202,7 @@ def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
         "key": encoder_key(encoder.model, encoder.tokenizer),
     }
     # Apart, so that another task does not cost another pass over the notes.
-    z = embed(encoder.model, texts, **how)
+    z, cut = embed(encoder.model, texts, return_cut=True, **how)
     rows = torch.from_numpy(z)
     if reading.others:
         z = np.concatenate([z, embed(encoder.model, reading.others, **how)])
@@ -236,7 +210,7 @@ def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
     known = Encoded.of(texts + reading.others, z)
     logger.info("%s: %d texts in %.0f s", encoder.name, len(z), seconds)
     geometry = geometry_report(rows, k=settings.k, seed=settings.seed)
-    geometry["truncated"] = truncated_share(encoder, texts)
+    geometry["truncated"] = float(cut.mean())
     adjacent, per_patient, angles = {}, {}, None
     if len(reading.pairs) > 3:
         earlier, later = rows[reading.pairs.earlier], rows[reading.pairs.later]

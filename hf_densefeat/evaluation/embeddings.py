@@ -38,6 +38,12 @@ def encoder_key(model: Any, tokenizer: Any = None) -> str:
     return digest.hexdigest()
 
 
+def precision_of(model: Any) -> str:
+    """In what `embed` computes: bfloat16 where the model is on a CUDA device, else the precision of its weights."""
+    on_cuda = isinstance(model, torch.nn.Module) and next(model.parameters()).is_cuda
+    return "bfloat16" if on_cuda else "that of the weights"
+
+
 def embed(
     model: Any,
     texts: Sequence[str],
@@ -68,8 +74,7 @@ def embed(
     options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, return_cut=True)
     if not head:
         options |= _accepted(model, head=False)
-    device = next(model.parameters()).device.type if isinstance(model, torch.nn.Module) else "cpu"
-    precision = "bfloat16" if device == "cuda" else "float32"
+    precision = precision_of(model)
     path = None
     if cache:
         folder = Path(HF_HOME) / "hf_densefeat" / "embeddings" if cache is True else Path(cache)
@@ -82,7 +87,7 @@ def embed(
             with np.load(path, allow_pickle=False) as known:
                 z, cut = known["z"][inverse], known["cut"][inverse]
             return (z, cut) if return_cut else z
-    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
         found = model.encode(unique.tolist(), **options)
     z, cut = found if "return_cut" in options else (found, np.zeros(len(unique), dtype=bool))
     z, cut = torch.as_tensor(z).float().cpu().numpy(), np.asarray(cut)

@@ -56,19 +56,7 @@ LOCAL = "`{repository}` is the folder's name: give its path instead, or the repo
 CHUNKED = """Trained on whole notes in chunks: hf_densefeat's `encode` averages the embeddings of
 a longer text's chunks, weighted by tokens; the other two cut it."""
 
-USE = """With Sentence Transformers:
-
-```python
-from sentence_transformers import SentenceTransformer
-
-texts = ["Chest pain on exertion, relieved by rest.", "Follow-up for type 2 diabetes."]
-encoder = SentenceTransformer("{repository}")
-embeddings = encoder.encode(texts){by_content}
-print(embeddings.shape)  # (2, {width}){by_form}
-print(encoder.similarity(embeddings, embeddings))
-```
-
-With Transformers:
+TRANSFORMERS = """With Transformers:
 
 ```python
 import torch
@@ -83,7 +71,24 @@ with torch.no_grad():
 hidden = out.last_hidden_state
 {pooling_code}{inputs}{head}
 print(embeddings.shape)  # torch.Size([2, {width}])
+```"""
+
+TAILED = """`AutoModel` gives the hidden states alone: the two other ways put the prompt before a text, where there is one, and
+apply what follows pooling, {modules}."""
+
+USE = """With Sentence Transformers:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+texts = ["Chest pain on exertion, relieved by rest.", "Follow-up for type 2 diabetes."]
+encoder = SentenceTransformer("{repository}")
+embeddings = encoder.encode(texts){by_content}
+print(embeddings.shape)  # (2, {width}){by_form}
+print(encoder.similarity(embeddings, embeddings))
 ```
+
+{transformers}
 
 With hf_densefeat, to go on training or to measure:
 
@@ -258,19 +263,26 @@ def _use(repository: str, model: Any) -> str:
         return own.format(**shared)
     path = next((path for path in model.sentence_modules if "content" in path), list(model.sentence_modules)[-1])
     wide, two = content is not None and len(content.mean) > model.embedding_dimension, len(model.views) > 1
+    if model.tail or model.prompt:
+        kinds = [module.kind for module in model.tail] + ["the dense head"] * (content is not None)
+        transformers = TAILED.format(modules=", ".join(kinds) or "nothing")
+    else:
+        transformers = TRANSFORMERS.format(
+            **shared,
+            max_length=model.max_length,
+            pooling_code=POOLINGS[model.pooling].snippet,
+            states=", output_hidden_states=True" if wide else "",
+            inputs=INPUTS if wide else "",
+            head=HEAD.format(repository=repository, path=path) if content is not None else "",
+            head_imports="from safetensors.torch import load_file\n" if content is not None else "",
+            cached_file="\nfrom transformers.utils import cached_file" if content is not None else "",
+        )
+    by_form = '\nby_form = encoder.encode(texts, task="form")  # the form view: what kind of text it is'
     return USE.format(
         **shared,
-        max_length=model.max_length,
-        pooling_code=POOLINGS[model.pooling].snippet,
-        states=", output_hidden_states=True" if wide else "",
-        inputs=INPUTS if wide else "",
-        head=HEAD.format(repository=repository, path=path) if content is not None else "",
-        head_imports="from safetensors.torch import load_file\n" if content is not None else "",
-        cached_file="\nfrom transformers.utils import cached_file" if content is not None else "",
+        transformers=transformers,
         by_content="  # the content view: what a text is about" if two else "",
-        by_form='\nby_form = encoder.encode(texts, task="form")  # the form view: what kind of text it is'
-        if two
-        else "",
+        by_form=by_form if two else "",
     )
 
 

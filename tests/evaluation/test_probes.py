@@ -12,7 +12,7 @@ import pytest
 from letters import LetterCounts, features, notes, tasks, thirds
 
 from hf_densefeat.data.splits import SplitRecord, hold_out, split_by_patient
-from hf_densefeat.evaluation import probes
+from hf_densefeat.evaluation import embeddings, probes
 from hf_densefeat.evaluation.embeddings import embed
 from hf_densefeat.evaluation.metrics import paired_difference
 from hf_densefeat.evaluation.probes import ProbeEvaluator, meds_predictions, probe
@@ -226,8 +226,8 @@ def test_texts_are_encoded_once():
     np.testing.assert_array_equal(z[:, :3], [[1, 0, 0], [0, 3, 0], [1, 0, 0], [0, 0, 2]])
 
 
-def test_cache_is_private_and_keyed_by_weights_and_texts(tmp_path):
-    """A second look reads the file; other weights or other texts do not; nobody else may read it; no text is in it."""
+def test_cache_is_private_and_keyed_by_weights_precision_and_texts(tmp_path, monkeypatch):
+    """A second look reads the file; other weights, precision or texts do not; nobody else may read it; no text is in it."""
     folder, texts = tmp_path / "cache", ["sentinel alpha", "sentinel beta"]
     model = LetterCounts()
     first = embed(model, texts, cache=folder)
@@ -235,10 +235,14 @@ def test_cache_is_private_and_keyed_by_weights_and_texts(tmp_path):
     assert len(model.seen) == 1
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
+    monkeypatch.setattr(embeddings, "precision_of", lambda model: "bfloat16")
+    embed(model, texts, cache=folder)
+    assert len(model.seen) == 2
+    monkeypatch.undo()
     embed(LetterCounts(2.0), texts, cache=folder)
     embed(model, texts[:1], cache=folder)
-    assert len(model.seen) == 2
-    assert len(list(folder.iterdir())) == 3
+    assert len(model.seen) == 3
+    assert len(list(folder.iterdir())) == 4
     assert not any(b"sentinel" in file.read_bytes() for file in folder.iterdir())
 
 

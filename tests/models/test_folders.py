@@ -146,6 +146,17 @@ def test_the_older_layout(bases, tmp_path):
     assert torch.equal(model.encode([text.upper() for text in TEXTS]), model.encode(TEXTS))
 
 
+def test_a_hub_name(bases, tmp_path):
+    """Every file is found in the cache of a repository, the tokenizer that lowers text too."""
+    encoder = make_folder(bases, tmp_path / "models--someone--encoder" / "snapshots" / ("a" * 40), "everything")
+    (tmp_path / "models--someone--encoder" / "refs").mkdir()
+    (tmp_path / "models--someone--encoder" / "refs" / "main").write_text("a" * 40)
+    options = {"cache_dir": str(tmp_path), "local_files_only": True}
+    model = AutoDenseModel.from_pretrained("someone/encoder", **options)
+    found = model.encode(TEXTS, load_tokenizer("someone/encoder", **options))
+    torch.testing.assert_close(found, encoder.encode(TEXTS, convert_to_tensor=True), rtol=0, atol=LIMIT)
+
+
 def test_a_folder_of_ours_that_they_saved_again(bases, tmp_path, tokenizer):
     """It is read as it now is: other pooling, other modules, fewer tokens; what the config said before counts no more."""
     model = make_model("bert", tokenizer, pooling="mean", max_length=30)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hf_densefeat import AutoDenseModel, DenseFeatureMixin
+from hf_densefeat.models import batches
 from hf_densefeat.models.dense import as_dense
 from hf_densefeat.models.pooling import POOLINGS
 
@@ -174,6 +175,24 @@ def test_encode_keeps_the_order_whatever_the_batch(family, tokenizer):
         torch.testing.assert_close(model.encode(TEXTS, tokenizer, batch_size=batch_size), whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.encode(TEXTS[::-1], tokenizer).flip(0), whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.encode(tuple(TEXTS), tokenizer), whole, rtol=0, atol=0)
+
+
+def test_slices_and_streams_are_the_whole(tokenizer, monkeypatch):
+    """Slices of two texts, by number or by characters, and blocks of a generator give what one slice gives, cut notes too."""
+    model = make_model("bert", tokenizer)
+    texts = [*TEXTS, "chest pain " * 60, "fever " * 70, "fever"]
+    whole, cut = model.encode(texts, tokenizer, return_cut=True)
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=False)["input_ids"]]
+    assert cut.tolist() == [length > model.max_length for length in lengths]
+    assert 0 < cut.sum() < len(texts)
+    for name, value in (("SLICE", 2), ("CHARACTERS", 40)):
+        monkeypatch.setattr(batches, name, value)
+        found, again = model.encode(texts, tokenizer, return_cut=True)
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+        assert torch.equal(again, cut)
+    blocks = list(model.encode_stream((text for text in texts), block=4, tokenizer=tokenizer))
+    assert [len(block) for block in blocks] == [4] * (len(texts) // 4) + [len(texts) % 4] * (len(texts) % 4 > 0)
+    torch.testing.assert_close(torch.cat(blocks), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
