@@ -144,5 +144,5 @@ def test_every_command_says_which_part_is_missing(trained, frame, tmp_path):
     words = ["--model", str(trained[0]), "--notes", str(path)]
     with pytest.raises(ValueError, match=r"Nobody is in test.*column `split` names patients for train alone"):
         examine.Reading.of(parse(probe, words))
-    with pytest.raises(ValueError, match=r"Nobody is in validation and test, which this command needs"):
-        head.run(parse(head, [*words, "--epsilon", "auto", "--output", str(tmp_path / "head")]))
+    with pytest.raises(ValueError, match=r"Nobody is in test, which this command needs"):
+        head.run(parse(head, [*words, "--output", str(tmp_path / "head")]))
