@@ -45,8 +45,10 @@ DOMAINS = {
     "multimodal": "clinosim_longitudinal",
     "documents": "medquad",
     "sections": "medquad",
+    "mtsamples": "mtsamples",
+    "findings": "care_findings",
 }
-REAL_TEXT = ("documents", "sections")  # without probes, and without an encoder of their own
+REAL_TEXT = ("documents", "sections", "mtsamples", "findings")  # without probes, and without an encoder of their own
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -127,7 +129,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--notes and --max_length are for --domain text, not {arguments.domain}.")
     if arguments.domain in REAL_TEXT and not (arguments.data and arguments.model_name_or_path):
         parser.error(
-            f"--domain {arguments.domain} needs --data FOLDER with medquad in it, and --model_name_or_path ENCODER."
+            f"--domain {arguments.domain} needs --data FOLDER with {DOMAINS[arguments.domain]} in it, and "
+            "--model_name_or_path ENCODER."
         )
     if arguments.task and not arguments.notes:
         parser.error("--task names a column of --notes: expected --notes FILE_OR_FOLDER too.")

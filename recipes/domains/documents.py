@@ -47,7 +47,8 @@ def load(data: Path, model_name_or_path: str) -> Domain:
         similarity += read(folder)
     total = sum(map(len, parts.values()))
     facts = f"MedQuAD (CC BY 4.0): {total:,} answers, a document as a patient, a disease in one part alone."
-    return domain_of("documents", facts, "answers", parts["train"], searched, similarity, model_name_or_path)
+    held_out = (searched["validation"], searched["test"])
+    return domain_of("documents", facts, "answers", parts["train"], *held_out, similarity, FORM, model_name_or_path)
 
 
 def read_parts(folder: Path) -> tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]]:
@@ -62,22 +63,24 @@ def domain_of(
     facts: str,
     unit: str,
     train: datasets.Dataset,
-    searched: dict[str, datasets.Dataset],
+    validation: datasets.Dataset,
+    test: datasets.Dataset,
     similarity: list[SimilarityTask],
+    form: tuple[str, ...],
     model_name_or_path: str,
 ) -> Domain:
-    """Training on the adjacent notes of `train`, each a `unit`, measured on the answers that are searched and on the tasks."""
+    """Training on the adjacent notes of `train`, each a `unit`; choices are by validation notes, geometry is of test notes."""
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     tokens = tokenize_notes(train, tokenizer, max_length=LENGTH)[0]
     pairs = adjacent_pairs(train)
     again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.num_notes, pairs.num_patients)
-    held_out, texts = adjacent_pairs(searched["test"]), np.array(searched["test"]["text"][:], dtype=object)
+    held_out, texts = adjacent_pairs(test), np.array(test["text"][:], dtype=object)
     chosen = np.random.default_rng(0).permutation(len(train))[:FITTED]
     return Domain(
         name=name,
         facts=(
             f"{facts} Trained on {len(train):,} {unit} ({len(pairs):,} pairs, {LENGTH} tokens) without any label; measured on "
-            f"{len(searched['test']):,} test answers of whole documents, and on text that no method was trained on. "
+            f"{len(test):,} held-out notes and on the tasks, which no method was trained on. "
             f"Start: {Path(model_name_or_path).name}."
         ),
         make_model=lambda seed: AutoDenseModel.from_pretrained(model_name_or_path, max_length=LENGTH),
@@ -92,9 +95,9 @@ def domain_of(
         later=texts[held_out.later].tolist(),
         patient=held_out.patient,
         similarity=similarity,
-        label_free=SimilarityTask(name="next note", kind="same_patient", notes=searched["validation"]),
+        label_free=SimilarityTask(name="next note", kind="same_patient", notes=validation),
         training=training(1e-4),
-        form=FORM,
+        form=form,
         key=encoder_key(AutoDenseModel.from_pretrained(model_name_or_path), tokenizer),
     )
 

@@ -1,10 +1,17 @@
 """Rows of a domain's table: columns, splits, samples, and the probes on them."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import datasets
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from hf_densefeat import ProbeTask, SimilarityTask
 from hf_densefeat.data.columns import column
+from hf_densefeat.data.splits import SPLITS, split_patients
 
 ENCODED = {"train": 2200, "validation": 800}  # rows at random of each split; of test patients all
 COHORT_KINDS = ("ambulatory", "wellness", "emergency")
@@ -36,6 +43,29 @@ def resplit(episodes: datasets.Dataset, split: list[str | None]) -> datasets.Dat
     """The rows that have a split, with it."""
     rows = [i for i, part in enumerate(split) if part]
     return episodes.select(rows).remove_columns("split").add_column("split", [split[i] for i in rows])
+
+
+def split_apart(texts: Sequence[str], groups: Sequence[str], near: float = 0.8) -> list[str]:
+    """The part of each row, 60 % of groups in train, 15 in validation, 25 in test; groups that share a near-copy together.
+
+    Near-copies have a cosine above `near` between their TF-IDF of words and of pairs of words.
+    """
+    ids, code = np.unique(np.array(groups, dtype=object), return_inverse=True)
+    counted = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit_transform(texts)
+    close = (counted @ counted.T).tocoo()
+    close = [code[side[close.data > near]] for side in (close.row, close.col)]
+    together = csr_array((np.ones(len(close[0])), tuple(close)), shape=(len(ids), len(ids)))
+    block = connected_components(together, directed=False)[1]
+    name = dict(zip(block[::-1], ids[::-1], strict=True))  # a block is named by its first group
+    part = split_patients(list(name.values()), (0.6, 0.15, 0.25))[0]
+    part = dict(zip(name, part, strict=True))
+    return [list(SPLITS)[part[block[one]]] for one in code]
+
+
+def frequent(labels: list[str | None], least: int = 30) -> list[str | None]:
+    """The labels that so many rows have; None in the place of the others."""
+    count = Counter(labels)
+    return [label if label and count[label] >= least else None for label in labels]
 
 
 def standardised(values: list[float | None], split: list[str]) -> list[float | None]:

@@ -11,7 +11,7 @@ import datasets
 import pyarrow.parquet as pq
 
 from domains import Domain
-from domains.documents import dialogues, domain_of, read_parts, searched_tasks
+from domains.documents import FORM, dialogues, domain_of, read_parts, searched_tasks
 from hf_densefeat import load_notes
 
 SOURCES = {"pubmedqa": "pmid", "aci_bench": "encounter_id"}  # folder and the column that names the document
@@ -23,7 +23,8 @@ def load(data: Path, model_name_or_path: str) -> Domain:
     train, searched = read_sections(folder), read_parts(folder)[1]
     facts = "Sections of PubMedQA's abstracts (MIT) and of ACI-Bench's notes (CC BY 4.0), a document as a patient."
     similarity = searched_tasks(searched) + dialogues(folder)
-    return domain_of("sections", facts, "sections", train, searched, similarity, model_name_or_path)
+    held_out = (searched["validation"], searched["test"])
+    return domain_of("sections", facts, "sections", train, *held_out, similarity, FORM, model_name_or_path)
 
 
 def read_sections(folder: Path) -> datasets.Dataset:

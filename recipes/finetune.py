@@ -1,0 +1,151 @@
+"""Does an encoder that the dense objective has trained fine-tune as well as one of masked-language modelling alone?
+
+    python recipes/finetune.py --data FOLDER --start ENCODER --encoders FOLDER --methods start,mlm,mlm+dense --seeds 5
+
+All weights are trained for classification of MTSamples' sections (specialty, section header, kind of note) from 50, 200 and
+1,000 sections of training notes, and tested on those of test notes. `--encoders` holds `METHOD-SEED`, as `compare.py
+--encoders` leaves them; seed s takes the encoder of seed s, or of s less their number. A seed has the same examples, batches
+and first classifier for every method. Written to --output: finetuning.json, and the table is printed.
+"""
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+
+import datasets
+import numpy as np
+from benchmarks.timing import machine
+from domains.documents import LENGTH
+from domains.mtsamples import long_enough, read
+from domains.rows import frequent, rows_with
+from scipy.stats import t as student
+from sklearn.metrics import accuracy_score, f1_score
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from hf_densefeat.reporting.formats import markdown
+
+LABELS = {"specialty": 30, "header": 100, "kind": 30}  # a class has at least so many sections
+EPOCHS = {50: 20, 200: 10, 1000: 5}
+BATCH = 16
+OUTPUT = Path(__file__).resolve().parent / "results"
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Fine-tune what is missing in the JSON, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder with mtsamples in it")
+    parser.add_argument("--start", required=True, help="the encoder that all began from")
+    parser.add_argument("--encoders", required=True, type=Path, help="folder of METHOD-SEED")
+    parser.add_argument("--methods", default="start,mlm,mlm+dense")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--sizes", default="50,200,1000")
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--part", default="test", choices=("validation", "test"), help="validation chooses options")
+    parser.add_argument("--output", default=OUTPUT, type=Path)
+    arguments = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    methods, sizes = arguments.methods.split(","), [int(size) for size in arguments.sizes.split(",")]
+    path = arguments.output / "finetuning.json"
+    found = json.loads(path.read_text()) if path.exists() else {"scores": {}}
+    found |= {"machine": machine(), "learning_rate": arguments.learning_rate, "part": arguments.part}
+    sections = long_enough(read(arguments.data)[1])
+    runs = list(product(range(arguments.seeds), LABELS, sizes, methods))
+    for seed, label, size, method in tqdm(runs, disable=None):
+        name = f"{label}, {size}, {method}, {seed}"
+        if name not in found["scores"]:
+            encoder = arguments.start if method == "start" else encoder_of(arguments.encoders, method, seed)
+            found["scores"][name] = tuned(encoder, sections, label, size, seed, arguments)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found["scores"], methods, sizes, arguments.seeds))
+    return found
+
+
+def encoder_of(folder: Path, method: str, seed: int) -> Path:
+    """The folder of the method's encoder for a seed."""
+    kept = sorted(folder.glob(f"{method}-[0-9]*"))
+    if not kept:
+        raise FileNotFoundError(f"--encoders: expected folders {method}-0, {method}-1, … in {folder}, found none.")
+    return kept[seed % len(kept)]
+
+
+def tuned(
+    encoder: str | Path, sections: datasets.Dataset, label: str, size: int, seed: int, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Accuracy and mean F1 over classes of one fine-tuned encoder."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    kept = frequent(sections[label][:], LABELS[label])
+    classes = sorted({name for name in kept if name})
+    rows = sections.select([i for i, name in enumerate(kept) if name])
+    rows = rows.add_column("labels", [classes.index(name) for name in kept if name])
+    tokens = rows.map(
+        lambda batch: tokenizer(batch["text"], truncation=True, max_length=LENGTH), batched=True
+    ).select_columns(["input_ids", "attention_mask", "labels", "split"])
+    train, test = (rows_with(tokens, "split", part).remove_columns("split") for part in ("train", arguments.part))
+    chosen = np.random.default_rng(seed).permutation(len(train))[:size]
+    options = TrainingArguments(
+        output_dir=str(arguments.output / "trainer"),
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=64,
+        num_train_epochs=EPOCHS.get(size, 5),
+        learning_rate=arguments.learning_rate,
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        seed=seed,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+    def make_model():
+        return AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=len(classes))
+
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer = Trainer(model_init=make_model, args=options, train_dataset=train.select(chosen), data_collator=collator)
+    trainer.train()
+    guessed = trainer.predict(test).predictions.argmax(1)
+    right = np.array(test["labels"][:])
+    return {
+        "accuracy": float(accuracy_score(right, guessed)),
+        "f1": float(f1_score(right, guessed, average="macro")),
+        "classes": len(classes),
+        "tested": len(right),
+    }
+
+
+def interval(values: np.ndarray, signed: bool = False) -> str:
+    """Mean ± half the 95 % interval of Student's t over seeds."""
+    half = (
+        student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    )
+    return f"{values.mean():{'+' if signed else ''}.3f} ± {half:.3f}"
+
+
+def table(scores: dict[str, dict[str, float]], methods: list[str], sizes: list[int], seeds: int) -> str:
+    """Accuracy of every task and size, and the last method less the one before it on the same seeds."""
+    rows = [["Task, examples", *methods, f"{methods[-1]} − {methods[-2]}" if len(methods) > 1 else ""]]
+    everything = []
+    for label, size in product(LABELS, sizes):
+        values = np.array(
+            [[scores[f"{label}, {size}, {method}, {seed}"]["accuracy"] for seed in range(seeds)] for method in methods]
+        )
+        everything.append(values)
+        last = interval(values[-1] - values[-2], signed=True) if len(methods) > 1 else ""
+        rows.append([f"{label}, {size:,}", *map(interval, values), last])
+    values = np.mean(everything, axis=0)
+    last = interval(values[-1] - values[-2], signed=True) if len(methods) > 1 else ""
+    return markdown([*rows, ["mean", *map(interval, values), last]])
+
+
+if __name__ == "__main__":
+    main()
