@@ -30,7 +30,7 @@ from pathlib import Path
 import datasets
 import torch
 from huggingface_hub.constants import HF_HOME
-from study.methods import CANDIDATES, METHODS, sweep_methods
+from study.methods import CANDIDATES, METHODS, Method, sweep_methods
 from study.report import report, report_sweep
 from study.results import Results
 from study.runs import Study
@@ -61,11 +61,12 @@ def run(arguments: argparse.Namespace) -> dict:
         domain.training |= {"learning_rate": arguments.learning_rate}
     if arguments.bf16:
         domain.training |= {"bf16": True, "use_cpu": not torch.cuda.is_available()}
-    study = Study(domain, Path(arguments.work), arguments.warm_up)
+    encoders = Path(arguments.encoders) if arguments.encoders else None
+    study = Study(domain, Path(arguments.work), arguments.warm_up, encoders)
     study.plan(arguments.budget, arguments.seeds, arguments.steps)
     every = METHODS | CANDIDATES | sweep_methods()
-    methods = {name: every[name] for name in arguments.methods}
     seeds = range(arguments.seeds)
+    methods = {name: every.get(name) or given(study, name, seeds) for name in arguments.methods}
     left, needed = study.untrained(methods, seeds)
     print(f"{domain.facts}\n{left} runs of {study.steps} steps to train, of {needed}.", flush=True)
     runs: dict[str, list[dict]] = {name: [] for name in methods}
@@ -80,11 +81,22 @@ def run(arguments: argparse.Namespace) -> dict:
     return report(study, results, methods, arguments)
 
 
+def given(study: Study, name: str, seeds: Sequence[int]) -> Method:
+    """A method that we know by its encoders alone."""
+    folders = [study.encoder_of(name, seed) for seed in seeds]
+    missing = [folder.name for folder in folders if not folder.exists()]
+    if missing:
+        raise SystemExit(
+            f"--encoders: expected folders of {name!r} for {len(seeds)} seeds, found none by the names {missing}."
+        )
+    return Method(name, trained=len(set(folders)) > 1 or len(seeds) == 1)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domain", default="text", choices=DOMAINS)
-    parser.add_argument("--table", default="all", choices=("1", "2", "3", "4", "5", "all"))
+    parser.add_argument("--table", default="all", choices=("1", "2", "3", "4", "5", "maps", "all"))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--budget", type=float, default=10.0, help="minutes for the whole study of the domain")
     parser.add_argument("--steps", type=int, help="steps of every run, instead of --budget")
@@ -105,17 +117,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model_name_or_path", help="start from this encoder instead of random weights")
     parser.add_argument("--max_length", type=int, help="text: tokens of a note; default 64, of an encoder up to 128")
+    parser.add_argument(
+        "--encoders", help="documents and the like: folder of trained encoders METHOD-SEED; others are kept there"
+    )
     parser.add_argument("--output", default=str(HERE / "results"), help="folder to write")
     parser.add_argument("--work", default=str(Path(HF_HOME) / "hf_densefeat" / "compare"), help="folder of the runs")
     arguments = parser.parse_args(argv)
     unlabelled = [name for name, method in METHODS.items() if not (method.supervised or method.after)]
     methods = list(METHODS) if arguments.domain not in REAL_TEXT else [*unlabelled, *CANDIDATES]
-    sweep = sweep_methods(layers=arguments.domain != "multimodal")
+    sweep = sweep_methods()
     methods = ["mlm", "mlm+dense", *sweep] if arguments.sweep else methods
     arguments.methods = arguments.methods.split(",") if arguments.methods else methods
     if arguments.sweep and "mlm+dense" not in arguments.methods:  # what the others are compared with
         arguments.methods = ["mlm+dense", *arguments.methods]
-    unknown = [name for name in arguments.methods if name not in METHODS | CANDIDATES | sweep]
+    kept = {path.name.rsplit("-", 1)[0].replace("_", " ") for path in Path(arguments.encoders or "-").glob("*/")}
+    unknown = [name for name in arguments.methods if name not in METHODS | CANDIDATES | sweep | dict.fromkeys(kept)]
     if unknown:
         parser.error(
             f"--methods: no method {', '.join(unknown)}. There are {', '.join(METHODS | CANDIDATES | sweep)}."
@@ -125,6 +141,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--data: expected a folder with {DOMAINS[arguments.domain]} in it for --domain {arguments.domain}, got "
             f"{arguments.data}. Without --data the bundled cohort is taken; --notes is for notes of your own."
         )
+    if arguments.encoders and arguments.domain not in REAL_TEXT:
+        parser.error(f"--encoders is for --domain {', '.join(REAL_TEXT)}, not {arguments.domain}.")
     if arguments.domain != "text" and (arguments.notes or arguments.max_length):
         parser.error(f"--notes and --max_length are for --domain text, not {arguments.domain}.")
     if arguments.domain in REAL_TEXT and not (arguments.data and arguments.model_name_or_path):

@@ -6,6 +6,7 @@ or None for the bundled cohort.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,9 @@ class Domain:
         train: pairs of training patients' episodes: `.pairs` (a `NotePairs`), `.lengths` and `__getitems__`.
         self_pairs: the same with every training row as both sides of a pair (SimCSE); `.pairs.num_notes` as in `train`.
         collator: "mlm" (masked input, labels) or None (clean input, labels all −100) → the collator.
-        encode: (model, inputs) → embeddings (N, d) on the CPU, without gradient and dropout.
+        encode: (model, inputs) → embeddings (N, d) on the CPU, without gradient and dropout; where there are `pairs`, the
+            mean of the input embeddings beside them, (N, D).
+        open: folder of a trained encoder → the model; None where `encode` is not of any encoder.
         features: (some training inputs, inputs) -> (N, any width), what can be had without an encoder.
         train_inputs: inputs of training patients that the post-hoc transforms are fitted on, some thousands.
         earlier: inputs of held-out patients, for the geometry …
@@ -42,7 +45,8 @@ class Domain:
         degrade: (inputs, share, seed) → the inputs with this share of their sections or values missing.
         similarity: search, neighbours, clusters and few labels; a name that begins with "validation " is of validation
             patients, and only chooses.
-        label_free: the notes of validation patients, whose next notes choose the epsilon of the affine map.
+        pairs: kind of pairs, "adjacent" and others -> both sides, texts of training notes; the views are fitted on them.
+        judged: the same of validation notes, which choose the content view without labels.
         form: names of the similarity tasks that ask for form (a kind of section); the others ask for content.
         shift: probes that train at one place or time and are tested at another; may be empty.
         training: options of `DenseTrainingArguments` for every method: batch size, learning rate, subspace_dim, …
@@ -62,6 +66,7 @@ class Domain:
     earlier: list[str]
     later: list[str]
     patient: np.ndarray
+    open: Callable[[Path], PreTrainedModel] | None = None
     tasks: list[ProbeTask] = field(default_factory=list)
     primary: str | None = None
     supervised: np.ndarray | None = None
@@ -70,7 +75,8 @@ class Domain:
     degrade: Callable[[list[str], float, int], list[str]] | None = None
     shift: list[ProbeTask] = field(default_factory=list)
     similarity: list[SimilarityTask] = field(default_factory=list)
-    label_free: SimilarityTask | None = None
+    pairs: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
+    judged: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
     form: tuple[str, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
     key: str = ""

@@ -20,13 +20,13 @@ from domains.rows import rows_with, training
 from domains.text import seen
 from hf_densefeat import AutoDenseModel, DensePairCollator, SimilarityTask, adjacent_pairs, load_notes
 from hf_densefeat.commands.measuring import sample
-from hf_densefeat.data.pairs import NotePairs
+from hf_densefeat.data.pairs import NotePairs, pair_notes
 from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
 from hf_densefeat.evaluation.embeddings import encoder_key
 
 LENGTH = 96
 SEARCHED = {"validation": 1500, "test": 2000}  # answers, of whole documents
-FITTED = 3000  # training answers that maps are fitted on
+FITTED = 2500  # training notes, of whole patients, that maps are fitted on
 ANSWERS = ["patient_id", "text", "question", "kind", "disease", "type"]
 FORM = ("kind of question", "kind of question, few labels", "section header")  # the other tasks ask for content
 SPECIALTIES = {  # from the MeSH headings of an abstract; abstracts that match none or several have no specialty
@@ -49,6 +49,11 @@ def load(data: Path, model_name_or_path: str) -> Domain:
     facts = f"MedQuAD (CC BY 4.0): {total:,} answers, a document as a patient, a disease in one part alone."
     held_out = (searched["validation"], searched["test"])
     return domain_of("documents", facts, "answers", parts["train"], *held_out, similarity, FORM, model_name_or_path)
+
+
+def open_encoder(folder: Path | str):
+    """An encoder that reads the first tokens of a note."""
+    return AutoDenseModel.from_pretrained(folder, max_length=LENGTH)
 
 
 def read_parts(folder: Path) -> tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]]:
@@ -83,23 +88,35 @@ def domain_of(
             f"{len(test):,} held-out notes and on the tasks, which no method was trained on. "
             f"Start: {Path(model_name_or_path).name}."
         ),
-        make_model=lambda seed: AutoDenseModel.from_pretrained(model_name_or_path, max_length=LENGTH),
+        make_model=lambda seed: open_encoder(model_name_or_path),
+        open=open_encoder,
         processor=tokenizer,
         train=TokenPairs(tokens, pairs),
         self_pairs=TokenPairs(tokens, again),
         collator=lambda objective: DensePairCollator(tokenizer, objective=objective, mlm_probability=0.3),
-        encode=lambda model, inputs: model.encode(inputs, tokenizer, batch_size=256),
+        encode=lambda model, inputs: model.encode(inputs, batch_size=256, view=None, input_layer=True),
         features=partial(features.of_all_words, cut=partial(seen, tokenizer=tokenizer, length=LENGTH)),
         train_inputs=train.select(chosen)["text"][:],
         earlier=texts[held_out.earlier].tolist(),
         later=texts[held_out.later].tolist(),
         patient=held_out.patient,
         similarity=similarity,
-        label_free=SimilarityTask(name="next note", kind="same_patient", notes=validation),
+        pairs=paired_texts(sample(train, FITTED, seed=0)),
+        judged=paired_texts(validation),
         training=training(1e-4),
         form=form,
         key=encoder_key(AutoDenseModel.from_pretrained(model_name_or_path), tokenizer),
     )
+
+
+def paired_texts(notes: datasets.Dataset) -> dict[str, tuple[list[str], list[str]]]:
+    """Both sides of adjacent notes, and of the two halves of a note."""
+    found = {}
+    for kind in ("adjacent", "halves"):
+        rows, pairs = pair_notes(notes, kind)
+        texts = np.array(rows["text"][:], dtype=object)
+        found[kind] = (texts[pairs.earlier].tolist(), texts[pairs.later].tolist())
+    return found
 
 
 def read_answers(path: Path) -> datasets.Dataset:

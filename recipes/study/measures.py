@@ -49,10 +49,15 @@ class Measures:
         """Where the texts are among the inputs."""
         return [self.place[text] for text in texts]
 
-    def of(self, z: np.ndarray) -> dict[str, np.ndarray]:
-        """Value first, then replicates, of everything that is measured, given the embeddings of the inputs."""
-        known = Known(self, z)
-        found = self._geometry(known) | self.similarity.of(known.encode, known.encode(self.domain.train_inputs))
+    def of(self, z: np.ndarray, width: int | None = None, words: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Value first, then replicates, of everything that is measured, given the embeddings of the inputs.
+
+        `width` columns of `z` are the embedding, by default all; `words` are embeddings of the inputs' words.
+        """
+        known, whole = Known(self, z[:, :width]), Known(self, z)
+        beside = None if words is None else Known(self, words).encode
+        found = self.similarity.of(whole.encode, whole.encode(self.domain.train_inputs), width, beside)
+        found = self._geometry(known) | found
         return found | self._probes(known) | self._missing(known) if self.domain.tasks else found
 
     def _geometry(self, known: "Known") -> dict[str, np.ndarray]:

@@ -22,7 +22,6 @@ class Method:
         most_rank: L_spec is without effect where the participation ratio, 1 / ||Sigma / tr Sigma||^2, is above this.
         broadening: of the projectors' gradient.
         clean: the dense terms see the unmasked input, in a second forward.
-        layer: the embedding is of this layer's output instead of the last's, in training and afterwards.
         share: of the way from the start to the trained weights (`interpolate_weights`).
         after: (name of a method, function of (z of its training notes, z) → z): nothing is trained.
         trained: False for the common start itself, and for what has no encoder.
@@ -38,7 +37,6 @@ class Method:
     most_rank: float | None = None
     broadening: float = 1.0
     clean: bool = False
-    layer: int | None = None
     share: float = 1.0
     after: tuple[str, Callable] | None = None
     trained: bool = True
@@ -149,8 +147,6 @@ SWEEP_METHODS = {
     "rank at most 16": {"most_rank": 16.0},
     "rank at most 32": {"most_rank": 32.0},
     "rank at most 64": {"most_rank": 64.0},
-    "first layer of MLM alone": {"layer": 0, "arguments": {"dense_weight": 0.0}},
-    "first layer": {"layer": 0},
     "pairing-aware without L_sub": {"arguments": {"lambda_pair": 0.1, "lambda_sub": 0.0}},
     "pairing-aware and L_sub": {"arguments": {"lambda_pair": 0.1}},
     "pairing-aware at 0.5": {"arguments": {"lambda_pair": 0.5}},
@@ -158,12 +154,11 @@ SWEEP_METHODS = {
 }
 
 
-def sweep_methods(layers: bool = True) -> dict[str, Method]:
-    """One factor at a time around the default, and the two weights together; with or without other layers than the last."""
+def sweep_methods() -> dict[str, Method]:
+    """One factor at a time around the default, and the two weights together."""
     found = {}
     for values in SWEEP.values():
         for change in values:
             name = " and ".join(f"{key} {value}" for key, value in change.items())
             found[name] = Method(name, change)
-    found |= {name: Method(name, **change) for name, change in SWEEP_METHODS.items()}
-    return {name: method for name, method in found.items() if layers or method.layer is None}
+    return found | {name: Method(name, **change) for name, change in SWEEP_METHODS.items()}

@@ -85,32 +85,40 @@ def plot_pareto(points: dict[str, tuple[str, float, float, float]], path: Path |
     plt.close(figure)
 
 
-def plot_trade(points: dict[str, tuple[str, float, float]], path: Path | str) -> None:
-    """Content against form, the names beside it in the order of form; methods where one is not defined are left out.
+def plot_trade(points: dict[str, tuple[str, list[tuple[float, float]]]], path: Path | str) -> None:
+    """Content against form: a method's marker is its embedding as it is, its line goes from the content to the form view.
 
     Args:
-        points: method → (title, content, form), means of the metrics of similarity.
+        points: method → title and (content, form), means of the metrics of similarity, as it is and of the two views, if any;
+            methods where one is not defined are left out.
         path: of the PNG.
     """
-    points = {name: point for name, point in points.items() if np.isfinite(point[1:]).all()}
+    points = {name: point for name, point in points.items() if np.isfinite(point[1]).all()}
     height = max(4.6, 0.24 * len(points) + 1)
     figure, axes = plt.subplots(figsize=(10, height), dpi=150, layout="constrained")
-    forms = np.array([form for *_, form in points.values()])
-    low, high = (forms.min(), forms.max()) if len(forms) else (0.0, 1.0)
+    places = np.array([place for _, one in points.values() for place in one]).reshape(-1, 2)
+    low, high = (places[:, 1].min(), places[:, 1].max()) if len(places) else (0.0, 1.0)
     room = max(high - low, 0.01)
     low, high = low - 0.03 * room, high + 0.03 * room
-    places = _apart(forms, (high - low) / max(len(points) - 1, 1), low, high)
-    for (name, (title, content, form)), place in zip(points.items(), places, strict=True):
+    names = _apart([one[0][1] for _, one in points.values()], (high - low) / max(len(points) - 1, 1), low, high)
+    for (name, (title, ((content, form), *views))), place in zip(points.items(), names, strict=True):
         ours = name == "mlm+dense"
         look = _look(name, stars=("mlm+dense",))
         axes.plot(content, form, linestyle="", **look)
         line = {"color": look["color"], "linewidth": 1.2 if ours else 0.5, "alpha": 0.8 if ours else 0.45}
-        arrow = {"arrowstyle": "-", "shrinkA": 0, "shrinkB": 4, **line}
+        if views:
+            axes.plot(
+                *zip(views[0], (content, form), views[1], strict=True), **line | {"linewidth": 2.5 if ours else 1}
+            )
+            axes.plot(*views[0], linestyle="", marker=".", color=look["color"])
+        arrow = {"arrowstyle": "-", "shrinkA": 0, "shrinkB": 4, "linestyle": ":" if views else "-", **line}
         axes.annotate("", (content, form), (1.02, place), textcoords=axes.get_yaxis_transform(), arrowprops=arrow)
         text = {"fontsize": 9, "fontweight": "bold" if ours else "normal", "va": "center"}
         axes.text(1.03, place, title, transform=axes.get_yaxis_transform(), **text)
-    axes.set_title("★ the default   ◇ ours, changed   ○ other objectives   □ no training", fontsize=9)
-    axes.set(xlabel="content: search, disease, specialty, clusters, few labels →", ylabel="form: kind of a section →")
+    marks = "★ the default   ◇ ours, changed   ○ other objectives   □ no training"
+    lines = "      line: from its content view (•) over the embedding as it is to its form view"
+    axes.set_title(marks + lines * any(len(one) > 1 for _, one in points.values()), fontsize=9)
+    axes.set(xlabel="content, mean over tasks →", ylabel="form, mean over tasks →")
     axes.set_ylim(low - 0.03 * room, high + 0.03 * room)
     _bare(axes)
     figure.savefig(path)

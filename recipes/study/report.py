@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from study.methods import METHODS, Method
 from study.plots import plot_missing, plot_pareto, plot_trade
 from study.results import Results
 from study.runs import Study
+from study.similarity import maps_of
 from study.tables import (
     parts,
     table_1,
@@ -47,23 +49,18 @@ def report(study: Study, results: Results, methods: dict[str, Method], arguments
         "rank": ("Effective rank and probes: Spearman's correlation", lambda: table_rank(results)),
         "rows": ("Rows behind the probes", lambda: table_rows(study.measures)),
     }
+    if not domain.tasks:
+        tables = {name: tables[name] for name in ("1", "2")}
     if domain.similarity:
         tables |= {
             "short": ("In short", lambda: table_short(results, domain, "mlm+dense")),
+            "maps": ("By every map", lambda: table_maps(results, domain, "mlm+dense")),
             "5": ("Table 5. Similarity, cosine as it is", lambda: table_5(results, "as it is", domain)),
-            "maps": ("The same as it is, centred, and mapped", lambda: table_maps(results, domain)),
-            "centred": ("Table 5, centred", lambda: table_5(results, "centred", domain)),
-            "mapped": ("Table 5, after the best affine map", lambda: table_5(results, "mapped", domain)),
+            **{
+                title: (f"Table 5, {title}", partial(table_5, results, title, domain)) for title in maps_of(domain)[1:]
+            },
             "codes": ("Fewer bits, fewer dimensions", lambda: table_codes(results)),
             "variance": ("What the variance is of", lambda: table_variance(study, methods)),
-        }
-    if not domain.label_free:
-        tables.pop("mapped", None)
-    if not domain.tasks:
-        tables = {
-            name: tables[name]
-            for name in tables
-            if name in ("1", "2", "short", "5", "maps", "centred", "mapped", "codes", "variance")
         }
     asked = tables.values() if whole else [tables[arguments.table]]
     head = conditions(study, results, arguments)
@@ -99,11 +96,12 @@ def report_sweep(study: Study, results: Results, arguments: argparse.Namespace) 
     return numbers
 
 
-def trade(results: Results, domain: Domain) -> dict[str, tuple[str, float, float]]:
-    """Method → (title, content, form), as it is, for the picture."""
-    groups = parts(results, domain, "as it is")
+def trade(results: Results, domain: Domain) -> dict[str, tuple[str, list[tuple[float, float]]]]:
+    """Method → title and (content, form) as it is, and where there are views of the content and of the form view."""
+    shown = [title for title in maps_of(domain) if title in ("as it is", "content view", "form view")]
+    places = [[parts(results, domain, title)[part] for part in ("content", "form")] for title in shown]
     return {
-        name: (results.titles[name], *(results.array(name, groups[part])[0] for part in ("content", "form")))
+        name: (results.titles[name], [tuple(results.array(name, keys)[0] for keys in both) for both in places])
         for name in results.shown
     }
 
@@ -134,7 +132,7 @@ def numbers_of(study: Study, results: Results, arguments: argparse.Namespace) ->
             name: {
                 key: asdict(results.estimate(name, key))
                 for key in runs[0]
-                if key not in ("seconds", "epsilon") and " shots" not in key
+                if key not in ("seconds", "view") and " shots" not in key
             }
             for name, runs in results.runs.items()
         },

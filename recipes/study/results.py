@@ -31,6 +31,10 @@ class Results:
         self.shown += [name for name in runs if name not in self.shown]
         self.titles = {name: methods[name].title for name in self.shown}
 
+    def has(self, name: str, key: str) -> bool:
+        """Whether the method was measured so."""
+        return all(key in run for run in self.runs[name])
+
     def array(self, name: str, keys: str | list[str]) -> tuple[float, np.ndarray]:
         """Value and replicates of a method, the mean over several metrics where a list is given."""
         keys = [keys] if isinstance(keys, str) else keys

@@ -16,7 +16,7 @@ from hf_densefeat import DenseTrainingArguments, interpolate_weights
 from hf_densefeat.data.splits import refuse_trained
 from study.measures import Measures
 from study.methods import METHODS, Method
-from study.training import embed_at, make_trainer
+from study.training import make_trainer
 
 # What the trainer's defaults say of the objective: a run under other defaults is another run.
 DEFAULTS = (
@@ -28,8 +28,8 @@ DEFAULTS = (
 class Study:
     """The domain, the folder of its runs, and the number of steps that all of them take."""
 
-    def __init__(self, domain: Domain, work: Path, warm_up: int):
-        self.domain, self.warm_up, self.steps = domain, warm_up, 0
+    def __init__(self, domain: Domain, work: Path, warm_up: int, encoders: Path | None = None):
+        self.domain, self.warm_up, self.encoders, self.steps = domain, warm_up, encoders, 0
         self.measures = Measures(domain)
         digest = hashlib.sha256(repr((domain.name, domain.facts, sorted(domain.training.items()), warm_up)).encode())
         digest.update(domain.key.encode())
@@ -73,12 +73,12 @@ class Study:
         return model
 
     def path(self, name: str, method: Method, seed: int, ending: str = ".npz") -> Path:
-        """Where a run is kept: its name says the settings, those of the defaults too."""
+        """Where a run is kept: its name says the settings, those of the defaults too; one seed does for what has none."""
+        seed = seed if method.trained or self.warm_up else 0
         defaults = DenseTrainingArguments(output_dir="-", report_to="none")
         arguments = {key: getattr(defaults, key) for key in DEFAULTS} | method.arguments
         rest = (method.supervised, method.self_pairs, method.spec_weight, method.most_rank, method.broadening)
         rest += (method.clean, self.steps, seed)
-        rest += () if method.layer is None else (method.layer,)
         rest += () if method.share == 1 else ("share", method.share)
         digest = hashlib.sha256(repr((sorted(arguments.items()), rest)).encode()).hexdigest()[:8]
         clean = "".join(letter if letter.isalnum() or letter in "+-." else "_" for letter in name)
@@ -90,22 +90,35 @@ class Study:
         if not path.exists():
             begun = time.perf_counter()
             if method.encoder:
-                z = self._encoded(method, seed, bar)
+                z = self._encoded(name, method, seed, bar)
             else:
                 z = self.domain.features(self.domain.train_inputs, self.measures.inputs).astype(np.float32)
             save(path, z=z, seconds=time.perf_counter() - begun)
         with np.load(path) as kept:
             return kept["z"], float(kept["seconds"])
 
-    def _encoded(self, method: Method, seed: int, bar) -> np.ndarray:
-        model = self.start(seed)
-        if method.layer is not None:
-            embed_at(model, method.layer)
-        if method.trained:
-            make_trainer(self.domain, method, model, seed, self.steps, self.folder, bar).train()
-        if method.share != 1:
-            interpolate_weights(model, self.start(seed), method.share)
-        return self.domain.encode(model, self.measures.inputs).float().cpu().numpy()
+    def _encoded(self, name: str, method: Method, seed: int, bar) -> np.ndarray:
+        kept = self.encoder_of(name, seed)
+        if kept and kept.exists():
+            model = self.domain.open(kept)
+        else:
+            model = self.start(seed)
+            if method.trained:
+                make_trainer(self.domain, method, model, seed, self.steps, self.folder, bar).train()
+            if method.share != 1:
+                interpolate_weights(model, self.start(seed), method.share)
+            if kept and method.trained:
+                model.save_pretrained(kept)
+                self.domain.processor.save_pretrained(kept)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.domain.training.get("bf16", False)):
+            return self.domain.encode(model, self.measures.inputs).float().cpu().numpy()
+
+    def encoder_of(self, name: str, seed: int) -> Path | None:
+        """Where a trained encoder is kept, METHOD-SEED, or METHOD if it has no seed."""
+        if self.encoders is None:
+            return None
+        plain = self.encoders / name.replace(" ", "_")
+        return plain if plain.exists() else Path(f"{plain}-{seed}")
 
     def untrained(self, methods: dict[str, Method], seeds: Sequence[int]) -> tuple[int, int]:
         """How many of the runs that these methods need are not on disk, and how many they need."""
@@ -114,8 +127,8 @@ class Study:
             for name, method in methods.items()
             if method.trained
         ]
-        paths = {self.path(*one, seed) for one in needed for seed in seeds}
-        return sum(not path.exists() for path in paths), len(paths)
+        runs = {self.path(*one, seed): self.encoder_of(one[0], seed) for one in needed for seed in seeds}
+        return sum(not (path.exists() or (kept and kept.exists())) for path, kept in runs.items()), len(runs)
 
     def measured(self, name: str, method: Method, seed: int, bar=None) -> dict[str, np.ndarray]:
         """Geometry, probes, robustness and shift of one run: flat names to values and replicates."""
@@ -127,7 +140,9 @@ class Study:
                 z = method.after[1](z[self.measures.rows(self.domain.train_inputs)], z).numpy()
             else:
                 z, seconds = self.embeddings(name, method, seed, bar)
-            save(path, seconds=seconds, **self.measures.of(z))
+            width = z.shape[1] // 2 if self.domain.pairs and method.encoder else None
+            words = self.embeddings("features", METHODS["features"], 0)[0] if width else None
+            save(path, seconds=seconds, **self.measures.of(z, width, words))
         with np.load(path) as kept:
             return {key: kept[key] for key in kept.files}
 

@@ -101,8 +101,9 @@ def table_5(results: Results, title: str, domain: Domain) -> str:
     found = parts(results, domain, title)
     groups = {part: found[part] for part in ("content", "form")} if "form" in found else {"mean": keys}
     rows = [["Method", *(key.rsplit(",", 1)[0] for key in keys), *groups]]
-    best = {key: max(results.array(name, key)[0] for name in results.shown) for key in keys}
-    for name in results.shown:
+    shown = [name for name in results.shown if results.has(name, keys[0])]
+    best = {key: max(results.array(name, key)[0] for name in shown) for key in keys}
+    for name in shown:
         cells = []
         for key in keys:
             value = results.array(name, key)[0]
@@ -146,7 +147,7 @@ def parts(results: Results, domain: Domain, title: str) -> dict[str, list[str]]:
 
 def similarity_keys(results: Results, title: str) -> list[str]:
     """`task: metric, map` of the plain metrics under one map."""
-    keys = results.runs[results.shown[0]][0]
+    keys = dict.fromkeys(key for name in results.shown for key in results.runs[name][0])
     plain = [key for key in keys if key.endswith(f", {title}")]
     return [key for key in plain if not any(code in key for code in ("_binary", "_int8", "_d_over_"))]
 
@@ -166,20 +167,31 @@ def table_codes(results: Results) -> str:
     return markdown(rows)
 
 
-def table_maps(results: Results, domain: Domain) -> str:
-    """Means over the content and the form tasks as they are, centred and mapped, and the epsilon that was chosen."""
+def table_maps(results: Results, domain: Domain, reference: str) -> str:
+    """Means over the content and the form tasks by every map, what was chosen, and the reference's views less those of each.
+
+    The difference is on the same redraws. A word of the content view's choice: layers, pairs, centring, epsilon.
+    """
     found = {title: parts(results, domain, title) for title in maps_of(domain)}
     groups = {
         f"{part}, {title}": found[title][part]
-        for part in ("content", "form")
         for title in found
+        for part in ("content", "form")
         if part in found[title]
     }
-    rows = [["Method", *groups, "ε"]]
+    views = [
+        key for key in ("content, content view", "form, form view") if key in groups and reference in results.runs
+    ]
+    rows = [["Method", *groups, *(f"{results.titles[reference]} − this, {key}" for key in views), "content view"]]
     for name in results.shown:
-        cells = [interval(results.estimate(name, keys)) for keys in groups.values()]
-        epsilons = sorted({float(run["epsilon"][0]) for run in results.runs[name]})
-        rows.append([results.titles[name], *cells, ", ".join(f"{value:g}" for value in epsilons)])
+        cells = [
+            f"{results.array(name, keys)[0]:.3f}" if results.has(name, keys[0]) else "" for keys in groups.values()
+        ]
+        for key in views:
+            other = results.difference(reference, name, groups[key])
+            cells.append("" if name == reference else interval(other, signed=True))
+        chosen = dict.fromkeys(str(run["view"][0]) for run in results.runs[name] if "view" in run)
+        rows.append([f"{results.titles[name]} ({len(results.runs[name])})", *cells, "; ".join(chosen)])
     return markdown(rows)
 
 
@@ -187,10 +199,10 @@ def verdict_similarity(results: Results, ours: str, domain: Domain) -> list[str]
     """Where the default is beyond MLM and beyond every peer on the same redraws, and where behind, in sentences."""
     if ours not in results.runs or "mlm" not in results.runs:
         return []
-    lines = []
+    lines, own = [], {"content view": "content", "form view": "form"}
     for title in maps_of(domain):
         for part, chosen in parts(results, domain, title).items():
-            if part.endswith("validation"):
+            if part.endswith("validation") or own.get(title, part) != part:
                 continue
             difference = interval(results.difference(ours, "mlm", chosen), signed=True)
             peers = [

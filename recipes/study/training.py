@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from baselines.trainer import SupervisedTrainer
 from domains import Domain
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
@@ -47,23 +46,6 @@ class BothCollator:
     def __call__(self, pairs):
         """One dict in another."""
         return self.masked(pairs) | {"clean": self.clean(pairs)}
-
-
-def embed_at(model, layer: int) -> None:
-    """From here on the model's embedding is of this layer's output: the hook on the base model sees it as its own."""
-    with model.capture_hidden():
-        base = model.base_model
-    layers = next(part for part in base.modules() if isinstance(part, nn.ModuleList))
-
-    def keep(module, args, output):
-        base._densefeat_layer = output[0] if isinstance(output, tuple) else output
-
-    def instead(module, args, output):
-        if base._densefeat_capture:
-            base._densefeat_hidden = base._densefeat_layer
-
-    layers[layer].register_forward_hook(keep)
-    base.register_forward_hook(instead)
 
 
 class Progress(TrainerCallback):

@@ -183,17 +183,6 @@ def test_clean_input_is_unmasked_for_the_dense_terms(tmp_path, tokenizer):
     assert torch.allclose(both.mlm, masked.mlm)
 
 
-def test_embedding_of_another_layer(tokenizer):
-    """It is the pooled output of that layer; the last layer's is what it was."""
-    batch = tokenizer(["patient stable", "fever and cough improved"], padding=True, return_tensors="pt")
-    for layer in (0, 1):
-        model = make_model("bert", tokenizer).eval()
-        hidden = model(**batch, output_hidden_states=True).hidden_states[layer + 1]
-        training.embed_at(model, layer)
-        mask = batch["attention_mask"][:, :, None]
-        assert torch.allclose(model.encode(batch), (hidden * mask).sum(1) / mask.sum(1), atol=1e-6)
-
-
 def test_features_of_events():
     """Against the definition: aggregates, then normal scores; what a window lacks is the training median, a score of 0."""
     windows = [json.dumps({"events": events}) for events in ([["HR", 80, 2], ["HR", 60, 1]], [["HR", 90, 0]], [])]

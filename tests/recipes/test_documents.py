@@ -18,6 +18,7 @@ import compare
 from domains import sections
 from study.directions import between_classes
 from study.methods import METHODS, Method
+from study.similarity import content_view
 from study.training import study_objective
 
 from hf_densefeat import DenseTrainingArguments
@@ -62,15 +63,17 @@ def encoder(tokenizer, tmp_path_factory):
 
 
 def test_tables_of_similarity_are_written_with_every_map(data, encoder, tmp_path):
-    """As it is, centred and mapped, with the verdict first; no text of the documents."""
+    """As it is, by the views, and beside words, with the verdict first; no text of the documents."""
     words = ["--domain", "documents", "--data", data, "--model_name_or_path", encoder, "--steps", 2]
     words += ["--methods", "features,start,mlm,mlm+dense", "--output", tmp_path, "--work", tmp_path / "work"]
     numbers = compare.main(list(map(str, words)))
     report = (tmp_path / "documents.md").read_text()
     for title in (
         "Table 5. Similarity, cosine as it is",
-        "centred",
-        "after the best affine map",
+        "Table 5, content view",
+        "Table 5, form view",
+        "Table 5, with words",
+        "By every map",
         "Fewer bits",
         "What the variance is of",
         "In short",
@@ -80,6 +83,40 @@ def test_tables_of_similarity_are_written_with_every_map(data, encoder, tmp_path
     assert report.index("Content, as it is: MLM + dense (default) − MLM") < report.index("Table 5")
     assert 0 < numbers["methods"]["mlm"]["question → answer: mrr, as it is"]["value"] <= 1
     assert "information of" not in report
+
+
+def test_trained_encoders_are_kept_and_others_measured_beside_them(data, encoder, tmp_path):
+    """A second run trains nothing and finds the same; a folder that no method of ours made is a row of its own."""
+    words = ["--domain", "documents", "--data", data, "--model_name_or_path", encoder, "--steps", 2, "--table", "maps"]
+    words = [*map(str, words), "--encoders", str(tmp_path), "--output", str(tmp_path / "out")]
+    (tmp_path / "another").symlink_to(encoder)
+    first = compare.main([*words, "--methods", "start,mlm", "--work", str(tmp_path / "one")])["methods"]
+    assert (tmp_path / "mlm-0" / "model.safetensors").exists()
+    again = compare.main([*words, "--methods", "mlm,another", "--work", str(tmp_path / "two")])["methods"]
+    values = [{key: one["value"] for key, one in found.items()} for found in (again["mlm"], again["another"])]
+    for found, expected in zip(values, (first["mlm"], first["start"]), strict=True):
+        assert found == pytest.approx({key: one["value"] for key, one in expected.items()}, rel=1e-4, nan_ok=True)
+    with pytest.raises(SystemExit):
+        compare.main([*words, "--methods", "nobody"])
+
+
+def test_the_content_view_is_chosen_by_validation_pairs():
+    """Noise in one direction that pairs do not share: the view finds the partner where the embedding does not."""
+    rng = np.random.default_rng(0)
+
+    def pairs(count):
+        shared = rng.normal(size=(count, 4))
+        sides = [np.c_[shared + 0.1 * rng.normal(size=(count, 4)), 30 * rng.normal(size=(count, 2))] for _ in range(2)]
+        return {kind: tuple(map(torch.from_numpy, sides)) for kind in ("adjacent", "halves")}
+
+    found = content_view(pairs(400), pairs(100), 6)
+    plain = content_view({"adjacent": pairs(400)["adjacent"]}, pairs(100), 6)
+    assert found.score > 0.9
+    assert "last" in plain.what
+    wide = content_view(
+        {"adjacent": (torch.randn(50, 6), torch.randn(50, 6))}, {"adjacent": (torch.eye(6), torch.eye(6))}, 3
+    )
+    assert wide.map(torch.randn(2, 6)).shape[0] == 2
 
 
 def test_the_sweep_of_documents_compares_content_and_form_with_the_default(data, encoder, tmp_path):
