@@ -49,26 +49,28 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--methods", default="start,mlm,mlm+dense")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sizes", default="50,200,1000")
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--labels", default=",".join(LABELS))
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--part", default="test", choices=("validation", "test"), help="validation chooses options")
     parser.add_argument("--output", default=OUTPUT, type=Path)
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    methods, sizes = arguments.methods.split(","), [int(size) for size in arguments.sizes.split(",")]
+    methods, labels = arguments.methods.split(","), arguments.labels.split(",")
+    sizes = [int(size) for size in arguments.sizes.split(",")]
     path = arguments.output / "finetuning.json"
     found = json.loads(path.read_text()) if path.exists() else {"scores": {}}
     found |= {"machine": machine(), "learning_rate": arguments.learning_rate, "part": arguments.part}
     sections = long_enough(read(arguments.data)[1])
-    runs = list(product(range(arguments.seeds), LABELS, sizes, methods))
+    runs = list(product(range(arguments.seeds), labels, sizes, methods))
     for seed, label, size, method in tqdm(runs, disable=None):
         name = f"{label}, {size}, {method}, {seed}"
         if name not in found["scores"]:
             encoder = arguments.start if method == "start" else encoder_of(arguments.encoders, method, seed)
             found["scores"][name] = tuned(encoder, sections, label, size, seed, arguments)
             path.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found["scores"], methods, sizes, arguments.seeds))
+    print(table(found["scores"], methods, labels, sizes, arguments.seeds))
     return found
 
 
@@ -138,11 +140,13 @@ def interval(values: np.ndarray, signed: bool = False) -> str:
     return f"{values.mean():{'+' if signed else ''}.3f} ± {half:.3f}"
 
 
-def table(scores: dict[str, dict[str, float]], methods: list[str], sizes: list[int], seeds: int) -> str:
+def table(
+    scores: dict[str, dict[str, float]], methods: list[str], labels: list[str], sizes: list[int], seeds: int
+) -> str:
     """Accuracy of every task and size, and the last method less the one before it on the same seeds."""
     rows = [["Task, examples", *methods, f"{methods[-1]} − {methods[-2]}" if len(methods) > 1 else ""]]
     everything = []
-    for label, size in product(LABELS, sizes):
+    for label, size in product(labels, sizes):
         values = np.array(
             [[scores[f"{label}, {size}, {method}, {seed}"]["accuracy"] for seed in range(seeds)] for method in methods]
         )
