@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import datasets
 import numpy as np
@@ -11,7 +12,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from hf_densefeat import ProbeTask, SimilarityTask
 from hf_densefeat.data.columns import column
-from hf_densefeat.data.splits import SPLITS, split_patients
 
 ENCODED = {"train": 2200, "validation": 800}  # rows at random of each split; of test patients all
 COHORT_KINDS = ("ambulatory", "wellness", "emergency")
@@ -57,9 +57,11 @@ def split_apart(texts: Sequence[str], groups: Sequence[str], near: float = 0.8) 
     together = csr_array((np.ones(len(close[0])), tuple(close)), shape=(len(ids), len(ids)))
     block = connected_components(together, directed=False)[1]
     name = dict(zip(block[::-1], ids[::-1], strict=True))  # a block is named by its first group
-    part = split_patients(list(name.values()), (0.6, 0.15, 0.25))[0]
-    part = dict(zip(name, part, strict=True))
-    return [list(SPLITS)[part[block[one]]] for one in code]
+    # by a hash of the name, so that the split is the same whatever the package does with ids
+    ranked = sorted(name, key=lambda one: blake2b(f"0:{name[one]}".encode(), digest_size=8).digest())
+    held_out = ["validation"] * round(0.15 * len(ranked)) + ["test"] * round(0.25 * len(ranked))
+    part = dict(zip(ranked, held_out + ["train"] * (len(ranked) - len(held_out)), strict=True))
+    return [part[block[one]] for one in code]
 
 
 def frequent(labels: list[str | None], least: int = 30) -> list[str | None]:

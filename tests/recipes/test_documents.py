@@ -18,7 +18,6 @@ import compare
 from domains import sections
 from study.directions import between_classes
 from study.methods import METHODS, Method
-from study.similarity import content_view
 from study.training import study_objective
 
 from hf_densefeat import DenseTrainingArguments
@@ -98,25 +97,6 @@ def test_trained_encoders_are_kept_and_others_measured_beside_them(data, encoder
         assert found == pytest.approx({key: one["value"] for key, one in expected.items()}, rel=1e-4, nan_ok=True)
     with pytest.raises(SystemExit):
         compare.main([*words, "--methods", "nobody"])
-
-
-def test_the_content_view_is_chosen_by_validation_pairs():
-    """Noise in one direction that pairs do not share: the view finds the partner where the embedding does not."""
-    rng = np.random.default_rng(0)
-
-    def pairs(count):
-        shared = rng.normal(size=(count, 4))
-        sides = [np.c_[shared + 0.1 * rng.normal(size=(count, 4)), 30 * rng.normal(size=(count, 2))] for _ in range(2)]
-        return {kind: tuple(map(torch.from_numpy, sides)) for kind in ("adjacent", "halves")}
-
-    found = content_view(pairs(400), pairs(100), 6)
-    plain = content_view({"adjacent": pairs(400)["adjacent"]}, pairs(100), 6)
-    assert found.score > 0.9
-    assert "last" in plain.what
-    wide = content_view(
-        {"adjacent": (torch.randn(50, 6), torch.randn(50, 6))}, {"adjacent": (torch.eye(6), torch.eye(6))}, 3
-    )
-    assert wide.map(torch.randn(2, 6)).shape[0] == 2
 
 
 def test_the_sweep_of_documents_compares_content_and_form_with_the_default(data, encoder, tmp_path):
