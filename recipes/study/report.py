@@ -53,8 +53,8 @@ def report(study: Study, results: Results, methods: dict[str, Method], arguments
         tables = {name: tables[name] for name in ("1", "2")}
     if domain.similarity:
         tables |= {
-            "short": ("In short", lambda: table_short(results, domain, "mlm+dense")),
-            "maps": ("By every map", lambda: table_maps(results, domain, "mlm+dense")),
+            "short": ("In short", lambda: table_short(results, domain, arguments.reference)),
+            "maps": ("By every map", lambda: table_maps(results, domain, arguments.reference)),
             "5": ("Table 5. Similarity, cosine as it is", lambda: table_5(results, "as it is", domain)),
             **{
                 title: (f"Table 5, {title}", partial(table_5, results, title, domain)) for title in maps_of(domain)[1:]
@@ -68,7 +68,7 @@ def report(study: Study, results: Results, methods: dict[str, Method], arguments
         head += f" The supervised encoder has seen the training patients' labels of {domain.supervised_task}."
     sentences = verdict(results) if domain.tasks else []
     if domain.similarity:
-        sentences = [*verdict_similarity(results, "mlm+dense", domain), *sentences]
+        sentences = [*verdict_similarity(results, arguments.reference, domain), *sentences]
     text = "\n\n".join([head, *sentences, *(f"## {title}\n\n{table()}" for title, table in asked)])
     numbers = numbers_of(study, results, arguments)
     stem = write(arguments.output, domain.name + ("" if whole else f"-table-{arguments.table}"), text, numbers)
@@ -84,7 +84,7 @@ def report(study: Study, results: Results, methods: dict[str, Method], arguments
 def report_sweep(study: Study, results: Results, arguments: argparse.Namespace) -> dict:
     """One row and one point a setting. Returns what the JSON holds."""
     domain = study.domain
-    table = table_sweep(results) if domain.tasks else table_short(results, domain, "mlm+dense")
+    table = table_sweep(results) if domain.tasks else table_short(results, domain, arguments.reference)
     numbers = numbers_of(study, results, arguments)
     stem = write(
         arguments.output, f"{domain.name}-sweep", f"{conditions(study, results, arguments)}\n\n{table}", numbers
