@@ -108,7 +108,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods", help=f"comma-separated, of: {', '.join(METHODS)}; or of what --sweep and the candidates are named"
     )
-    parser.add_argument("--reference", default="mlm+dense", help="the method that the others' similarity is compared with")
+    parser.add_argument(
+        "--reference", default="mlm+dense", help="the method that the others' similarity is compared with"
+    )
     parser.add_argument("--sweep", action="store_true", help="one factor at a time around the default, no tables")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", help="folder of data sets; default: the bundled cohort")
