@@ -86,7 +86,7 @@ def plot_pareto(points: dict[str, tuple[str, float, float, float]], path: Path |
 
 
 def plot_trade(points: dict[str, tuple[str, list[tuple[float, float]]]], path: Path | str) -> None:
-    """Content against form: a method's marker is its embedding as it is, its line goes from the view by adjacent notes to the form view.
+    """Content against form: a marker is an embedding as it is, its line goes from the adjacent view to the form view.
 
     Args:
         points: method → title and (content, form), means of the metrics of similarity, as it is and of the two views, if any;

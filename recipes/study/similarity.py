@@ -21,7 +21,7 @@ SHOWN = {  # metrics that the tables have, by kind
     "clusters": ("nmi",),
     "few_labels": ("accuracy_at_4", "accuracy_at_16"),
 }
-# The same map for every method: by adjacent notes, last and input layer
+# The same maps for every method: by adjacent notes, of the last and the input layer
 ADJACENT = Choice(pairs="adjacent", input_layer=True, center=True, epsilon=0.03)
 Encode = Callable[[Sequence[str]], Tensor]
 
@@ -94,7 +94,7 @@ class SimilarityMeasures:
         heads = {
             "content view": content,
             "adjacent view": fit_content(train["adjacent"], ADJACENT, width=width),
-            "form view": fit_form(train, choice, width=width),
+            "form view": fit_form(train, ADJACENT, width=width),
         }
         return {title: mapped(encode, head, width) for title, head in heads.items()}, str(choice)
 
