@@ -110,10 +110,15 @@ def domain_of(
 
 
 def paired_texts(notes: datasets.Dataset) -> dict[str, tuple[list[str], list[str]]]:
-    """Both sides of adjacent notes, and of the two halves of a note."""
+    """Both sides of adjacent notes, and of the two halves of a note where any is long enough."""
     found = {}
     for kind in ("adjacent", "halves"):
-        rows, pairs = pair_notes(notes, kind)
+        try:
+            rows, pairs = pair_notes(notes, kind)
+        except ValueError:
+            if kind == "adjacent":
+                raise
+            continue
         texts = np.array(rows["text"][:], dtype=object)
         found[kind] = (texts[pairs.earlier].tolist(), texts[pairs.later].tolist())
     return found

@@ -223,14 +223,14 @@ def test_sweep(study, monkeypatch):
     """One row a setting, compared with the default."""
     folder, common, _ = study
     monkeypatch.setattr(methods, "SWEEP", {"lambda_orth": [{"lambda_orth": 1e-3}]})
-    monkeypatch.setattr(methods, "SWEEP_METHODS", {"first layer": {"layer": 0}})
+    monkeypatch.setattr(methods, "SWEEP_METHODS", {"broadening 10": {"broadening": 10.0}})
     place = common.index("--methods")
     found = compare.main([*common[:place], *common[place + 2 :], "--sweep"])["methods"]
-    assert list(found) == ["mlm", "mlm+dense", "lambda_orth 0.001", "first layer"]
+    assert list(found) == ["mlm", "mlm+dense", "lambda_orth 0.001", "broadening 10"]
     ranks = [run["geometry effective_rank_centered"]["value"] for run in found.values()]
     assert len(set(ranks)) == 4
     written = (folder / "out" / "text-sweep.md").read_text()
-    assert all(f"| {title} " in written for title in ("lambda_orth 0.001", "first layer", "MLM + dense (default)"))
+    assert all(f"| {title} " in written for title in ("lambda_orth 0.001", "broadening 10", "MLM + dense (default)"))
     assert (folder / "out" / "text-sweep.png").exists()
 
 
