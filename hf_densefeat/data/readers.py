@@ -343,7 +343,9 @@ def _mended(
             except pa.ArrowInvalid:
                 cells = values.to_pylist()
                 texts = [decoded(cell) for cell in cells]
-                odd = [cell is not None and text.encode() != cell for cell, text in zip(cells, texts, strict=True)]
+                odd = [
+                    cell is not None and (text or "").encode() != cell for cell, text in zip(cells, texts, strict=True)
+                ]
                 _count(repaired, "bytes that are not UTF-8, read as Windows-1252", odd, offset)
                 values = pa.array(texts, kind)
             text = values.buffers()[2] if name in roles.values() else None
