@@ -1,6 +1,7 @@
 """`densefeat encode` at size: memory, runs that are killed, two processes, and sentence-transformers beside it."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -10,20 +11,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
+from itertools import count
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, BertConfig
 from transformers.utils import logging
 
 from benchmarks.data import BUNDLED
 from benchmarks.step import minilm
+from benchmarks.timing import alternate, spread
 from hf_densefeat import AutoDenseModel
-from hf_densefeat.commands.encoding import packed
+from hf_densefeat.commands.encode import Settings
+from hf_densefeat.commands.encoding import encode_table, packed
 
 BATCH = {"tiny": "256", "minilm": "32"}  # notes at once
 PEER = """
@@ -33,11 +38,10 @@ import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 
 if __name__ == "__main__":
-    folder, notes, output, processes = sys.argv[1:]
+    folder, notes, output = sys.argv[1:]
     texts = pq.read_table(notes, columns=["text"])["text"].to_pylist()
     model = SentenceTransformer(folder, device="cpu")
-    devices = None if processes == "1" else ["cpu"] * int(processes)
-    np.save(output, model.encode(texts, device=devices, batch_size=32))
+    np.save(output, model.encode(texts, device=["cpu", "cpu"], batch_size=32))
 """
 
 
@@ -129,50 +133,47 @@ def processes(work: Path, args) -> dict:
 
 
 def speed(work: Path, args) -> dict:
-    """Programs that read, encode and write, in turns, on a model of MiniLM's size: processor seconds of their processes."""
+    """On a model of MiniLM's size, processor seconds: calls in turns in one process; programs of two, above their start.
+
+    Ours reads the table and writes the shards, sentence-transformers has the texts in memory and returns the vectors.
+    """
     path, start = table(work, args.texts, long=True), table(work, 64, long=True)
-    (work / "peer.py").write_text(PEER)
-    took: dict[str, list[float]] = {}
-    for repeat in range(args.repeats + 1):
-        for count in ("1", "2"):
-            peer = f"SentenceTransformer.encode, {count} process{'es' * (count == '2')}"
-            ours = f"densefeat encode, {count} process{'es' * (count == '2')}"
-            for notes in (start, path):
-                words = [
-                    sys.executable,
-                    str(work / "peer.py"),
-                    str(work / "minilm"),
-                    str(notes),
-                    str(work / "peer.npy"),
-                    count,
-                ]
-                mine = [
-                    *command(
-                        work,
-                        "minilm",
-                        notes,
-                        work / f"{notes.stem}-{count}-{repeat}",
-                        "--shard_size",
-                        str(-(-args.texts // 4)),
-                    ),
-                    *(["--num_processes", "2"] if count == "2" else []),
-                ]
-                for name, run in ((peer, words), (ours, mine)):
-                    seconds = watched(run, OMP_NUM_THREADS="1")["processor seconds"]
-                    took.setdefault(f"{name}, {'start' if notes == start else 'all'}", []).append(seconds)
-    net = {
-        name.removesuffix(", all"): median(values) - median(took[name.replace(", all", ", start")])
-        for name, values in took.items()
-        if name.endswith(", all")
+    texts = pq.read_table(path, columns=["text"])["text"].to_pylist()
+    torch.set_num_threads(1)
+    theirs = SentenceTransformer(str(work / "minilm"), device="cpu")
+    folders = (str(work / f"one-{i}") for i in count())
+    shard = -(-args.texts // 4)
+
+    def ours() -> None:
+        with redirect_stdout(io.StringIO()):
+            encode_table(Settings(model=str(work / "minilm"), notes=str(path), output=next(folders), shard_size=shard))
+
+    functions = {
+        "densefeat encode": ours,
+        "SentenceTransformer.encode": lambda: theirs.encode(texts, batch_size=32, show_progress_bar=False),
     }
-    first, second = (
-        net[f"SentenceTransformer.encode, {n}"] / net[f"densefeat encode, {n}"] for n in ("1 process", "2 processes")
-    )
+    seconds = alternate(functions, args.repeats)
+    (work / "peer.py").write_text(PEER)
+    took: dict[str, list[float]] = {"densefeat encode": [], "encode_multi_process": []}
+    for repeat in range(2):
+        net = dict.fromkeys(took, 0.0)
+        for notes, sign in ((start, -1), (path, 1)):
+            out = work / f"two-{notes.stem}-{repeat}"
+            mine = [*command(work, "minilm", notes, out, "--shard_size", str(shard)), "--num_processes", "2"]
+            peer = [sys.executable, *(str(work / name) for name in ("peer.py", "minilm", notes.name, "peer.npy"))]
+            for name, words in (("densefeat encode", mine), ("encode_multi_process", peer)):
+                net[name] += sign * watched(words, OMP_NUM_THREADS="1")["processor seconds"]
+        for name, value in net.items():
+            took[name].append(round(value, 1))
+    ratios = np.array(took["encode_multi_process"]) / np.array(took["densefeat encode"])
     return {
         "notes": args.texts,
-        "processor seconds": {name: [round(one, 1) for one in values] for name, values in took.items()},
-        "above the start": {name: round(value, 1) for name, value in net.items()},
-        "SentenceTransformer / densefeat": {"1 process": round(first, 3), "2 processes": round(second, 3)},
+        "one process": {name: spread(values) for name, values in seconds.items()},
+        "two processes": took,
+        "SentenceTransformer / densefeat, one process": spread(
+            seconds["SentenceTransformer.encode"] / seconds["densefeat encode"]
+        ),
+        "encode_multi_process / densefeat, two processes": ratios.round(3).tolist(),
     }
 
 
