@@ -64,6 +64,7 @@ def main():
     vectors_parser.add_argument("--compared", type=int, default=800, help="notes of the comparison of processes")
     vectors_parser.add_argument("--texts", type=int, default=512, help="notes of the comparison of speed")
     vectors_parser.add_argument("--repeats", type=int, default=3)
+    vectors_parser.add_argument("--programs", type=int, default=2, help="repeats of the programs of two processes")
     vectors_parser.add_argument("--folder", help="for what is written meanwhile; default: the system's")
     marks_parser = commands.add_parser("marks", help="training with masks on de-identification marks and without")
     marks_parser.add_argument("--steps", type=int, default=120)

@@ -155,7 +155,7 @@ def speed(work: Path, args) -> dict:
     seconds = alternate(functions, args.repeats)
     (work / "peer.py").write_text(PEER)
     took: dict[str, list[float]] = {"densefeat encode": [], "encode_multi_process": []}
-    for repeat in range(2):
+    for repeat in range(args.programs):
         net = dict.fromkeys(took, 0.0)
         for notes, sign in ((start, -1), (path, 1)):
             out = work / f"two-{notes.stem}-{repeat}"
@@ -195,7 +195,7 @@ def hospital(work: Path, args) -> dict:
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     config.vocab_size = 30522
     texts = pq.read_table(BUNDLED / "cohort" / "notes.parquet", columns=["text"])["text"].to_pylist()[
-        : args.texts // 8
+        : args.texts // 32
     ]
     tokens = sum(map(len, tokenizer(texts, truncation=True, max_length=512)["input_ids"]))
     torch.set_num_threads(1)
@@ -208,8 +208,8 @@ def hospital(work: Path, args) -> dict:
         model.encode(texts, tokenizer)
         rates[dtype] = tokens / (time.process_time() - start)
     start = time.process_time()
-    tokenizer(texts * 20, truncation=True, max_length=512)
-    rates["tokenizer"] = 20 * tokens / (time.process_time() - start)
+    tokenizer(texts * 80, truncation=True, max_length=512)
+    rates["tokenizer"] = 80 * tokens / (time.process_time() - start)
     width = config.hidden_size
     z = torch.randn(10_000, width, generator=torch.Generator().manual_seed(0))
     ranges = [value.tolist() for value in torch.aminmax(z, dim=0)]
@@ -227,27 +227,28 @@ def hospital(work: Path, args) -> dict:
         )
         pq.write_table(rows, work / "size.parquet")
         sizes[precision] = (work / "size.parquet").stat().st_size / len(z)
+    return estimate({name: round(rate) for name, rate in rates.items()}, body, sizes)
+
+
+def estimate(rates: dict[str, float], body: int, sizes: dict[str, float]) -> dict:
+    """Hours, dollars and disk, from tokens a second of one thread, parameters of the body, and bytes a vector."""
     total = ASSUMED["notes"] * ASSUMED["tokens a note"]
-    forward = (
-        ASSUMED["H100: bf16 TFLOP/s of its data sheet, dense"]
-        * 1e12
-        * ASSUMED["share of that a forward reaches"]
-        / (2 * body)
-    )
-    beside = rates["tokenizer"] * ASSUMED["cores beside an H100"]
-    one = total / forward + total / beside  # the texts of a slice are tokenised, then encoded
-    cores = total / (64 * ASSUMED["share of 64 cores that 64 processes use"] * rates["float32"])
-    hours = {"1 H100": one / 3600, "8 H100": one / 8 / 3600, "64 cores": cores / 3600}
+    reached = ASSUMED["H100: bf16 TFLOP/s of its data sheet, dense"] * ASSUMED["share of that a forward reaches"]
+    forward, beside = reached * 1e12 / (2 * body), rates["tokenizer"] * ASSUMED["cores beside an H100"]
+    seconds = {"1 H100": total / forward + total / beside}  # the texts of a slice are tokenised, then encoded
+    seconds["8 H100"] = seconds["1 H100"] / 8
+    for dtype in ("float32", "bfloat16"):
+        cores = 64 * ASSUMED["share of 64 cores that 64 processes use"]
+        seconds[f"64 cores, {dtype}"] = total / (cores * rates[dtype])
+    prices = ASSUMED["price of an hour in dollars"]
     return {
-        "measured, one thread": {f"{name}, tokens a second": round(rate) for name, rate in rates.items()},
+        "measured, one thread, tokens a second": rates,
         "parameters of the body": body,
-        "measured bytes a vector of 768": {name: round(value, 1) for name, value in sizes.items()},
+        "measured bytes a row with a vector of 768": {name: round(value, 1) for name, value in sizes.items()},
         "assumed": ASSUMED,
-        "hours": {name: round(value, 2) for name, value in hours.items()},
-        "dollars": {
-            name: round(value * ASSUMED["price of an hour in dollars"][name]) for name, value in hours.items()
-        },
-        "of an H100's hours, tokenising": round(total / beside / one, 3),
+        "hours": {name: round(value / 3600, 1) for name, value in seconds.items()},
+        "dollars": {name: round(value / 3600 * prices[name.split(",")[0]]) for name, value in seconds.items()},
+        "share of an H100's hours that is tokenising": round(total / beside / seconds["1 H100"], 2),
         "GB of vectors": {name: round(value * ASSUMED["notes"] / 1e9, 1) for name, value in sizes.items()},
         "GB of the notes, mapped under HF_HOME": round(ASSUMED["notes"] * ASSUMED["characters a note"] / 1e9),
     }
