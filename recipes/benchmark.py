@@ -43,6 +43,7 @@ def main():
     )
     share_parser.add_argument("--threads", type=int, default=1)
     share_parser.add_argument("--repeats", type=int, default=3)
+    share_parser.add_argument("--sizes", nargs="+", default=["3 M", "22 M", "110 M"])
     running_parser = commands.add_parser("running", help="a small network trained by L_spec alone")
     running_parser.add_argument("--steps", type=int, default=1500)
     running_parser.add_argument("--seeds", type=int, default=3)

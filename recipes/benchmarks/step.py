@@ -76,7 +76,8 @@ def share(args) -> dict:
     torch.set_num_threads(args.threads)
     widths = {"3 M": (192, 4, 4), "22 M": (384, 6, 12), "110 M": (768, 12, 12)}
     found = {}
-    for name, (width, layers, heads) in widths.items():
+    for name in args.sizes:
+        width, layers, heads = widths[name]
         vocabulary = 6000 if width == 192 else 30522
         config = minilm(vocab_size=vocabulary)
         config.update({"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads})
