@@ -17,7 +17,7 @@ import pytest
 from conftest import make_model, make_notes
 from sentence_transformers import quantize_embeddings
 
-from hf_densefeat import AutoDenseModel
+from hf_densefeat import AutoDenseModel, DenseHead
 from hf_densefeat.commands import main
 
 SENTINEL = "zebrasentinel"
@@ -155,6 +155,23 @@ def test_precisions_are_those_of_sentence_transformers(work, vectors, tmp_path, 
     assert found.dtype == wanted.dtype
     np.testing.assert_allclose(found.astype(float), wanted.astype(float), atol=1 if precision == "int8" else 1e-3)
     assert (found == wanted).mean() > 0.98  # a value within 1e-7 of the border of a step may be on the other side
+
+
+@pytest.mark.parametrize("view", ["form", "none", None])
+def test_a_view_of_an_encoder_that_has_some(work, tokenizer, tmp_path, view):
+    """The one that is named; content without a name."""
+    model = AutoDenseModel.from_pretrained(str(work / "encoder"))
+    texts = [text for text in pd.read_parquet(work / "notes.parquet")["text"] if text not in (" ", "NULL")]
+    z = model.encode(texts, view=None)
+    model.views = {"content": DenseHead.fit(z), "form": DenseHead.fit(z, epsilon=1.0)}
+    model.save_pretrained(tmp_path / "views")
+    tokenizer.save_pretrained(tmp_path / "views")
+    encode(work, tmp_path / "out", "--model", tmp_path / "views", *(["--view", view] if view else []))
+    found = np.stack(pd.read_parquet(tmp_path / "out")["vector"].tolist())
+    wanted = model.encode(texts, view={"form": "form", "none": None, None: "content"}[view])
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    with pytest.raises(SystemExit, match="Expected view to be one of"):
+        encode(work, tmp_path / "another", "--view", "form")
 
 
 @pytest.mark.slow
