@@ -159,9 +159,7 @@ OVERRIDDEN = {
     },
     "data.collator._Masking": {"_calc_word_ids_and_prob_mask", "_whole_word_mask"},
     # what a module of `evaluate` is made of
-    "evaluation.condition_number.condition_number.ConditionNumber": {"_compute", "_info"},
-    "evaluation.effective_rank.effective_rank.EffectiveRank": {"_compute", "_info"},
-    "evaluation.subspace_distance.subspace_distance.SubspaceDistance": {"_compute", "_info"},
+    "evaluation.geometry_metrics.GeometryMetrics": {"_compute", "_info"},
     # how a model of another input kind reads: the mixin's own contract for its subclasses
     "events.modeling_event.EpisodeModel": {"_padded", "_rows"},
     "events.modeling_event.EventPreTrainedModel": {"_default_tokenizer", "_init_weights"},

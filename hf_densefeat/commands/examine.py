@@ -3,8 +3,9 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,28 +15,25 @@ import torch
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.commands.measuring import (
-    Encoded,
-    default_similarity,
-    loading,
-    other_texts,
-    pairs_if_any,
-    similarity_tasks,
-)
+from hf_densefeat.commands.measuring import Encoded, default_similarity, loading, other_texts, pairs_if_any, sample
 from hf_densefeat.commands.probe import Settings
 from hf_densefeat.commands.settings import writable
+from hf_densefeat.commands.vectors import numbered_notes, read_vectors
 from hf_densefeat.data.layouts import Layout
 from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.data.readers import read_files
 from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles, spectrum
-from hf_densefeat.evaluation.probes import SHOTS, ProbeEvaluator, ProbeResult
-from hf_densefeat.evaluation.similarity import SimilarityEvaluator, SimilarityResult
+from hf_densefeat.evaluation.probes import SHOTS, ProbeEvaluator
+from hf_densefeat.evaluation.similarity import SimilarityEvaluator
+from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
 from hf_densefeat.evaluation.tasks import PROBE_KINDS, Kind, ProbeTask
+from hf_densefeat.evaluation.words import WordRows, Words
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.tokenizers import load_tokenizer
+from hf_densefeat.reporting.comparison import Both
 
 logger = logging.getLogger("probe")
 
@@ -45,20 +43,41 @@ logger = logging.getLogger("probe")
 
 @dataclass
 class Encoder:
-    """A model under the name that the report gives it, and how many tokens of a text it sees."""
+    """A model under the name that the report gives it, and how many tokens of a text it sees; None for given vectors."""
 
     name: str
     model: Any
-    tokenizer: Any
-    max_length: int
+    tokenizer: Any = None
+    max_length: int | None = None
 
 
-def load_encoder(argument: str, names: set[str], max_length: int | None) -> Encoder:
-    """A folder or Hub name, as `path` or `name=path`, that sees `max_length` tokens; the path is never the name."""
+def named(argument: str, names: Collection[str]) -> tuple[str, str]:
+    """Name and path of `path` or `name=path`; ValueError for a name that is given already."""
     name, _, source = argument.rpartition("=")
     name = name or Path(source).name or Path(source).resolve().name
     if name in names:
         raise ValueError(f"Two models would be called {name!r}: give names, --model first=PATH --model second=PATH.")
+    return name, source
+
+
+def given_vectors(settings: Settings) -> tuple[datasets.Dataset, dict[str, Encoded]]:
+    """The notes that have a vector in each of the tables, and these vectors by the name of the table."""
+    notes = numbered_notes(settings)
+    tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for argument in settings.vectors:
+        name, source = named(argument, tables)
+        tables[name] = read_vectors(source, notes, settings.id_column)
+    kept = reduce(np.intersect1d, (found for found, _ in tables.values()))
+    if len(kept) < len(notes):
+        logger.warning("%d of %d notes have no vector and are left out.", len(notes) - len(kept), len(notes))
+    texts = notes.select(kept)["text"][:]
+    given = {name: Encoded.of(texts, z[np.searchsorted(found, kept)]) for name, (found, z) in tables.items()}
+    return notes.select(kept), given
+
+
+def load_encoder(argument: str, names: set[str], max_length: int | None) -> Encoder:
+    """A folder or Hub name, as `path` or `name=path`, that sees `max_length` tokens; the path is never the name."""
+    name, source = named(argument, names)
     with loading(source):
         model = AutoDenseModel.from_pretrained(source)
         tokenizer = load_tokenizer(source)
@@ -143,6 +162,9 @@ class Reading:
         similarity: uses by cosine, on held-out patients' notes, if any.
         others: texts of other tables, and of patients who were trained on.
         record: of whom the models were trained on.
+        train: texts of training patients, for words.
+        left_out: notes that were read and are not measured on, because they are too many.
+        given: vectors that are there already, by name.
     """
 
     notes: datasets.Dataset
@@ -152,12 +174,18 @@ class Reading:
     similarity: SimilarityEvaluator | None
     others: list[str]
     record: SplitRecord | None
+    train: list[str]
+    left_out: int
+    given: dict[str, Encoded]
 
     @classmethod
     def of(cls, settings: Settings) -> "Reading":
         """Read everything that the command names, before anything is encoded."""
         record = recorded_split(settings.model)  # first: a model that is not there is said before the notes are read
-        notes, allow = settings.read(), settings.allow_trained
+        every, given = given_vectors(settings) if settings.vectors else (settings.read(), {})
+        allow = settings.allow_trained
+        notes = sample(every, settings.max_notes, settings.seed)
+        left_out = len(every) - len(notes)
         parts, _ = hold_out(notes, seed=settings.seed, record=record, allow_trained=allow, need=("test",))
         options: dict[str, Any] = {"bootstraps": settings.bootstraps, "cache": False, "seed": settings.seed}
         options["allow_trained"] = allow
@@ -169,7 +197,19 @@ class Reading:
         notes = notes if record is None else parts["test"]
         others = other_texts(notes["text"][:], probes, similarity)
         patients = torch.from_numpy(np.unique(np.asarray(notes["patient_id"]), return_inverse=True)[1])
-        return cls(notes, pairs_if_any(notes), patients, probes, similarity, others, record)
+        if given and set(others) - set(every["text"][:]):
+            raise ValueError("--vectors are of the notes: tables of their own and column:query need an encoder.")
+        train = parts["train"]["text"][:]
+        return cls(notes, pairs_if_any(notes), patients, probes, similarity, others, record, train, left_out, given)
+
+    def texts(self) -> list[str]:
+        """All that has to be encoded."""
+        return [*self.notes["text"], *self.others]
+
+    def results(self, known: Any, words: Any = None) -> Both:
+        """Similarity and probes of texts that are encoded."""
+        similarity = self.similarity.evaluate(known, words=words) if self.similarity else {}
+        return similarity, self.probes.evaluate(known) if self.probes else {}
 
 
 @dataclass(frozen=True)
@@ -183,12 +223,33 @@ class Found:
     adjacent: dict[str, float]
     per_patient: dict[str, float]
     angles: tuple[np.ndarray, np.ndarray] | None
-    probes: dict[str, ProbeResult]
-    similarity: dict[str, SimilarityResult]
+    results: Both
     seconds: float
 
 
-def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
+@dataclass(frozen=True)
+class FoundWords:
+    """What was found of words: their rows, how they were fitted, and similarity and probes."""
+
+    known: WordRows
+    fitted: str
+    results: Both
+
+
+def examine_words(encoder: Encoder, reading: Reading) -> FoundWords | None:
+    """Fit words on training notes, as far into each as the encoder reads, and measure; None without any such note."""
+    if not reading.train or not (reading.similarity or reading.probes):
+        return None
+    read = None if getattr(encoder.model, "long_notes", "") == "chunk" else encoder.max_length
+    words = Words.fit(reading.train, encoder.tokenizer, read)
+    known = words.known(reading.texts())
+    much = f"the first {read:,} tokens" if read else "all"
+    return FoundWords(
+        known, f"words: TF-IDF of {much} of {len(reading.train):,} training notes", reading.results(known)
+    )
+
+
+def examine(encoder: Encoder, reading: Reading, words: FoundWords | None, settings: Settings) -> Found:
     """Encode what is asked for, once, and measure."""
     start, texts = time.perf_counter(), list(reading.notes["text"])
     for evaluator in (reading.probes, reading.similarity):
@@ -199,7 +260,7 @@ def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
         "batch_size": settings.batch_size,
         "max_length": encoder.max_length,
         "cache": not settings.no_cache,
-        "key": encoder_key(encoder.model, encoder.tokenizer),
+        "key": encoder_key(encoder.model, encoder.tokenizer) if encoder.tokenizer else None,
     }
     # Apart, so that another task does not cost another pass over the notes.
     z, cut = embed(encoder.model, texts, return_cut=True, **how)
@@ -210,7 +271,8 @@ def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
     known = Encoded.of(texts + reading.others, z)
     logger.info("%s: %d texts in %.0f s", encoder.name, len(z), seconds)
     geometry = geometry_report(rows, k=settings.k, seed=settings.seed)
-    geometry["truncated"] = float(cut.mean())
+    if encoder.max_length:
+        geometry["truncated"] = float(cut.mean())
     adjacent, per_patient, angles = {}, {}, None
     if len(reading.pairs) > 3:
         earlier, later = rows[reading.pairs.earlier], rows[reading.pairs.later]
@@ -227,8 +289,7 @@ def examine(encoder: Encoder, reading: Reading, settings: Settings) -> Found:
         adjacent,
         per_patient,
         angles,
-        reading.probes.evaluate(known) if reading.probes else {},
-        reading.similarity.evaluate(known) if reading.similarity else {},
+        reading.results(known, words.known if words else None),
         seconds,
     )
 
@@ -250,8 +311,21 @@ def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Te
     return tuple(np.mean(angles, axis=0) for angles in found)
 
 
-def examine_all(settings: Settings) -> tuple[Reading, dict[str, Found]]:
-    """Read the notes, then encode and measure them with one encoder after the other; what is found stands under its name."""
+def encoders(settings: Settings, reading: Reading) -> Iterator[Encoder]:
+    """One after the other: the models, loaded when their turn comes, then given vectors."""
+    names = set(reading.given)
+    for argument in settings.model:
+        encoder = load_encoder(argument, names, settings.max_length)
+        names.add(encoder.name)
+        yield encoder
+    yield from (Encoder(name, known) for name, known in reading.given.items())
+
+
+def examine_all(settings: Settings) -> tuple[Reading, dict[str, Found], FoundWords | None]:
+    """Read the notes, then encode and measure them with one encoder after the other; what is found stands under its name.
+
+    Words read as far as the first encoder does.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("sentence_transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -260,7 +334,8 @@ def examine_all(settings: Settings) -> tuple[Reading, dict[str, Found]]:
     check_words(settings)
     reading = Reading.of(settings)
     found: dict[str, Found] = {}
-    for argument in settings.model:
-        encoder = load_encoder(argument, set(found), settings.max_length)
-        found[encoder.name] = examine(encoder, reading, settings)
-    return reading, found
+    words: FoundWords | None = None
+    for encoder in encoders(settings, reading):
+        words = words if found else examine_words(encoder, reading)
+        found[encoder.name] = examine(encoder, reading, words, settings)
+    return reading, found, words

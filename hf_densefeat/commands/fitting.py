@@ -17,12 +17,13 @@ from hf_densefeat.commands.measuring import (
     loading,
     quiet,
     sample,
-    similarity_tasks,
+    words_of,
 )
 from hf_densefeat.commands.settings import writable
 from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.splits import SplitRecord, hold_out
+from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
 from hf_densefeat.models.choosing import Choice, Sides, choose_content, fit_form
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.head import DenseHead
@@ -62,7 +63,9 @@ def fit_and_save(model: Any, settings: Settings, record: SplitRecord | None = No
     how: dict[str, Any] = {"seed": settings.seed, "record": record, "allow_trained": settings.allow_trained}
     parts, record = hold_out(notes, need=("train", "test"), **how)
     held_out = parts["test"]
-    measure = Measurement(held_out, similarity=settings.similarity or default_similarity(held_out), seed=settings.seed)
+    asked = settings.similarity or default_similarity(held_out)
+    words = partial(words_of, parts["train"], model, tokenizer)
+    measure = Measurement(held_out, similarity=asked, seed=settings.seed, words=words)
     if measure.uses and any(rows.queries for rows in measure.uses.rows.values()):
         raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
     encode = below(model, tokenizer, batch_size=settings.batch_size, show_progress_bar=True)
@@ -76,8 +79,8 @@ def fit_and_save(model: Any, settings: Settings, record: SplitRecord | None = No
         raise OSError(f"{settings.output} could not be written: {error}") from error
     print(described(model.views, tried))
     encoder = Encoded(encode, width=model.embedding_dimension)
-    measured = [measure("as it is", encoder), *measured_views(measure, encoder, model.views)]
-    print(f"\n{terminal(before_after_table(measured))}\n")
+    start, after = measure("as it is", encoder), measured_views(measure, encoder, model.views)
+    print(f"\n{terminal(before_after_table([start, *measure.beside(), *after]))}\n")
     print(f"Saved to {settings.output}.\n{how_to_use(settings.output, model.views)}")
 
 

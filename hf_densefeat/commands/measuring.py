@@ -1,7 +1,7 @@
 """What the commands share: models by name, uses and probes by the words of the command line, one encoder's numbers."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -13,20 +13,16 @@ from transformers.utils import logging as transformers_logging
 
 from hf_densefeat.data.pairs import NotePairs, adjacent_pairs, pair_notes
 from hf_densefeat.data.splits import SplitRecord
+from hf_densefeat.evaluation.evaluator import Evaluator
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
+from hf_densefeat.evaluation.metrics import rows_of_some_patients
 from hf_densefeat.evaluation.probes import ProbeEvaluator
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator
-from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
+from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
 from hf_densefeat.evaluation.tasks import Kind, ProbeTask
+from hf_densefeat.evaluation.words import NAME as WORDS
+from hf_densefeat.evaluation.words import WordRows, Words
 from hf_densefeat.reporting.comparison import Both, Measured, measured_of
-
-SIMILARITY = {  # kind on the command line -> how the task is made of the column
-    "query": lambda column: {"kind": "retrieval", "question": column},
-    "same": lambda column: {"kind": "retrieval", "label": column},
-    "neighbours": lambda column: {"kind": "neighbours", "label": column},
-    "clusters": lambda column: {"kind": "clusters", "label": column},
-    "few_labels": lambda column: {"kind": "few_labels", "label": column},
-}
 
 
 def quiet() -> None:
@@ -46,32 +42,6 @@ def loading(source: str) -> Iterator[None]:
         reason = str(error).splitlines()[0].rstrip(".")
         where = "In the folder" if Path(source).is_dir() else "There is no such folder, and from the Hub"
         raise ValueError(f"the model {source!r} cannot be loaded. {where}: {reason}.") from error
-
-
-def similarity_tasks(words: Sequence[str], notes: Any) -> list[SimilarityTask]:
-    """Tasks of the words `column:kind`, and `same_patient` for a patient's own notes among everybody's.
-
-    * `question:query`: the text of the column is a query for the note of its row;
-    * `disease:same`: notes of one value are right for each other;
-    * `diagnosis:neighbours`, `diagnosis:clusters`, `diagnosis:few_labels`: see `SimilarityTask`.
-
-    Raises:
-        ValueError: for another word, with those that there are.
-    """
-    tasks = []
-    for word in words:
-        column, _, kind = word.rpartition(":")
-        if word == "same_patient":
-            tasks.append(SimilarityTask(name="own notes", kind="same_patient", notes=notes))
-        elif kind in SIMILARITY and column:
-            name = {"query": column, "same": f"same {column}"}.get(kind, f"{column} {kind.replace('_', ' ')}")
-            tasks.append(SimilarityTask(name=name, notes=notes, **SIMILARITY[kind](column)))
-        else:
-            raise ValueError(
-                f"Expected --similarity same_patient or column:kind, kind one of {', '.join(SIMILARITY)}, but got "
-                f"{word!r}, as in --similarity diagnosis:neighbours."
-            )
-    return tasks
 
 
 def default_similarity(notes: Any) -> list[str]:
@@ -134,6 +104,7 @@ class Measurement:
         seed: of few labels and the bootstrap.
         record: of whom the encoders were trained on, as for `ProbeEvaluator`.
         allow_trained: measure on those too.
+        words: gives the words that are measured beside the encoders, once; None for none.
     """
 
     def __init__(
@@ -147,6 +118,7 @@ class Measurement:
         seed: int = 0,
         record: SplitRecord | None = None,
         allow_trained: bool = False,
+        words: Callable[[], Words] | None = None,
     ) -> None:
         texts, self.pairs = (notes, pairs_if_any(notes)) if tuple(pairs) == ("adjacent",) else pair_notes(notes, pairs)
         self.texts, self.k = list(texts["text"]), k
@@ -155,36 +127,54 @@ class Measurement:
         self.probes = ProbeEvaluator(probes, record=record, **how) if probes else None
         self.uses = SimilarityEvaluator(tasks, codes=("float",), divisors=(1,), **how) if tasks else None
         self.others = other_texts(self.texts, self.probes, self.uses)
+        self.fit_words = words
+        self.words: WordRows | None = None
         self.first: Both | None = None
+        self.of_words: Both | None = None
 
     def __call__(self, name: str, model: Any, tokenizer: Any = None) -> Measured:
-        """Numbers by name: geometry, similarity and probes with intervals, differences to the first call, the spectrum."""
+        """Numbers by name: geometry, similarity and probes with intervals, differences to the first call and to words."""
+        for evaluator in (self.probes, self.uses):
+            if evaluator:
+                evaluator.refuse_trained(model)
         texts = self.texts + self.others
         found = torch.as_tensor(model.encode(texts, tokenizer, show_progress_bar=True))
         z, known = found[: len(self.texts)], Encoded.of(texts, found)
+        if self.fit_words and self.words is None:
+            self.words = self.fit_words().known(texts)
+            self.of_words = self._results(self.words)
         earlier, later = (z[self.pairs.earlier], z[self.pairs.later]) if len(self.pairs) else (z, None)
         groups = torch.from_numpy(self.pairs.patient) if len(self.pairs) else None
-        results = (
-            self.uses.evaluate(known) if self.uses else {},
-            self.probes.evaluate(known) if self.probes else {},
-        )
+        results = self._results(known, self.words)
         geometry = geometry_report(earlier, later, k=self.k, groups=groups)
-        measured = measured_of(name, geometry, spectrum(z, center=True), results, base=self.first)
-        self.first = self.first or results
-        return measured
+        base, self.first = self.first, self.first or results
+        return measured_of(name, geometry, spectrum(z, center=True), results, base=base, words=self.of_words)
+
+    def _results(self, known: Any, words: WordRows | None = None) -> Both:
+        uses = self.uses.evaluate(known, words=words) if self.uses else {}
+        return uses, self.probes.evaluate(known) if self.probes else {}
+
+    def beside(self) -> list[Measured]:
+        """What words give, compared with the first encoder, for the list of encoders; empty where nothing is asked of them."""
+        if self.of_words is None or not any(self.of_words):
+            return []
+        return [measured_of(WORDS, {}, [], self.of_words, base=self.first)]
 
 
-def other_texts(texts: Sequence[str], probes: ProbeEvaluator | None, uses: SimilarityEvaluator | None) -> list[str]:
+def words_of(notes: Any, model: Any, tokenizer: Any) -> Words:
+    """The words of training notes, as far into each as the encoder reads."""
+    limits = (getattr(model, "max_length", None), getattr(tokenizer, "model_max_length", None))
+    read = None if model.long_notes == "chunk" else min((int(one) for one in limits if one), default=None)
+    return Words.fit(notes["text"][:], tokenizer, read)
+
+
+def other_texts(texts: Sequence[str], *evaluators: Evaluator | None) -> list[str]:
     """What these ask of an encoder beside the texts, each once: so that no text is encoded twice."""
-    asked = {text for one in probes.rows.values() for text in one.texts} if probes else set()
-    if uses:
-        asked |= {text for one in uses.rows.values() for text in (*one.texts, *one.queries)}
-    return sorted(asked - set(texts))
+    return sorted({text for one in evaluators if one for text in one.texts()} - set(texts))
 
 
 def sample(notes: Any, maximum: int, seed: int) -> Any:
     """Notes of whole patients, drawn at random, until there are `maximum`."""
-    patients, codes = np.unique(np.asarray(notes["patient_id"]), return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(patients))
-    kept = order[np.cumsum(np.bincount(codes)[order]) <= maximum]
-    return notes.select(np.flatnonzero(np.isin(codes, kept if len(kept) else order[:1])))
+    if len(notes) <= maximum:
+        return notes
+    return notes.select(rows_of_some_patients(np.asarray(notes["patient_id"]), maximum, seed))

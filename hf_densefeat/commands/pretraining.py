@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_densefeat.commands.fitting import below, described, fit_views, how_to_use, measured_views
-from hf_densefeat.commands.measuring import Encoded, Measurement, loading, probes_of, sample, similarity_tasks
+from hf_densefeat.commands.measuring import Encoded, Measurement, loading, probes_of, sample, words_of
 from hf_densefeat.commands.pretrain import Settings, written_options
 from hf_densefeat.commands.progress import line, show
 from hf_densefeat.commands.settings import error_line, writable
@@ -25,6 +26,8 @@ from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.data.tokens import TokenPairs
+from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
+from hf_densefeat.evaluation.words import NAME as WORDS
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.tokenizers import load_tokenizer
 from hf_densefeat.reporting.comparison import Measured, judged, plain_numbers, verdict
@@ -99,7 +102,7 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
             measure("MLM + dense" if args.dense_weight else "MLM alone", encoder)
         ]
         assert before is not None
-        report([before, *beside, *after], trainer, args)
+        report([before, *measure.beside(), *beside, *after], trainer, args)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -150,6 +153,7 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     how: dict[str, Any] = {"pairs": args.pairs, "k": args.subspace_dim, "seed": seed}
     probes = probes_of(settings.probe, probed)
     how |= {"record": record, "allow_trained": allow}
+    how["words"] = partial(words_of, parts["train"], model, tokenizer)
     measure = Measurement(held_out, similarity=settings.similarity, probes=probes, **how)
     validation = parts["validation"] if args.eval_strategy != "no" else None
     trainer = DenseTrainer(
@@ -244,10 +248,11 @@ def kept_measurements(settings: Settings, args: DenseTrainingArguments) -> list[
 def report(measured: list[Measured], trainer: DenseTrainer, args: DenseTrainingArguments) -> None:
     """Print the table, and write it, the numbers, the pictures and the model card beside the model."""
     table, folder = before_after_table(measured), Path(str(args.output_dir))
-    (folder / "report.md").write_text(markdown(table) + "\n")
+    (folder / "report.md").write_text(markdown(before_after_table(measured, wide=True)) + "\n")
     views = {one["view"]: one for one in measured if "view" in one}
-    after = views.get("content", measured[-1])
-    numbers = {"before": measured[0], "after": after, "form": views.get("form"), "updates": trainer.state.global_step}
+    words = {one["name"]: one for one in measured if one["name"] == WORDS}
+    after = {"after": views.get("content", measured[-1]), "form": views.get("form")}
+    numbers = {"before": measured[0], **words, **after, "updates": trainer.state.global_step}
     (folder / "report.json").write_text(json.dumps(plain_numbers(numbers), indent=1) + "\n")
     trainer.measured = measured
     trainer.create_model_card()

@@ -4,17 +4,19 @@ import datetime
 import importlib.metadata
 import json
 import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from hf_densefeat.commands.examine import Found, Reading
+from hf_densefeat.commands.examine import Found, FoundWords, Reading
 from hf_densefeat.commands.probe import Settings
 from hf_densefeat.data.notes import copied
 from hf_densefeat.evaluation.probes import ProbeResult, meds_predictions
-from hf_densefeat.reporting.comparison import measured_of, plain_numbers, verdict
+from hf_densefeat.evaluation.words import NAME as WORDS
+from hf_densefeat.reporting.comparison import Measured, measured_of, plain_numbers, verdict
 from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
 from hf_densefeat.reporting.plots import Picture, plot_projection
 from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
@@ -32,17 +34,32 @@ def draw_projection(found: dict[str, Found], reading: Reading, settings: Setting
     return plot_projection(sets, rows.y[some], rows.classes, label=task.label, path=place)
 
 
-def write_report(found: dict[str, Found], reading: Reading, settings: Settings) -> dict:
-    """Page, Markdown, JSON and pictures; returns what the JSON holds."""
-    output, base = Path(settings.output), next(iter(found.values()))
-    first = (base.similarity, base.probes)
+def measured_beside(found: dict[str, Found], words: FoundWords | None) -> list[Measured]:
+    """The encoders, and words after the first one; a single encoder is compared with words, which then come first."""
+    beside = None if words is None else words.results
+    first = next(iter(found.values())).results if len(found) > 1 or beside is None else beside
     measured = [
         measured_of(
-            name, one.geometry, one.spectrum, (one.similarity, one.probes), base=None if one is base else first
+            name,
+            one.geometry,
+            one.spectrum,
+            one.results,
+            base=None if one.results is first else first,
+            words=beside,
         )
         for name, one in found.items()
     ]
-    others = measured[1:] or measured
+    if beside is not None:
+        own = measured_of(WORDS, {}, [], beside, base=None if beside is first else first)
+        measured.insert(0 if beside is first else 1, own)
+    return measured
+
+
+def write_report(found: dict[str, Found], words: FoundWords | None, reading: Reading, settings: Settings) -> dict:
+    """Page, Markdown, JSON and pictures; returns what the JSON holds."""
+    output, base = Path(settings.output), next(iter(found.values()))
+    measured = measured_beside(found, words)
+    others = [one for one in measured[1:] if one["name"] != WORDS] or measured
     # The newest encoder first: that is what the reader asks about.
     verdicts = {one["name"]: verdict(one, measured[0] if measured[1:] else None) for one in reversed(others)}
     angles = {name: one.angles for name, one in found.items() if one.angles is not None}
@@ -52,14 +69,14 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
         adjacent={name: one.adjacent for name, one in found.items()} if base.adjacent else None,
         per_patient={name: one.per_patient for name, one in found.items()} if base.per_patient else None,
         angles=angles,
-        shots=few_shot_curves({name: one.probes for name, one in found.items()}),
+        shots=few_shot_curves({name: one.results[1] for name, one in found.items()}),
         projection=draw_projection(found, reading, settings),
-        rows=rows_table(base.similarity) + rows_table(base.probes)[1:],
+        rows=rows_table(base.results[0]) + rows_table(base.results[1])[1:],
     )
-    counts = {"notes": len(reading.notes), "patients": reading.pairs.num_patients, "pairs": len(reading.pairs)}
-    counts["copied"] = copied(reading.notes)
+    counts = {"notes": len(reading.notes), "notes_left_out": reading.left_out}
+    counts |= {"patients": reading.pairs.num_patients, "pairs": len(reading.pairs), "copied": copied(reading.notes)}
     how = {
-        "facts": facts_of(found, counts, reading, settings),
+        "facts": facts_of(found, words, counts, reading, settings),
         "method": METHOD.format(bootstraps=f"{settings.bootstraps:,}"),
     }
     report = {
@@ -68,7 +85,7 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
         "measured": measured,
         "adjacent": {name: one.adjacent for name, one in found.items()},
         "per_patient": {name: one.per_patient for name, one in found.items()},
-        "probes": {name: {task: _result(r) for task, r in one.probes.items()} for name, one in found.items()},
+        "probes": {name: {task: _result(r) for task, r in one.results[1].items()} for name, one in found.items()},
         "encode_seconds": {name: one.seconds for name, one in found.items()},
         "settings": {name: getattr(settings, name) for name in ("k", "bootstraps", "seed")}
         | {"shots": reading.probes.shots if reading.probes else []},
@@ -80,13 +97,20 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
     return report
 
 
-def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, settings: Settings) -> str:
+def facts_of(
+    found: dict[str, Found], words: FoundWords | None, counts: dict[str, int], reading: Reading, settings: Settings
+) -> str:
     """When, with what, on what and with which options, in a paragraph."""
     encoders = "; ".join(
-        f"{name}: {one.known.width} dimensions, {one.encoder.max_length:,} tokens, which cut "
-        f"{one.geometry['truncated']:.1%} of the notes"
+        f"{name}: {one.known.width} dimensions, "
+        + (
+            f"{one.encoder.max_length:,} tokens, which cut {one.geometry['truncated']:.1%} of the notes"
+            if one.encoder.max_length
+            else "vectors as given"
+        )
         for name, one in found.items()
     )
+    encoders += f"; {words.fitted}" if words else ""
     whose = " of patients that no model was trained on" if reading.record else ""
     copies = (
         ""
@@ -96,9 +120,12 @@ def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, 
             "they lift what finds a patient's own notes, and --drop_copies leaves them out. "
         )
     )
+    sampled = ""
+    if reading.left_out:
+        sampled = f" (whole patients drawn at random; {reading.left_out:,} notes are left out)"
     return (
         f"{datetime.date.today().isoformat()}, hf_densefeat {importlib.metadata.version('hf_densefeat')}. "
-        f"{counts['notes']:,} notes of {counts['patients']:,} patients, {counts['pairs']:,} adjacent pairs{whose}. "
+        f"{counts['notes']:,} notes of {counts['patients']:,} patients{sampled}, {counts['pairs']:,} adjacent pairs{whose}. "
         f"{copies}{encoders}. "
         f"Subspaces of {settings.k} dimensions, seed {settings.seed}. {different_lengths(found)}"
     )
@@ -106,8 +133,8 @@ def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, 
 
 def different_lengths(found: dict[str, Found]) -> str:
     """What to know where the models do not see the same of a note; nothing where they do."""
-    limits = {one.encoder.max_length for one in found.values() if one.geometry["truncated"]}
-    if len({one.encoder.max_length for one in found.values()}) < 2 or not limits:
+    limits = {one.encoder.max_length for one in found.values() if one.geometry.get("truncated")}
+    if len({one.encoder.max_length for one in found.values()} - {None}) < 2 or not limits:
         return ""
     return f"The models do not see the same of a note: --max_length {min(limits)} makes them comparable."
 
@@ -125,7 +152,7 @@ def show(report: dict, found: dict[str, Found], output: str) -> None:
     print(f"\nWritten to {output}: report.html, one file that can be sent, report.md and report.json.")
 
 
-def few_shot_curves(results: dict[str, dict[str, ProbeResult]]) -> dict:
+def few_shot_curves(results: Mapping[str, Mapping[str, ProbeResult]]) -> dict:
     """Task to encoder to number of rows of a class to `Estimate`, the last for all rows."""
     curves: dict[str, dict] = {}
     for name, tasks in results.items():
@@ -144,7 +171,7 @@ def write_predictions(output: str, reading: Reading, found: dict[str, Found]) ->
             if task.kind == "binary":
                 path = folder / f"{name} {task.name}.parquet"
                 path.touch(mode=0o600)
-                pq.write_table(meds_predictions(task, one.probes[task.name]), path)
+                pq.write_table(meds_predictions(task, one.results[1][task.name]), path)
 
 
 def _result(found: ProbeResult) -> dict:

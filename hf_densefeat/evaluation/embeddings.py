@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
+from scipy.sparse import issparse
 
 
 def _accepted(model: Any, **options: Any) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def embed(
     """Embeddings (N, d) float32 of the texts, each different text encoded once; bf16 autocast on CUDA.
 
     Args:
-        model: anything with ``encode(texts, ...)``: one of our encoders or a `SentenceTransformer`.
+        model: anything with ``encode(texts, ...)``: one of our encoders, a `SentenceTransformer`, or `Words`, whose rows are
+            a sparse matrix and are not cached.
         texts: N strings.
         tokenizer: passed on where ``encode`` takes one.
         batch_size: passed on.
@@ -76,7 +78,7 @@ def embed(
         options |= _accepted(model, head=False)
     precision = precision_of(model)
     path = None
-    if cache:
+    if cache and isinstance(model, torch.nn.Module):
         folder = Path(HF_HOME) / "hf_densefeat" / "embeddings" if cache is True else Path(cache)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         digest = hashlib.sha256(f"{key or encoder_key(model, tokenizer)} {max_length} {head} {precision}".encode())
@@ -90,6 +92,8 @@ def embed(
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
         found = model.encode(unique.tolist(), **options)
     z, cut = found if "return_cut" in options else (found, np.zeros(len(unique), dtype=bool))
+    if issparse(z):
+        return z[inverse]
     z, cut = torch.as_tensor(z).float().cpu().numpy(), np.asarray(cut)
     if path is not None:
         # Written beside and renamed, so that another process never reads half a file.

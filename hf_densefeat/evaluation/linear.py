@@ -5,15 +5,15 @@ Rows are embeddings, (N, d), or words as a SciPy CSR matrix, which stays sparse.
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
 from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-Rows = np.ndarray | csr_matrix
+Rows = Any  # an array (N, d) or a SciPy CSR matrix, which has no types
 
 # EHRSHOT's thirteen strengths; weakest penalty last, so that each fit starts from the one before.
 CS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)

@@ -7,6 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+# Ends the name of a metric of the ranking that is fused with the ranking by words.
+WITH_WORDS = "_with_words"
+
 
 class MetricFunction(Protocol):
     """Labels (N,), output and weights (B, N) to values (B,)."""
@@ -34,15 +37,48 @@ class Estimate:
         return cls(float(value), float(low), float(high))
 
 
-def patient_weights(patient: np.ndarray, replicates: int, seed: int = 0) -> np.ndarray:
-    """Row weights (replicates, N): how often each row's patient is drawn when patients are drawn with replacement."""
+def rows_of_some_patients(patient: np.ndarray, maximum: int, seed: int) -> np.ndarray:
+    """Rows of whole patients, drawn at random, until there are `maximum`; in their order. At least one patient's."""
     codes = np.unique(patient, return_inverse=True)[1]
-    count = codes.max() + 1
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=replicates)
-    return drawn[:, codes].astype(np.float64)
+    order = np.random.default_rng(seed).permutation(codes.max() + 1)
+    kept = order[np.cumsum(np.bincount(codes)[order]) <= maximum]
+    return np.flatnonzero(np.isin(codes, kept if len(kept) else order[:1]))
 
 
-def replicate(metric: MetricFunction, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class PatientWeights:
+    """Row weights (replicates, N), how often each row's patient is drawn when patients are drawn with replacement.
+
+    ``len`` and slices alone, ``weights[i:j]`` (j − i, N): all of them would take 8 bytes a row and replicate.
+
+    Attributes:
+        drawn: how often each patient is drawn, (replicates, patients).
+        codes: the patient of each row, (N,).
+    """
+
+    drawn: np.ndarray
+    codes: np.ndarray
+
+    @classmethod
+    def of(cls, patient: np.ndarray, replicates: int, seed: int = 0) -> "PatientWeights":
+        """Draw as many patients as there are, so many times."""
+        codes = np.unique(patient, return_inverse=True)[1]
+        count, rng = int(codes.max()) + 1, np.random.default_rng(seed)
+        drawn = np.empty((replicates, count), np.uint16)
+        for one in drawn:
+            one[:] = np.bincount(rng.integers(0, count, size=count), minlength=count)
+        return cls(drawn, codes)
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.drawn[part][:, self.codes].astype(np.float64)
+
+
+def replicate(
+    metric: MetricFunction, y: np.ndarray, output: np.ndarray, weights: PatientWeights | np.ndarray
+) -> np.ndarray:
     """The metric for all weightings, a few at a time: it holds several arrays of the size of the weights."""
     step = max(1, 2_000_000 // len(y))
     parts = [metric(y, output, weights[i : i + step]) for i in range(0, len(weights), step)]
@@ -76,18 +112,26 @@ class Result(Protocol):
 def paired_difference(ours: Result, theirs: Result) -> dict[str, Estimate]:
     """Metric name to ``ours - theirs`` with its 95 % interval, both scored on the same redrawn patients.
 
+    Of the metrics that both have. ``mrr_with_words`` is compared with ``mrr`` where ``theirs``, which is then of words
+    alone, has no such variant.
+
     Raises:
-        ValueError: if the two are not of the same test rows and metrics, or differ in their number of replicates.
+        ValueError: if the two are not of the same test rows, have no metric in common, or differ in their number of
+            replicates.
     """
     if not np.array_equal(ours.y, theirs.y) or not np.array_equal(ours.patient, theirs.patient):
         raise ValueError("Expected two results of the same task, seed and split; their test rows differ.")
-    if ours.metrics.keys() != theirs.metrics.keys():
-        raise ValueError(f"Expected the same metrics but got {list(ours.metrics)} and {list(theirs.metrics)}.")
-    if [len(drawn) for drawn in ours.replicates.values()] != [len(drawn) for drawn in theirs.replicates.values()]:
+    named = {name: name if name in theirs.metrics else name.removesuffix(WITH_WORDS) for name in ours.metrics}
+    named = {name: other for name, other in named.items() if other in theirs.metrics}
+    if not named:
+        raise ValueError(f"Expected a metric in common but got {list(ours.metrics)} and {list(theirs.metrics)}.")
+    if any(len(ours.replicates[name]) != len(theirs.replicates[other]) for name, other in named.items()):
         raise ValueError("Expected two results with the same number of bootstrap replicates.")
     return {
-        name: Estimate.of(ours.metrics[name].value - theirs.metrics[name].value, drawn - theirs.replicates[name])
-        for name, drawn in ours.replicates.items()
+        name: Estimate.of(
+            ours.metrics[name].value - theirs.metrics[other].value, ours.replicates[name] - theirs.replicates[other]
+        )
+        for name, other in named.items()
     }
 
 
@@ -284,21 +328,16 @@ METRICS_OF: dict[str, tuple[str, ...]] = {
     "multiclass": ("auroc", "auprc", "brier", "macro_f1"),
     "regression": ("rmse", "r2"),
     "clustering": ("ari", "nmi"),
-    "neighbours": ("precision_at_10",),
-    "retrieval": ("mrr", "recall_at_10", "ndcg_at_10"),
-    "same_patient": ("mrr", "recall_at_10", "adjacent_mrr", "adjacent_recall_at_10"),
-    "clusters": ("nmi", "ari"),
-    "few_labels": ("accuracy_at_4", "accuracy_at_8", "accuracy_at_16"),
 }
-"""Metrics of each kind of `ProbeTask` and `SimilarityTask`, the first one its headline."""
+"""Metrics of each kind of `ProbeTask`, the first one its headline; those of similarity are in `SIMILARITY`."""
 
 
 CODES = ("float", "int8", "binary")
-_VARIANT = re.compile(r"(.+?)(?:_(int8|binary)|_d_over_(\d+))?")
+_VARIANT = re.compile(r"(.+?)(?:_(int8|binary)|_d_over_(\d+)|(_with_words))?")
 
 
 def metric_named(name: str) -> Metric:
-    """The entry of a metric's name, which may end in a code or a share of the dimensions: ``mrr_binary``, ``mrr_d_over_4``.
+    """The entry of a metric's name, which may end in what was done: ``mrr_binary``, ``mrr_d_over_4``, ``mrr_with_words``.
 
     Raises:
         KeyError: for an unknown name.
@@ -308,8 +347,8 @@ def metric_named(name: str) -> Metric:
     found = _VARIANT.fullmatch(name)
     if found is None:
         raise KeyError(name)
-    base, code, divisor = found.groups()
-    how = f"{code} codes" if code else f"first d/{divisor} dimensions"
+    base, code, divisor, fused = found.groups()
+    how = "fused with words" if fused else f"{code} codes" if code else f"first d/{divisor} dimensions"
     return replace(METRICS[base], title=f"{METRICS[base].title}, {how}")
 
 

@@ -6,7 +6,6 @@ Intervals are the 2.5 and 97.5 percentiles of bootstrap replicates that redraw *
 """
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +15,16 @@ import numpy as np
 import pyarrow as pa
 from sklearn.cluster import KMeans
 
-from hf_densefeat.data.splits import SplitRecord, refuse_trained
-from hf_densefeat.evaluation.embeddings import embed, encoder_key
+from hf_densefeat.data.splits import SplitRecord
+from hf_densefeat.evaluation.evaluator import Evaluator
 from hf_densefeat.evaluation.linear import ALPHAS, CS, Rows, fit_path, predict
 from hf_densefeat.evaluation.metrics import (
+    METRICS_OF,
     Estimate,
+    PatientWeights,
     best_threshold,
     class_auroc,
     metrics_of,
-    patient_weights,
     replicate,
 )
 from hf_densefeat.evaluation.tasks import Kind, ProbeTask, task_rows
@@ -115,7 +115,7 @@ def _shot_curve(
     y: np.ndarray,
     split: np.ndarray,
     kind: Kind,
-    weights: np.ndarray,
+    weights: PatientWeights,
     *,
     shots: Sequence[int],
     draws: int,
@@ -184,7 +184,7 @@ def probe(
         rows |= {"classes_without_training_rows": len(untrained)} if len(untrained) else {}
     # weight 1 for the value itself, and a row of weights for each redraw of the patients
     ours, owners, one = y[fitted.test], patient[fitted.test], np.ones((1, len(fitted.test)))
-    weights = patient_weights(owners, bootstraps, seed) if bootstraps else np.empty((0, len(ours)))
+    weights = PatientWeights.of(owners, bootstraps, seed)
     metrics = metrics_of(kind, fitted.threshold)
     drawn = {name: replicate(metric, ours, fitted.output, weights) for name, metric in metrics.items()}
     curve = {}
@@ -236,12 +236,14 @@ def meds_predictions(task: ProbeTask, result: ProbeResult, time: str = "time") -
 # ----------------------------------------------------------------------------------------------------- the evaluator
 
 
-class ProbeEvaluator:
+class ProbeEvaluator(Evaluator):
     """Probes of one encoder after another, on tasks that are read once.
 
     Called as ``evaluator(model, tokenizer)`` it gives flat numbers (``mortalityclass_auroc``) for a trainer's log and
     ``metric_for_best_model``; `evaluate` gives intervals, replicates and few-shot curves.
     """
+
+    what = "probe"
 
     def __init__(
         self,
@@ -272,62 +274,36 @@ class ProbeEvaluator:
         Raises:
             ValueError: for tasks that cannot be split or read, see `task_rows`; before any encoding.
         """
-        names = [task.name for task in tasks]
-        if len(set(names)) < len(names) or not names:
-            raise ValueError(f"Expected at least one task, with different names, but got {names}.")
-        self.tasks, self.bootstraps, self.shots = list(tasks), bootstraps, shots
-        self.batch_size, self.max_length, self.cache, self.seed = batch_size, max_length, cache, seed
-        self.allow_trained = allow_trained
+        super().__init__(
+            tasks,
+            headline=METRICS_OF.get(tasks[0].kind, METRICS_OF["binary"])[0] if tasks else "auroc",
+            bootstraps=bootstraps,
+            batch_size=batch_size,
+            max_length=max_length,
+            cache=cache,
+            seed=seed,
+            allow_trained=allow_trained,
+        )
+        self.shots = shots
         self.rows = {task.name: task_rows(task, seed, record, allow_trained=allow_trained) for task in tasks}
         for name, rows in self.rows.items():
             if rows.unlabelled:
                 logger.info("Probe %s: %d rows without a label are left out.", name, rows.unlabelled)
 
-    def refuse_trained(self, model: Any) -> None:
-        """ValueError, with their number, for test patients that the model was trained on, unless that is allowed."""
-        for name, rows in self.rows.items() if not self.allow_trained else ():
-            refuse_trained(rows.tested, model, f"Probe {name!r}")
-
-    def _embeddings(self, model: Any, tokenizer: Any, cache: str | Path | bool) -> dict[str, np.ndarray]:
-        self.refuse_trained(model)
-        key = encoder_key(model, tokenizer) if cache else None
-        texts = [text for rows in self.rows.values() for text in rows.texts]
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "max_length": self.max_length,
-            "cache": cache,
-            "key": key,
-        }
-        z = embed(model, texts, tokenizer, **options)
-        ends = np.cumsum([len(rows.texts) for rows in self.rows.values()])
-        return dict(zip(self.rows, np.split(z, ends[:-1]), strict=True))
-
-    def _probe(self, name: str, z: np.ndarray, kind: Kind, bootstraps: int, shots: Sequence[int]) -> ProbeResult:
-        rows = self.rows[name]
-        result = probe(z, rows.y, rows.patient, rows.split, kind, bootstraps=bootstraps, shots=shots, seed=self.seed)
-        result.rows["unlabelled"] = rows.unlabelled
-        # from rows that have a label to rows of the table
-        result.test_index[:] = rows.index[result.test_index]
-        return result
-
-    def __call__(
-        self, model: Any, tokenizer: Any = None, epoch: int = -1, steps: int = -1, **_: Any
-    ) -> dict[str, float]:
-        """Point values, ``{task}_{metric}``, and ``probe_seconds``.
-
-        Every rank encodes every text in the same order and nothing is read from disk, so that ranks stay in step where
-        a forward is a collective (FSDP); the numbers are the same on all ranks. sentence-transformers may call it, as
-        `evaluator(model, output_path, epoch, steps)`: these are without effect.
-        """
-        start = time.perf_counter()
-        z = self._embeddings(model, tokenizer, cache=False)
-        metrics: dict[str, float] = {}
+    def _measured(
+        self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int, shots: Sequence[int] = ()
+    ) -> dict[str, ProbeResult]:
+        z, found = self._embedded(model, tokenizer, cache), {}
         for task in self.tasks:
-            result = self._probe(task.name, z[task.name], task.kind, 0, ())
-            metrics |= {f"{task.name}_{name}": found.value for name, found in result.metrics.items()}
-        return metrics | {"probe_seconds": time.perf_counter() - start}
+            rows = self.rows[task.name]
+            how: dict[str, Any] = {"bootstraps": bootstraps, "shots": shots, "seed": self.seed}
+            result = probe(z[task.name][0], rows.y, rows.patient, rows.split, task.kind, **how)
+            result.rows["unlabelled"] = rows.unlabelled
+            # from rows that have a label to rows of the table
+            result.test_index[:] = rows.index[result.test_index]
+            found[task.name] = result
+        return found
 
     def evaluate(self, model: Any, tokenizer: Any = None) -> dict[str, ProbeResult]:
         """Task name to `ProbeResult` with bootstrap intervals; embeddings come from the cache where they are there."""
-        z = self._embeddings(model, tokenizer, self.cache)
-        return {t.name: self._probe(t.name, z[t.name], t.kind, self.bootstraps, self.shots) for t in self.tasks}
+        return self._measured(model, tokenizer, self.cache, self.bootstraps, self.shots)

@@ -1,7 +1,8 @@
 """Functions of embeddings that use their metric as it is: ranks by cosine, neighbours, few labels, low-precision codes.
 
 Each function gives one value a row or query, NaN where none is defined, so that any weighting of the rows, a bootstrap
-over patients above all, is one product. Similarity is the cosine, in float32; a zero vector has cosine 0 with all.
+over patients above all, is one product. Similarity is the cosine, in float32; a zero vector has cosine 0 with all. Rows
+are dense, or sparse (words), which stay sparse: only the cosines of a slice of the queries are held.
 
 Ties: cosines closer than `TIE` (the rounding of float32; equal texts have equal embeddings) count as equal, and equal
 documents as if they stood in random order: a position that several documents share holds their mean relevance, and the
@@ -9,26 +10,35 @@ rank of the first relevant document is the expected one, ``above + (t + 1)/(r + 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix, issparse
 from torch import Tensor
 
 TIE = 2.0**-21
 NEIGHBOURS = 10
+# Reciprocal rank fusion: the constant of Cormack, Clarke and Büttcher (2009), and how much of each ranking is fused.
+FUSION, DEPTH = 60, 1000
 LABELS = (4, 8, 16)
 _CHUNK = 8_000_000
 
-# Of a slice of the queries: which documents are relevant (queries, documents), bool.
-Mask = Callable[[slice], Tensor]
+# Of some queries, by their numbers: which documents are relevant (queries, documents), bool.
+Mask = Callable[[Tensor], Tensor]
+Rows = Any  # an array or tensor (N, d), or a SciPy CSR matrix, which has no types
 
 
-def unit_rows(z: np.ndarray | Tensor) -> Tensor:
-    """Rows of length 1, float32 (N, d); zero rows stay zero.
+def unit_rows(z: Rows) -> Rows:
+    """Rows of length 1, float32 (N, d); zero rows stay zero. A tensor, or of sparse rows a CSR matrix.
 
     Raises:
         ValueError: if ``z`` is not (N, d) or not finite.
     """
+    if issparse(z):
+        length = np.sqrt(np.asarray(z.multiply(z).sum(1)))
+        return z.multiply(1 / np.where(length > 0, length, 1)).astype(np.float32).tocsr()
     z = torch.as_tensor(z).detach().float().cpu()
     if z.ndim != 2:
         raise ValueError(f"Expected embeddings of shape (N, d) but got {tuple(z.shape)}.")
@@ -55,6 +65,55 @@ def coded(z: Tensor, code: str, reference: Tensor | None = None) -> Tensor:
     return ((z - low) / step.where(step > 0, torch.ones(()))).floor().clamp(0, 255) - 128
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Similarity of every query with every document, computed for some queries at a time.
+
+    Attributes:
+        shape: numbers of queries and documents.
+        of: of some queries, by their numbers, (queries, documents).
+        sparse: documents with a score of 0 are not found at all: they share no word with the query.
+        asked: numbers of the queries that are asked; None for all.
+    """
+
+    shape: tuple[int, int]
+    of: Callable[[Tensor], Tensor]
+    sparse: bool = False
+    asked: Tensor | None = None
+
+
+def cosines(queries: Rows, documents: Rows | None = None, *, asked: Tensor | None = None) -> Scores:
+    """Cosine of queries (Q, d) with documents (M, d), by default with each other; `asked` as in `Scores`.
+
+    Raises:
+        ValueError: for other widths, and as `unit_rows`.
+    """
+    left = unit_rows(queries)
+    right = left if documents is None else unit_rows(documents)
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(f"Expected queries of width {right.shape[1]} but got {left.shape[1]}.")
+    sparse, turned = issparse(left), right.T.tocsr() if issparse(right) else right.T
+
+    def of(rows: Tensor) -> Tensor:
+        return torch.from_numpy((left[rows.numpy()] @ turned).toarray()) if sparse else left[rows] @ turned
+
+    return Scores((left.shape[0], right.shape[0]), of, sparse, asked)
+
+
+def _reciprocal_ranks(scores: Tensor, sparse: bool) -> Tensor:
+    """``1/(60 + rank)`` of the first 1,000 documents, 0 of the others; tied documents have their mean rank."""
+    top, index = scores.topk(min(DEPTH, scores.shape[1]), dim=1)
+    place = torch.arange(top.shape[1]).expand_as(top)
+    begins = torch.ones_like(top, dtype=torch.bool)
+    begins[:, 1:] = top[:, :-1] - top[:, 1:] > TIE
+    ends = torch.ones_like(begins)
+    ends[:, :-1] = begins[:, 1:]
+    first = place.where(begins, 0).cummax(1).values
+    last = place.where(ends, top.shape[1]).flip(1).cummin(1).values.flip(1)
+    share = 1 / (FUSION + 1 + (first + last) / 2)
+    return torch.zeros_like(scores).scatter(1, index, share.where(top > (TIE if sparse else -torch.inf), 0.0))
+
+
 def _expected_relevance(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
     """Mean relevance of the documents that share each of the first k positions, (queries, k)."""
     top, index = scores.topk(k, dim=1)
@@ -78,58 +137,62 @@ def _first_rank(scores: Tensor, relevant: Tensor) -> Tensor:
 
 
 def ranking(
-    queries: np.ndarray | Tensor,
-    documents: np.ndarray | Tensor,
-    relevant: Mask,
-    allowed: Mask | None = None,
-    k: int = NEIGHBOURS,
+    scores: Scores, relevant: Mask, allowed: Mask | None = None, *, beside: Scores | None = None, k: int = NEIGHBOURS
 ) -> dict[str, np.ndarray]:
-    """Search of the documents (M, d) by cosine for each query (Q, d), scored by its relevant documents.
+    """Search of the documents for each query, scored by its relevant documents.
 
     Equals sentence-transformers' `InformationRetrievalEvaluator` where no cosines are tied (it breaks ties by name).
 
     Args:
-        queries: embeddings (Q, d).
-        documents: embeddings (M, d).
-        relevant: of a slice of the queries, the relevant documents as (queries, M) bool.
+        scores: similarity of queries and documents, see `cosines`.
+        relevant: of some queries, the relevant documents as (queries, M) bool.
         allowed: likewise the documents that are searched; by default all.
+        beside: a second similarity. Documents are then ordered by ``Σ 1/(60 + rank)`` over both rankings of what is
+            searched: reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009) of the first 1,000 of each.
         k: cut of precision, recall and nDCG.
 
     Returns:
         ``mrr``: reciprocal rank of the first relevant document, of the whole ranking; ``recall_at_k``: share of the
         relevant ones among the first k; ``ndcg_at_k``: with discount 1/log2(1 + position); ``precision_at_k``: of
-        the first k documents, or of all where fewer are searched. Each (Q,); NaN without a relevant document.
+        the first k documents, or of all where fewer are searched. Each (Q,); NaN without a relevant document and
+        for queries that are not asked.
     """
-    queries, documents = unit_rows(queries), unit_rows(documents)
-    if queries.shape[1] != documents.shape[1]:
-        raise ValueError(f"Expected queries of width {documents.shape[1]} but got {queries.shape[1]}.")
-    names, k = ("mrr", f"recall_at_{k}", f"ndcg_at_{k}", f"precision_at_{k}"), min(k, len(documents))
+    (queries, documents), both = scores.shape, [scores] if beside is None else [scores, beside]
+    names, k = ("mrr", f"recall_at_{k}", f"ndcg_at_{k}", f"precision_at_{k}"), min(k, documents)
     discount = 1 / torch.log2(torch.arange(k) + 2.0)
     # of a ranking with all relevant documents first, by their number
     ideal = torch.cat([torch.zeros(1), discount.cumsum(0)])
     parts: list[Tensor] = []
-    step = max(1, _CHUNK // max(1, len(documents)))
-    # In slices of the queries: the whole table of cosines may not fit into memory.
-    for start in range(0, len(queries), step):
-        rows = slice(start, min(start + step, len(queries)))
-        scores, wanted = queries[rows] @ documents.T, relevant(rows)
-        searched = torch.full((len(scores),), len(documents))
+    step = max(1, _CHUNK // max(1, documents))
+    # A few queries at a time: the whole table of cosines may not fit into memory.
+    asked = torch.arange(queries) if scores.asked is None else scores.asked
+    for rows in asked.split(step):
+        found, wanted = [one.of(rows) for one in both], relevant(rows)
+        searched = torch.full((len(wanted),), documents)
         if allowed is not None:
             mask = allowed(rows)
             # what is not searched ranks last and is not relevant
-            scores, wanted, searched = scores.masked_fill(~mask, -torch.inf), wanted & mask, mask.count_nonzero(1)
-        expected, count = _expected_relevance(scores, wanted, k), wanted.count_nonzero(1)
+            found, wanted, searched = (
+                [one.masked_fill_(~mask, -torch.inf) for one in found],
+                wanted & mask,
+                mask.sum(1),
+            )
+        if beside is not None:
+            ranks = [_reciprocal_ranks(one, side.sparse) for one, side in zip(found, both, strict=True)]
+            found = [(ranks[0] + ranks[1]).masked_fill(found[0].isneginf(), -torch.inf)]
+        expected, count = _expected_relevance(found[0], wanted, k), wanted.count_nonzero(1)
         values = torch.stack(
             [
-                1 / _first_rank(scores, wanted),
+                1 / _first_rank(found[0], wanted),
                 expected.sum(1) / count,
                 (expected * discount).sum(1) / ideal[count.clamp_max(k)],
                 expected.sum(1) / searched.clamp(1, k),
             ]
         )
         parts.append(torch.where(count > 0, values, torch.nan))
-    found = torch.cat(parts, 1).double().numpy() if parts else np.empty((4, 0))
-    return dict(zip(names, found, strict=True))
+    table = torch.full((4, queries), torch.nan, dtype=torch.float64)
+    table[:, asked] = torch.cat(parts, 1).double()
+    return dict(zip(names, table.numpy(), strict=True))
 
 
 def _codes(values: Sequence | np.ndarray | Tensor) -> Tensor:
@@ -146,47 +209,54 @@ def _other_row(count: int) -> Mask:
 
 
 def same_label(
-    z: np.ndarray | Tensor, y: np.ndarray, group: np.ndarray, k: int = NEIGHBOURS, apart: bool = True
+    scores: Scores,
+    y: np.ndarray,
+    group: np.ndarray,
+    *,
+    apart: bool = True,
+    beside: Scores | None = None,
+    k: int = NEIGHBOURS,
 ) -> dict[str, np.ndarray]:
-    """`ranking` of the rows (N, d) by each other; relevant is what has the same label.
+    """`ranking` of N rows by each other; relevant is what has the same label.
 
     A row never finds itself, nor, with ``apart``, a row of its own group (patient). A row whose label nobody else has
     gets NaN. ``precision_at_k`` is the share of the label among the k nearest neighbours.
     """
     labels, groups = _codes(y), _codes(group)
     own, itself = _equal(groups), _other_row(len(labels))
-    return ranking(z, z, _equal(labels), (lambda rows: ~own(rows)) if apart else itself, k)
+    return ranking(scores, _equal(labels), (lambda rows: ~own(rows)) if apart else itself, beside=beside, k=k)
 
 
 def same_group(
-    z: np.ndarray | Tensor, group: np.ndarray, following: np.ndarray, k: int = NEIGHBOURS
+    scores: Scores, group: np.ndarray, following: np.ndarray, *, beside: Scores | None = None, k: int = NEIGHBOURS
 ) -> dict[str, np.ndarray]:
     """A patient's other notes among everybody's, and the note that follows among those of others; no label is used.
 
     Args:
-        z: embeddings (N, d).
+        scores: similarity of N rows with each other.
         group: patient codes (N,).
         following: the row of the patient's next note, −1 for none, (N,).
+        beside: see `ranking`.
         k: cut of the recall.
 
     Returns:
         ``mrr`` and ``recall_at_k``: all other notes of the patient are relevant; ``adjacent_mrr`` and
         ``adjacent_recall_at_k``: the next one is, and the patient's other notes are not searched. Each (N,).
     """
-    own, itself, target = _equal(_codes(group)), _other_row(len(z)), torch.as_tensor(following)
-    every = torch.arange(len(z))
+    own, itself, target = _equal(_codes(group)), _other_row(len(group)), torch.as_tensor(following)
+    every = torch.arange(len(group))
 
-    def follows(rows: slice) -> Tensor:
+    def follows(rows: Tensor) -> Tensor:
         return target[rows, None] == every[None, :]
 
-    anyone = ranking(z, z, own, itself, k)
-    adjacent = ranking(z, z, follows, lambda rows: ~own(rows) | follows(rows), k)
+    anyone = ranking(scores, own, itself, beside=beside, k=k)
+    adjacent = ranking(scores, follows, lambda rows: ~own(rows) | follows(rows), beside=beside, k=k)
     names = [name for name in anyone if name.startswith(("mrr", "recall"))]
     return {name: anyone[name] for name in names} | {f"adjacent_{name}": adjacent[name] for name in names}
 
 
 def few_labels(
-    z: np.ndarray | Tensor,
+    z: Rows,
     y: np.ndarray,
     group: np.ndarray,
     labels: Sequence[int] = LABELS,
@@ -211,15 +281,16 @@ def few_labels(
     own = torch.from_numpy(column[codes])
     if len(kept) < 2:
         raise ValueError(f"Few labels need two classes of at least two rows; {len(kept)} of {len(classes)} have them.")
-    right = {k: torch.zeros(len(z), dtype=torch.float64) for k in labels}
-    tested = {k: torch.zeros(len(z), dtype=torch.float64) for k in labels}
+    right = {k: torch.zeros(len(own), dtype=torch.float64) for k in labels}
+    tested = {k: torch.zeros(len(own), dtype=torch.float64) for k in labels}
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
         shuffled = [rng.permutation(np.flatnonzero(codes == c)) for c in kept]
         for k in labels:
             support = [rows[: min(k, len(rows) // 2)] for rows in shuffled]
-            centroids = unit_rows(torch.stack([z[rows].mean(0) for rows in support]))
-            scores = z @ centroids.T
+            means = [z[rows].mean(0) for rows in support]
+            centroids = csr_matrix(np.vstack(means)) if issparse(z) else torch.stack(means)
+            scores = cosines(z, centroids).of(torch.arange(len(own)))
             # Classes that are equally near share the credit, as tied documents do.
             near = scores >= scores.amax(1, keepdim=True) - TIE
             credit = near.gather(1, own.clamp_min(0)[:, None])[:, 0] / near.sum(1)

@@ -7,7 +7,6 @@ every encoder, so that `paired_difference` compares two encoders on the same not
 """
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +14,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
+from scipy.sparse import csr_matrix, issparse
 from torch import Tensor
 
-from hf_densefeat.data.splits import refuse_trained
-from hf_densefeat.evaluation.embeddings import embed, encoder_key
-from hf_densefeat.evaluation.metrics import CODES, METRICS_OF, Estimate, metric_named, patient_weights, replicate
-from hf_densefeat.evaluation.ranking import coded, few_labels, ranking, same_group, same_label, unit_rows
-from hf_densefeat.evaluation.similarity_tasks import SimilarityKind, SimilarityRows, SimilarityTask, similarity_rows
+from hf_densefeat.evaluation.evaluator import Evaluator
+from hf_densefeat.evaluation.metrics import (
+    CODES,
+    WITH_WORDS,
+    Estimate,
+    PatientWeights,
+    metric_named,
+    replicate,
+    rows_of_some_patients,
+)
+from hf_densefeat.evaluation.ranking import Rows, coded, cosines, unit_rows
+from hf_densefeat.evaluation.similarity_kinds import SIMILARITY, similarity_rows
+from hf_densefeat.evaluation.similarity_tasks import SimilarityRows, SimilarityTask
 
 logger = logging.getLogger(__name__)
 
 DIVISORS = (1, 2, 4, 8)
+ASKED = 10_000  # queries: every one is compared with every document, for every code and encoder
 Map = Callable[[Tensor], Tensor]
 
 
@@ -44,7 +52,7 @@ class SimilarityResult:
         patient: patient codes of the scored rows.
     """
 
-    kind: SimilarityKind
+    kind: str
     metrics: dict[str, Estimate]
     replicates: dict[str, np.ndarray] = field(repr=False)
     values: dict[str, np.ndarray] = field(repr=False)
@@ -59,30 +67,6 @@ def centred_on(z: np.ndarray | Tensor) -> Map:
     return lambda rows: rows - mean
 
 
-def _values(rows: SimilarityRows, z: Tensor, queries: Tensor | None, seed: int) -> dict[str, np.ndarray]:
-    """One value a scored row for each metric of the kind; clusters once for all of theirs."""
-    if rows.kind == "clusters":
-        # At length 1 Euclidean k-means compares by cosine, like the other uses.
-        found = KMeans(int(rows.y.max()) + 1, n_init=4, random_state=seed).fit_predict(unit_rows(z).numpy())
-        return dict.fromkeys(METRICS_OF["clusters"], found)
-    if rows.kind == "few_labels":
-        return few_labels(z, rows.y, rows.group, seed=seed)
-    if rows.kind == "same_patient":
-        return same_group(z, rows.group, rows.following)
-    if queries is None:
-        return same_label(z, rows.y, rows.group, apart=rows.apart)
-    pairs = torch.from_numpy(rows.relevant[np.argsort(rows.relevant[:, 0], kind="stable")])
-
-    def relevant(part: slice) -> Tensor:
-        mask = torch.zeros(part.stop - part.start, len(z), dtype=torch.bool)
-        ends = torch.searchsorted(pairs[:, 0].contiguous(), torch.tensor([part.start, part.stop]))
-        chosen = pairs[ends[0] : ends[1]]
-        mask[chosen[:, 0] - part.start, chosen[:, 1]] = True
-        return mask
-
-    return ranking(queries, z, relevant)
-
-
 def _variants(codes: Sequence[str], divisors: Sequence[int], width: int) -> list[tuple[str, str, int]]:
     """Suffix of the metric names, code and number of dimensions: every code at full width, then fewer dimensions."""
     if not codes or codes[0] not in CODES or any(int(one) < 1 for one in divisors):
@@ -92,55 +76,73 @@ def _variants(codes: Sequence[str], divisors: Sequence[int], width: int) -> list
 
 
 def similarity_of(
-    z: np.ndarray | Tensor,
+    z: Rows,
     rows: SimilarityRows,
     *,
-    queries: np.ndarray | Tensor | None = None,
+    queries: Rows | None = None,
     head: Map | str | None = None,
     codes: Sequence[str] = CODES,
     divisors: Sequence[int] = DIVISORS,
+    words: tuple[csr_matrix, csr_matrix | None] | None = None,
     bootstraps: int = 1000,
     seed: int = 0,
+    maximum: int = ASKED,
 ) -> SimilarityResult:
     """One task on embeddings, without a model.
 
     Args:
-        z: embeddings (N, d) of ``rows.texts``.
+        z: embeddings (N, d) of ``rows.texts``; sparse ones (words) are compared as they are, without head or codes.
         rows: the task, see `similarity_rows`.
         queries: embeddings (Q, d) of ``rows.queries``, where there are any.
         head: a map of embeddings (a `DenseHead`, `centred_on`), applied first; "centred" removes the mean of ``z``.
         codes: float, int8 and binary codes of the embeddings at length 1; the ranges of int8 are those of ``z``.
         divisors: the first d/2, d/4, … dimensions, as floats.
+        words: of `Words`, of the texts and of the queries: kinds that search then also have ``mrr_with_words``, of the
+            ranking fused with that by words (see `ranking`).
         bootstraps: replicates over patients or queries; 0 for none.
         seed: seed of k-means, samples and bootstrap; one seed redraws the same patients for every encoder.
+        maximum: kinds that search ask so many rows, of whole patients drawn at random; all documents are searched.
 
     Raises:
         ValueError: for another number of embeddings than of texts or queries, or embeddings that are not finite.
     """
-    z = torch.as_tensor(z).detach().float().cpu()
-    asked = None if queries is None else torch.as_tensor(queries).detach().float().cpu()
-    if len(z) != len(rows.texts) or len(rows.queries) != (0 if asked is None else len(asked)):
+    kind, sparse = SIMILARITY[rows.kind], issparse(z)
+    if not sparse:
+        z = torch.as_tensor(z).detach().float().cpu()
+        queries = None if queries is None else torch.as_tensor(queries).detach().float().cpu()
+    counts = z.shape[0], 0 if queries is None else queries.shape[0]
+    if counts != (len(rows.texts), len(rows.queries)):
         raise ValueError(
-            f"Expected {len(rows.texts)} embeddings and {len(rows.queries)} of queries but got {len(z)} and "
-            f"{0 if asked is None else len(asked)}."
+            f"Expected {len(rows.texts)} embeddings and {len(rows.queries)} of queries but got {counts[0]} and "
+            f"{counts[1]}."
         )
     mapped = centred_on(z) if head == "centred" else head
     if callable(mapped):
-        z, asked = mapped(z), None if asked is None else mapped(asked)
+        z, queries = mapped(z), None if queries is None else mapped(queries)
     values: dict[str, np.ndarray] = {}
-    for suffix, code, width in _variants(codes, divisors, z.shape[1]):
-        documents = unit_rows(z[:, :width])
-        sides = [documents] if asked is None else [documents, unit_rows(asked[:, :width])]
-        # Queries take the documents' ranges: an index is built before anybody asks.
-        made = [coded(side, code, documents) for side in sides]
-        found = _values(rows, made[0], made[1] if asked is not None else None, seed)
-        values |= {name + suffix: found[name] for name in METRICS_OF[rows.kind]}
-    return _result(rows, values, bootstraps, seed)
+    some = None
+    if kind.search and len(rows.y) > maximum:
+        some = torch.from_numpy(rows_of_some_patients(rows.group, maximum, seed))
+    for suffix, code, width in [("", "float", z.shape[1])] if sparse else _variants(codes, divisors, z.shape[1]):
+        documents = unit_rows(z if sparse else z[:, :width])
+        asked = documents if queries is None else unit_rows(queries if sparse else queries[:, :width])
+        if not sparse:
+            # Queries take the documents' ranges: an index is built before anybody asks.
+            documents, asked = coded(documents, code, documents), coded(asked, code, documents)
+        scores = cosines(asked, documents, asked=some)
+        found = kind.values(rows, documents, scores, None, seed)
+        values |= {name + suffix: found[name] for name in kind.metrics}
+        if words is not None and kind.search and not suffix:
+            beside = cosines(words[0] if words[1] is None else words[1], words[0])
+            found = kind.values(rows, documents, scores, beside, seed)
+            values |= {name + WITH_WORDS: found[name] for name in kind.metrics}
+    return _result(rows, values, bootstraps, seed, 0 if some is None else len(rows.y) - len(some))
 
 
-def _result(rows: SimilarityRows, values: dict[str, np.ndarray], bootstraps: int, seed: int) -> SimilarityResult:
-    one, count = np.ones((1, len(rows.y))), len(rows.y)
-    weights = patient_weights(rows.group, bootstraps, seed) if bootstraps else np.empty((0, count))
+def _result(
+    rows: SimilarityRows, values: dict[str, np.ndarray], bootstraps: int, seed: int, not_asked: int
+) -> SimilarityResult:
+    one, weights = np.ones((1, len(rows.y))), PatientWeights.of(rows.group, bootstraps, seed)
     metrics: dict[str, Estimate] = {}
     drawn: dict[str, np.ndarray] = {}
     for name, output in values.items():
@@ -148,18 +150,21 @@ def _result(rows: SimilarityRows, values: dict[str, np.ndarray], bootstraps: int
         drawn[name] = replicate(function, rows.y, output, weights)
         metrics[name] = Estimate.of(function(rows.y, output, one)[0], drawn[name])
     # Labels alone decide which rows have a value, so the same ones have it for every encoder.
-    defined = np.isfinite(values[METRICS_OF[rows.kind][0]])
+    defined = np.isfinite(values[SIMILARITY[rows.kind].metrics[0]])
     counts = {"scored": int(defined.sum()), "patients": len(np.unique(rows.group[defined]))}
-    counts |= {"searched": len(rows.texts), "undefined": int((~defined).sum())} | rows.left_out
+    counts |= {"searched": len(rows.texts), "undefined": int((~defined).sum()) - not_asked} | rows.left_out
+    counts |= {"not_asked": not_asked} if not_asked else {}
     return SimilarityResult(rows.kind, metrics, drawn, values, counts, rows.y, rows.group)
 
 
-class SimilarityEvaluator:
+class SimilarityEvaluator(Evaluator):
     """Similarity of one encoder after another, on tasks that are read once.
 
     Called as ``evaluator(model, tokenizer)`` it gives flat numbers (``disease_mrr``, ``disease_mrr_binary``) for a
     trainer's log and ``metric_for_best_model``; `evaluate` gives intervals and replicates.
     """
+
+    what = "similarity"
 
     def __init__(
         self,
@@ -193,46 +198,32 @@ class SimilarityEvaluator:
         Raises:
             ValueError: for tasks that cannot be read, see `similarity_rows`; before any encoding.
         """
-        names = [task.name for task in tasks]
-        if len(set(names)) < len(names) or not names:
-            raise ValueError(f"Expected at least one task, with different names, but got {names}.")
-        self.tasks, self.head, self.bootstraps = list(tasks), head, bootstraps
-        self.codes, self.divisors = tuple(codes), tuple(divisors)
-        self.batch_size, self.max_length, self.cache, self.seed = batch_size, max_length, cache, seed
-        self.allow_trained = allow_trained
+        super().__init__(
+            tasks,
+            headline=SIMILARITY.get(tasks[0].kind, SIMILARITY["retrieval"]).metrics[0] if tasks else "mrr",
+            bootstraps=bootstraps,
+            batch_size=batch_size,
+            max_length=max_length,
+            cache=cache,
+            seed=seed,
+            allow_trained=allow_trained,
+        )
+        self.head, self.codes, self.divisors = head, tuple(codes), tuple(divisors)
         self.rows = {task.name: similarity_rows(task) for task in tasks}
-        self._say_left_out()
-
-    def _say_left_out(self) -> None:
         for name, rows in self.rows.items():
             left_out = {reason: count for reason, count in rows.left_out.items() if count}
             if left_out:
                 logger.info("Similarity %s: rows apart: %s.", name, left_out)
 
-    def refuse_trained(self, model: Any) -> None:
-        """ValueError, with their number, for scored patients that the model was trained on, unless that is allowed."""
-        for name, rows in self.rows.items() if not self.allow_trained else ():
-            refuse_trained(rows.tested, model, f"Similarity {name!r}")
-
-    def _results(
-        self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int
+    def _measured(
+        self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int, words: Any = None
     ) -> dict[str, SimilarityResult]:
-        self.refuse_trained(model)
-        # All texts in one call, so that a text of several tasks is encoded once.
-        parts = [part for rows in self.rows.values() for part in (rows.texts, rows.queries)]
-        key = encoder_key(model, tokenizer) if cache else None
-        texts = [text for part in parts for text in part]
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "max_length": self.max_length,
-            "cache": cache,
-            "key": key,
-        }
-        z = embed(model, texts, tokenizer, head=self.head is None, **options)
-        cut = iter(np.split(z, np.cumsum([len(part) for part in parts])[:-1]))
-        found = {}
+        z, found = self._embedded(model, tokenizer, cache, head=self.head is None), {}
         for name, rows in self.rows.items():
-            documents, queries = next(cut), next(cut)
+            documents, queries = z[name]
+            beside = None
+            if words is not None and SIMILARITY[rows.kind].search:
+                beside = words.encode(rows.texts), words.encode(rows.queries) if rows.queries else None
             found[name] = similarity_of(
                 documents,
                 rows,
@@ -240,26 +231,18 @@ class SimilarityEvaluator:
                 head=None if isinstance(self.head, bool) else self.head,
                 codes=self.codes,
                 divisors=self.divisors,
+                words=beside,
                 bootstraps=bootstraps,
                 seed=self.seed,
             )
         return found
 
-    def __call__(
-        self, model: Any, tokenizer: Any = None, epoch: int = -1, steps: int = -1, **_: Any
-    ) -> dict[str, float]:
-        """Point values, ``{task}_{metric}``, and ``similarity_seconds``.
+    def evaluate(self, model: Any, tokenizer: Any = None, *, words: Any = None) -> dict[str, SimilarityResult]:
+        """Task name to `SimilarityResult` with bootstrap intervals; embeddings come from the cache where they are there.
 
-        Every rank encodes every text in the same order and nothing is read from disk, so that ranks stay in step where
-        a forward is a collective (FSDP); the numbers are the same on all ranks. sentence-transformers may call it, as
-        `evaluator(model, output_path, epoch, steps)`: these are without effect.
+        Args:
+            model: one of our encoders, a `SentenceTransformer`, or `Words` by themselves.
+            tokenizer: passed to ``encode`` where it takes one.
+            words: `Words`, for rankings fused with theirs beside the encoder's.
         """
-        start = time.perf_counter()
-        metrics: dict[str, float] = {}
-        for task, result in self._results(model, tokenizer, False, 0).items():
-            metrics |= {f"{task}_{name}": found.value for name, found in result.metrics.items()}
-        return metrics | {"similarity_seconds": time.perf_counter() - start}
-
-    def evaluate(self, model: Any, tokenizer: Any = None) -> dict[str, SimilarityResult]:
-        """Task name to `SimilarityResult` with bootstrap intervals; embeddings come from the cache where they are there."""
-        return self._results(model, tokenizer, self.cache, self.bootstraps)
+        return self._measured(model, tokenizer, self.cache, self.bootstraps, words)

@@ -3,34 +3,22 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from hf_densefeat.data.columns import shown
 from hf_densefeat.data.identity import identities
 
-SimilarityKind = Literal["neighbours", "retrieval", "same_patient", "clusters", "few_labels"]
-KINDS = ("neighbours", "retrieval", "same_patient", "clusters", "few_labels")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityTask:
     """A use of embeddings' own metric, on one table of notes or on tables of queries and documents.
 
-    Kinds:
-        * ``neighbours``: share of a note's label among its 10 nearest notes of other patients.
-        * ``retrieval``: MRR, recall and nDCG at 10 of relevant documents, in one of three forms: ``queries``,
-          ``documents`` and ``relevance`` tables, as BEIR has them; ``notes`` with a ``question`` column, each question
-          the query for its own row; ``notes`` with a ``label``, each row the query for the rows of the same value.
-        * ``same_patient``: a patient's other notes among everybody's, and the next one among those of others. Notes that are
-          copies of another of the patient's are counted, and stay: `load_notes(drop_copies=True)` leaves them out.
-        * ``clusters``: NMI and ARI of k-means, k the number of classes.
-        * ``few_labels``: accuracy of the nearest class centroid with 4, 8 and 16 labelled notes of each class.
-
     Attributes:
         name: prefix of the metric names.
-        kind: see above.
+        kind: ``neighbours``, ``retrieval``, ``same_patient``, ``clusters`` or ``few_labels``: the entries of `SIMILARITY`
+            (`similarity_kinds.py`) say what each reads and gives.
         notes: table of notes: `datasets.Dataset`, Arrow table, data frame or dict of columns.
         label: label column. Rows without a label (None, NaN, "") are neither searched nor scored, and are counted.
         question: column of a note's question. Notes without one are searched and not asked for.
@@ -46,7 +34,7 @@ class SimilarityTask:
     """
 
     name: str
-    kind: SimilarityKind
+    kind: str
     notes: Any = None
     label: str | None = None
     question: str | None = None
@@ -77,7 +65,7 @@ class SimilarityRows:
         tested: ids of the patients of the scored rows; for the comparison with a `SplitRecord`, never written anywhere.
     """
 
-    kind: SimilarityKind
+    kind: str
     texts: list[str]
     queries: list[str]
     y: np.ndarray
@@ -158,7 +146,7 @@ def _of(ids: list, group: np.ndarray) -> list:
     return [ids[code] for code in np.unique(group)] if ids else []
 
 
-def _beir(task: SimilarityTask) -> SimilarityRows:
+def beir(task: SimilarityTask) -> SimilarityRows:
     """Queries, documents and relevance; queries without a relevant document are left out."""
     ids = [str(one) for one in _column(task, task.queries, "_id", "id", "query_id", "query-id")]
     names = [str(one) for one in _column(task, task.documents, "_id", "id", "document_id", "corpus-id")]
@@ -205,7 +193,8 @@ def _beir(task: SimilarityTask) -> SimilarityRows:
     )
 
 
-def _questions(task: SimilarityTask) -> SimilarityRows:
+def questions(task: SimilarityTask) -> SimilarityRows:
+    """Notes with a question, each the query for its own row; notes without one are searched and not asked for."""
     texts = _texts(task, _column(task, task.notes, task.text), task.text)
     asked = _column(task, task.notes, task.question or "")
     kept = np.array([i for i, one in enumerate(asked) if not _missing(one)], dtype=np.int64)
@@ -219,7 +208,8 @@ def _questions(task: SimilarityTask) -> SimilarityRows:
     )
 
 
-def _labelled(task: SimilarityTask) -> SimilarityRows:
+def labelled(task: SimilarityTask) -> SimilarityRows:
+    """Notes with a label; those without are left out."""
     texts, labels = _column(task, task.notes, task.text), _column(task, task.notes, task.label or "")
     kept = np.array([i for i, one in enumerate(labels) if not _missing(one)], dtype=np.int64)
     classes, y = np.unique(np.array([str(labels[i]) for i in kept], dtype=object), return_inverse=True)
@@ -238,41 +228,11 @@ def _labelled(task: SimilarityTask) -> SimilarityRows:
     return SimilarityRows(task.kind, chosen, [], y, group, none, np.empty(0), kept, apart, left_out, _of(ids, group))
 
 
-def similarity_rows(task: SimilarityTask) -> SimilarityRows:
-    """Read a task's tables.
-
-    Raises:
-        ValueError: for a kind without what it needs, a missing column, a row without text or patient, one class,
-            unknown or repeated ids, or nothing to score.
-    """
-    tables = [one is not None for one in (task.queries, task.documents, task.relevance)]
-    needs = {
-        "neighbours": task.label,
-        "clusters": task.label,
-        "few_labels": task.label,
-        "same_patient": task.group,
-        "retrieval": all(tables) or task.question or task.label,
-    }
-    if task.kind not in KINDS or not needs[task.kind] or (task.notes is None and not all(tables)):
-        raise ValueError(
-            f"Similarity {task.name!r}: expected a kind among {KINDS}; notes with a label for neighbours, clusters and "
-            "few_labels, with a group for same_patient, with a label or a question for retrieval; or the three tables "
-            f"queries, documents and relevance. Got kind={task.kind!r}, label={task.label!r}, "
-            f"question={task.question!r}, group={task.group!r}."
-        )
-    if task.kind == "same_patient":
-        texts = _texts(task, _column(task, task.notes, task.text), task.text)
-        (group, ids), every = _groups(task, task.notes, required=True), np.arange(len(texts))
-        none, alone = np.empty((0, 2), dtype=np.int64), int((np.bincount(group) == 1).sum())
-        following = _following(task, group)
-        left_out = {"alone": alone, "copied": _copied(texts, group)}
-        rows = SimilarityRows(task.kind, texts, [], every, group, none, following, every, False, left_out, ids)
-    elif task.kind == "retrieval" and all(tables):
-        rows = _beir(task)
-    elif task.kind == "retrieval" and task.question:
-        rows = _questions(task)
-    else:
-        rows = _labelled(task)
-    if len(rows.y) == 0:
-        raise ValueError(f"Similarity {task.name!r}: nothing is left to score ({rows.left_out}).")
-    return rows
+def own_notes(task: SimilarityTask) -> SimilarityRows:
+    """Notes and their patients; those of patients with one note are searched and have no value."""
+    texts = _texts(task, _column(task, task.notes, task.text), task.text)
+    (group, ids), every = _groups(task, task.notes, required=True), np.arange(len(texts))
+    none = np.empty((0, 2), dtype=np.int64)
+    left_out = {"alone": int((np.bincount(group) == 1).sum()), "copied": _copied(texts, group)}
+    following = _following(task, group)
+    return SimilarityRows(task.kind, texts, [], every, group, none, following, every, False, left_out, ids)

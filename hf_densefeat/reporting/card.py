@@ -33,7 +33,8 @@ HUB_TASKS = {
 
 READING = """Measured on notes of held-out patients. Similarity compares the embeddings by cosine as they are; probes are
 linear, on frozen embeddings. In brackets, 95 % bootstrap intervals over patients, paired: ↑ better, ↓ worse, · no visible
-difference, which is no proof of equality. A subspace distance means nothing without its noise floor, the distance of two
+difference, which is no proof of equality. Words are TF-IDF, fitted on training notes; "fused with words" orders documents by
+the reciprocal ranks of both. A subspace distance means nothing without its noise floor, the distance of two
 halves of the same notes."""
 
 TERMS = {
@@ -303,7 +304,7 @@ def _measured(measured: Sequence[Measured], pictures: Sequence[Picture], evaluat
     found = verdict(last, base if len(measured) > 1 else None)
     parts = [f"**{found.advice}** {found.evidence}"]
     shape = last["geometry"]
-    parts.append(f"{markdown(before_after_table(measured))}\n\n{READING}")
+    parts.append(f"{markdown(before_after_table(measured, wide=True))}\n\n{READING}")
     for picture in pictures:
         alt = picture.alt.translate(str.maketrans("[]", "()"))  # brackets would end the text of the picture
         parts.append(f"![{alt}]({picture.path.name})\n\n{picture.caption}")

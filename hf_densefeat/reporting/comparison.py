@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from hf_densefeat.evaluation.geometry import State, geometry_state, variance_share
-from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, Estimate, metric_named, paired_difference
+from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, WITH_WORDS, Estimate, metric_named, paired_difference
 from hf_densefeat.evaluation.probes import ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityResult
-from hf_densefeat.evaluation.similarity_tasks import SimilarityKind
+from hf_densefeat.evaluation.similarity_kinds import SIMILARITY
 from hf_densefeat.reporting.formats import interval
 
 Triple = Sequence[float | None]  # value, low, high; None where there is none
@@ -29,6 +29,8 @@ class Measured(TypedDict, total=False):
         similarity: "task metric" to value, low, high.
         probes: the same of probes.
         differences: "task metric" to this encoder's value minus that of the first in the list, paired, with interval.
+        against_words: the same minus the value of words (TF-IDF) where these are measured too; of "task mrr_with_words",
+            the ranking fused with that by words, minus words alone.
     """
 
     name: str
@@ -38,32 +40,44 @@ class Measured(TypedDict, total=False):
     similarity: dict[str, Triple]
     probes: dict[str, Triple]
     differences: dict[str, Triple]
+    against_words: dict[str, Triple]
 
 
 Results = Mapping[str, SimilarityResult] | Mapping[str, ProbeResult]
-Both = tuple[Results, Results]  # of similarity and of probes, task to result
+Both = tuple[Mapping[str, SimilarityResult], Mapping[str, ProbeResult]]  # of similarity and of probes, task to result
 
 
 def measured_of(
-    name: str, geometry: dict[str, float], spectrum: Any, results: Both, *, base: Both | None = None
+    name: str,
+    geometry: dict[str, float],
+    spectrum: Any,
+    results: Both,
+    *,
+    base: Both | None = None,
+    words: Both | None = None,
 ) -> Measured:
     """What was measured of one encoder as plain numbers, in the one form that tables, cards and pages read.
 
     Args:
         name: in tables and pictures; no path.
-        geometry: of `geometry_report`.
+        geometry: of `geometry_report`; empty for words.
         spectrum: eigenvalues (m,), largest first.
         results: of similarity and of probes, either may be empty.
         base: the same of the encoder that this one is compared with; None for that encoder itself.
+        words: the same of words, where they are measured beside it.
     """
-    differences = {} if base is None else _triples(results[0], base[0]) | _triples(results[1], base[1])
+
+    def against(other: Both | None) -> dict[str, Triple]:
+        return {} if other is None else _triples(results[0], other[0]) | _triples(results[1], other[1])
+
     return {
         "name": name,
         "geometry": geometry,
         "spectrum": [float(value) for value in spectrum],
         "similarity": _triples(results[0]),
         "probes": _triples(results[1]),
-        "differences": differences,
+        "differences": against(base),
+        "against_words": against(words),
     }
 
 
@@ -87,8 +101,8 @@ def judged(measured: Sequence[Measured]) -> Measured:
         sign = 1 if metric_named(key.rsplit(" ", 1)[1]).higher_is_better else -1
         gains = [sign * (one["differences"][key][0] or 0.0) for one in views]
         best = views[gains.index(max(gains))]
-        for part in ("similarity", "probes", "differences"):
-            if key in merged[part]:
+        for part in ("similarity", "probes", "differences", "against_words"):
+            if key in merged.get(part, {}):
                 merged[part] = {**merged[part], key: best[part][key]}
     return merged
 
@@ -118,14 +132,13 @@ GROUPS = {"similarity": "similarity", "probes": "linear probes", "clusterings": 
 
 
 def headlines(group: str) -> set[str]:
-    """The metrics of a group by which verdicts count, one a task: the first of each kind in `METRICS_OF`."""
-    uses = get_args(SimilarityKind)
+    """The metrics of a group by which verdicts count, one a task: the first of each kind."""
     kinds = {
-        "similarity": uses,
-        "clusterings": ("clustering",),
-        "probes": tuple(kind for kind in METRICS_OF if kind not in (*uses, "clustering")),
+        "similarity": [kind.metrics for kind in SIMILARITY.values()],
+        "clusterings": [METRICS_OF["clustering"]],
+        "probes": [metrics for kind, metrics in METRICS_OF.items() if kind != "clustering"],
     }
-    return {METRICS_OF[kind][0] for kind in kinds[group]}
+    return {metrics[0] for metrics in kinds[group]}
 
 
 def direction(difference: Estimate, metric: str) -> Direction:
@@ -146,6 +159,7 @@ class Comparison:
         metric: name of the metric, a variant such as ``mrr_binary`` too.
         values: encoder to `Estimate`.
         differences: encoder to `Estimate` of it minus the first, where it is known.
+        against_words: encoder to `Estimate` of it minus words, where they were measured.
     """
 
     group: str
@@ -153,11 +167,17 @@ class Comparison:
     metric: str
     values: dict[str, Estimate]
     differences: dict[str, Estimate]
+    against_words: dict[str, Estimate]
 
     @property
     def headline(self) -> bool:
         """Whether verdicts count it."""
         return self.metric in headlines(self.group)
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is a headline metric of the ranking that is fused with words."""
+        return self.metric.endswith(WITH_WORDS) and self.metric.removesuffix(WITH_WORDS) in headlines(self.group)
 
     @property
     def title(self) -> str:
@@ -176,10 +196,10 @@ class Comparison:
         sign = 1 if metric_named(self.metric).higher_is_better else -1
         return sign * self.differences[name].value / max(base, 1e-9)
 
-    def quoted(self, name: str) -> str:
+    def quoted(self, difference: Estimate) -> str:
         """Metric, task and difference, for a sentence."""
         metric = self.title.removeprefix(f"{self.task}: ")
-        return f"{metric} of {self.task} {interval(self.differences[name], signed=True)}"
+        return f"{metric} of {self.task} {interval(difference, signed=True)}"
 
 
 def comparisons(measured: Sequence[Measured], *, variants: bool = False) -> list[Comparison]:
@@ -187,27 +207,31 @@ def comparisons(measured: Sequence[Measured], *, variants: bool = False) -> list
 
     Args:
         measured: encoders; the first is what the others are compared with.
-        variants: also the metrics of codes and fewer dimensions (``mrr_binary``, ``mrr_d_over_4``).
+        variants: also the metrics of codes, fewer dimensions and rankings fused with words (``mrr_binary``,
+            ``mrr_d_over_4``, ``mrr_with_words``).
     """
     found = []
     parts: tuple[Literal["similarity", "probes"], ...] = ("similarity", "probes")
     for part in parts:
         sides = {one["name"]: _part(one, part) for one in measured}
         gaps = {one["name"]: _part(one, "differences") for one in measured[1:]}
+        beside = {one["name"]: _part(one, "against_words") for one in measured}
         for key in sides[measured[-1]["name"]]:
             task, metric = key.rsplit(" ", 1)
             # a variant is named by its metric and what was done to the embeddings: mrr_binary
             if not variants and metric not in METRICS:
                 continue
-            values = {name: estimate_of(side[key]) for name, side in sides.items() if key in side}
-            differences = {name: estimate_of(side[key]) for name, side in gaps.items() if key in side}
+            values, differences, against = (
+                {name: estimate_of(side[key]) for name, side in one.items() if key in side}
+                for one in (sides, gaps, beside)
+            )
             # k-means over all rows is no held-out probe, and is counted apart from them
             group = "clusterings" if part == "probes" and metric in METRICS_OF["clustering"] else part
-            found.append(Comparison(group, task, metric, values, differences))
+            found.append(Comparison(group, task, metric, values, differences, against))
     return sorted(found, key=lambda one: list(GROUPS).index(one.group))
 
 
-def _part(one: Measured, name: Literal["similarity", "probes", "differences"]) -> dict[str, Triple]:
+def _part(one: Measured, name: Literal["similarity", "probes", "differences", "against_words"]) -> dict[str, Triple]:
     return one.get(name, {})
 
 
@@ -264,7 +288,8 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
     )
     rows = [] if base is None else [row for row in comparisons([base, ours]) if row.headline and row.differences]
     if base is None or not rows:
-        return Verdict(state, None, {}, f"{shape}: {ADVICE[state]}.", f"{numbers[0].upper()}{numbers[1:]}.")
+        evidence = f"{numbers[0].upper()}{numbers[1:]}.{_beside_words(ours)}"
+        return Verdict(state, None, {}, f"{shape}: {ADVICE[state]}.", evidence)
     counts: dict[str, dict[Direction, int]] = {}
     for row in rows:
         group = counts.setdefault(row.group, {"better": 0, "equal": 0, "worse": 0})
@@ -274,7 +299,8 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
     against = ("mixed" if worse else "better") if better else ("worse" if worse else "equal")
     evidence = "; ".join(f"{GROUPS[group]}: {_counted(one)}" for group, one in counts.items())
     advice = f"{_advice(name, base['name'], against, counts)}."
-    evidence = f"{evidence[0].upper()}{evidence[1:]}.{_extremes(rows, name)} {shape} ({numbers}): {ADVICE[state]}."
+    evidence = f"{evidence[0].upper()}{evidence[1:]}.{_extremes(rows, name)}{_beside_words(ours)}"
+    evidence += f" {shape} ({numbers}): {ADVICE[state]}."
     return Verdict(state, against, counts, advice, evidence)
 
 
@@ -303,8 +329,27 @@ def _extremes(rows: list[Comparison], name: str) -> str:
     order = sorted(rows, key=lambda row: row.gain(name))
     parts = []
     if order[-1].gain(name) > 0:
-        parts.append(f"largest gain: {order[-1].quoted(name)}")
+        parts.append(f"largest gain: {order[-1].quoted(order[-1].differences[name])}")
     if order[0].gain(name) < 0:
-        parts.append(f"largest loss: {order[0].quoted(name)}")
+        parts.append(f"largest loss: {order[0].quoted(order[0].differences[name])}")
     text = "; ".join(parts)
     return f" {text[0].upper()}{text[1:]}." if text else ""
+
+
+def _beside_words(ours: Measured) -> str:
+    """Where words are ahead of the encoder, and whether it adds to them in search, as sentences."""
+    name = ours["name"]
+    rows = [row for row in comparisons([ours], variants=True) if name in row.against_words]
+    ahead = [
+        row.quoted(row.against_words[name])
+        for row in rows
+        if row.headline and direction(row.against_words[name], row.metric) == "worse"
+    ]
+    searches = [direction(row.against_words[name], row.metric) for row in rows if row.fused]
+    if not rows:
+        return ""
+    said = f" Words are ahead: {'; '.join(ahead)}." if ahead else " Words are nowhere ahead."
+    if searches:
+        said += f" Fused with words, it is better than words alone in {searches.count('better')}"
+        said += f" and worse in {searches.count('worse')} of {len(searches)} searches."
+    return said

@@ -71,7 +71,9 @@ one side of zero; of twenty differences without any cause, about one does. No vi
 Geometry is a means: what counts are the uses, similarity and probes.
 """
 METHOD = """
-Similarity: embeddings as they are, compared by cosine; neighbours are notes of other patients; nothing is fitted. Probes
+Similarity: embeddings as they are, compared by cosine; neighbours are notes of other patients; nothing is fitted. Words:
+TF-IDF (1 + ln of the count) of what the encoders read, fitted on training patients' notes; fused with words: documents in
+the order of the sum of 1/(60 + rank) over both rankings. Probes
 are linear, on frozen embeddings: logistic regression or ridge, standardised on the training rows, strength chosen on
 validation patients, scored once on test patients; ARI and NMI are of k-means with k = number of classes, on all rows that
 have the label. Intervals: 2.5 and 97.5 percentiles over {bootstraps} redraws of patients (or queries), the same redraws

@@ -4,10 +4,10 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 from hf_densefeat.evaluation.geometry import geometry_state, variance_share
-from hf_densefeat.evaluation.metrics import CODES, METRICS, Estimate
+from hf_densefeat.evaluation.metrics import CODES, METRICS, WITH_WORDS, Estimate
 from hf_densefeat.evaluation.probes import ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityResult
-from hf_densefeat.reporting.comparison import ARROWS, WORDS, Comparison, Measured, comparisons, judged
+from hf_densefeat.reporting.comparison import ARROWS, WORDS, Comparison, Measured, comparisons, direction, judged
 from hf_densefeat.reporting.formats import Table, interval, number
 
 Report = dict[str, float]
@@ -15,33 +15,40 @@ BESIDE = ("accuracy_at_16", "mrr_binary")
 """Metrics that the table of before and after has beside the headlines."""
 
 
-def before_after_table(measured: Sequence[Measured]) -> Table:
+def before_after_table(measured: Sequence[Measured], *, wide: bool = False) -> Table:
     """Similarity first, then geometry, then probes: a column an encoder, and the last one minus the first in `change`.
 
     The change has its paired 95 % interval and ↑ for better, ↓ for worse, · for no visible difference. Unknown values are
     n/a. With one encoder there is no such column. Of an encoder with views it is the change of the view that gains more.
+
+    Args:
+        measured: encoders, and words where these are measured.
+        wide: also the last one minus words, with its interval; a terminal has no room for it.
     """
-    last = judged(measured)
-    compared = len(measured) > 1
+    last, missing = judged(measured), Estimate(float("nan"))
     names = [one["name"] for one in measured]
-    lines = [["held-out notes", *names, *(["change"] * compared)]]
+    rows = comparisons([*measured, last] if last["name"] not in names else measured, variants=True)
+    rows = [row for row in rows if row.headline or row.fused or row.metric in BESIDE]
+    compared = {"change": "differences"} if len(measured) > 1 else {}
+    if wide and last.get("against_words"):
+        compared[f"{last['name']} − words"] = "against_words"
 
     def line(row: Comparison) -> list[str]:
-        missing = Estimate(float("nan"))
         cells = [number(row.values.get(name, missing).value) for name in names]
-        gap = row.differences.get(last["name"])
-        change = "n/a" if gap is None else interval(gap, digits=3, signed=True)
-        return [row.title, *cells, *([f"{change} {ARROWS[row.direction(last['name'])]}"] * compared)]
+        for part in compared.values():
+            gap = getattr(row, part).get(last["name"])
+            change = f"{interval(gap, digits=3, signed=True)} {ARROWS[direction(gap, row.metric)]}" if gap else "n/a"
+            cells.append(change)
+        return [row.title, *cells]
 
-    rows = comparisons([*measured, last] if last["name"] not in names else measured, variants=True)
-    rows = [row for row in rows if row.headline or row.metric in BESIDE]
+    lines = [["held-out notes", *names, *compared]]
     lines += [line(row) for row in rows if row.group == "similarity"]
     attainable = f"effective rank, of {last['geometry']['attainable_rank']:.0f}"
     for title, key in (("mean cosine of two notes", "mean_cosine"), (attainable, "effective_rank_centered")):
         *values, after = (one.get("geometry", {}).get(key, float("nan")) for one in [*measured, last])
         digits = 3 if key == "mean_cosine" else 1
-        gap = number(after - values[0], digits=digits, signed=True)
-        lines.append([title, *(number(value, digits=digits) for value in values), *([gap] * compared)])
+        gaps = [number(after - values[0], digits=digits, signed=True), "n/a"][: len(compared)]
+        lines.append([title, *(number(value, digits=digits) for value in values), *gaps])
     return lines + [line(row) for row in rows if row.group != "similarity"]
 
 
@@ -77,7 +84,7 @@ def _broken(text: str, width: int) -> list[str]:
 
 
 def comparison_table(measured: Sequence[Measured], groups: Sequence[str], title: str) -> Table:
-    """One line a metric: every encoder with its interval, then each later one minus the first, in numbers and words.
+    """One line a metric: every encoder with its interval, then each later one minus the first, and each minus words.
 
     Args:
         measured: encoders, the first is the base.
@@ -88,14 +95,19 @@ def comparison_table(measured: Sequence[Measured], groups: Sequence[str], title:
         The header alone where nothing of these groups was measured.
     """
     names, missing = [one["name"] for one in measured], Estimate(float("nan"))
-    rows = [row for row in comparisons(measured) if row.group in groups]
-    compared = [name for name in names[1:] if any(name in row.differences for row in rows)]
-    lines = [[title, *names, *(f"{name} − {names[0]}" for name in compared)]]
+    rows = [row for row in comparisons(measured, variants=True) if row.group in groups]
+    rows = [row for row in rows if row.metric in METRICS or row.metric.endswith(WITH_WORDS)]
+    compared = [(name, names[0], "differences") for name in names[1:]]
+    compared += [(name, "words", "against_words") for name in names if names[0] != "words"]
+    compared = [
+        (name, other, part) for name, other, part in compared if any(name in getattr(row, part) for row in rows)
+    ]
+    lines = [[title, *names, *(f"{name} − {other}" for name, other, _ in compared)]]
     for row in rows:
         cells = [interval(row.values.get(name, missing)) for name in names]
-        for name in compared:
-            word = f" {WORDS[row.direction(name)]}" * (name in row.differences)
-            cells.append(f"{interval(row.differences.get(name, missing), signed=True)}{word}")
+        for name, _, part in compared:
+            gap = getattr(row, part).get(name)
+            cells.append(f"{interval(gap, signed=True)} {WORDS[direction(gap, row.metric)]}" if gap else "n/a")
         lines.append([row.title, *cells])
     return lines
 
@@ -109,7 +121,7 @@ def code_table(measured: Sequence[Measured]) -> Table:
             variant = row.metric.removeprefix(plain.metric)
             if row.group != "similarity" or row.task != plain.task or not row.metric.startswith(plain.metric):
                 continue
-            if row.metric == plain.metric or row.metric not in METRICS:
+            if row.metric == plain.metric or not (row.metric in METRICS or row.fused):
                 for name, estimate in row.values.items():
                     cells = found.setdefault((plain.title, name), {})
                     cells[variant[1:].replace("_over_", "/") or CODES[0]] = number(estimate.value)
@@ -134,6 +146,7 @@ def geometry_table(measured: Sequence[Measured]) -> Table:
         ("largest over smallest resolved eigenvalue, centred", _resolved),
         ("largest over median eigenvalue, centred", lambda r: _condition(r, "condition_over_median_centered")),
     )
+    measured = [one for one in measured if one.get("geometry")]  # words have none
     lines = [["geometry", *(one["name"] for one in measured)]]
     return lines + [[name, *(cell(one["geometry"]) for one in measured)] for name, cell in rows]
 

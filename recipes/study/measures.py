@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_densefeat import ProbeEvaluator, geometry_report
 from hf_densefeat.evaluation.geometry import CONDITION_FLOOR, effective_rank_of_spectrum, patient_subspaces
-from hf_densefeat.evaluation.metrics import patient_weights
+from hf_densefeat.evaluation.metrics import PatientWeights
 from hf_densefeat.evaluation.probes import probe
 from study.similarity import SimilarityMeasures
 
@@ -111,7 +111,7 @@ class Known:
 
 def geometry_replicates(z_a: Tensor, z_b: Tensor, patient: np.ndarray, k: int) -> dict[str, np.ndarray]:
     """Effective rank and condition of the earlier side and normalised subspace distance, centred, for redrawn patients."""
-    weights = torch.from_numpy(patient_weights(patient, GEOMETRY_BOOTSTRAPS)).double()
+    weights = torch.from_numpy(PatientWeights.of(patient, GEOMETRY_BOOTSTRAPS)[:]).double()
     count = weights.sum(1)[:, None]
     spectra, bases = [], []
     for z in (z_a, z_b):

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from hf_densefeat import DenseHead
 from hf_densefeat.evaluation.similarity import similarity_of
-from hf_densefeat.evaluation.similarity_tasks import similarity_rows
+from hf_densefeat.evaluation.similarity_kinds import similarity_rows
 from hf_densefeat.models.choosing import Choice, choose_content, fit_content, fit_form
 
 BOOTSTRAPS = 1000

@@ -69,7 +69,8 @@ def test_every_file_is_written_and_holds_the_numbers(folder):
     assert names == {"report.html", "report.json", "report.md"} | pictures
     report = json.loads((folder / "report.json").read_text())
     assert list(report["verdicts"]) == ["wide"]
-    wide = report["measured"][1]
+    assert [one["name"] for one in report["measured"]] == ["base", "words", "wide"]
+    wide = report["measured"][2]
     assert (wide["name"], wide["geometry"]["d"]) == ("wide", 32)
     sick = report["probes"]["wide"]["sick"]["metrics"]["auroc"]
     assert sick["low"] <= sick["value"] <= sick["high"]

@@ -1,4 +1,4 @@
-"""The `evaluate` modules load offline from their folders and give geometry's numbers."""
+"""The module of `evaluate` loads offline from its file and gives geometry's numbers."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ import torch
 
 from hf_densefeat.evaluation import geometry
 
-METRICS = Path(geometry.__file__).parent
+METRICS = Path(geometry.__file__).with_name("geometry_metrics.py")
 
 
 @pytest.fixture
 def load(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return lambda name: evaluate.load(str(METRICS / name), cache_dir=str(tmp_path))
+    return lambda name: evaluate.load(str(METRICS), name, cache_dir=str(tmp_path))
 
 
 def embeddings(seed):
@@ -39,3 +39,9 @@ def test_subspace_distance_comes_with_its_floor(load):
     assert found["subspace_noise_floor"] > 0
     with pytest.raises(ValueError, match="support k <= 8"):
         load("subspace_distance").compute(embeddings=z, next_embeddings=z_next, k=9)
+
+
+def test_an_unknown_configuration_is_refused(load):
+    """With those that there are."""
+    with pytest.raises(ValueError, match="condition_number"):
+        load("rank")

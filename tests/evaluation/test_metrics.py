@@ -6,12 +6,12 @@ from letters import area, features, thirds
 from sklearn import metrics
 
 from hf_densefeat.evaluation.metrics import (
+    PatientWeights,
     adjusted_rand,
     auroc,
     average_precision,
     macro_f1,
     mutual_information,
-    patient_weights,
 )
 from hf_densefeat.evaluation.probes import probe
 
@@ -23,7 +23,7 @@ def scored():
     y = rng.integers(0, 2, 80)
     score = np.round(y + rng.normal(size=80), 1)
     patient = np.repeat(np.arange(20), 4)
-    return y, score, patient, patient_weights(patient, 30, seed=1)
+    return y, score, patient, PatientWeights.of(patient, 30, seed=1)[:]
 
 
 def test_weighted_auroc_and_average_precision_equal_scikit_learn(scored):
@@ -64,7 +64,7 @@ def test_redrawn_rows_do_not_raise_the_rand_index():
     """Unrelated clusters stay near 0 in every replicate, although rows are drawn twice; plain resampling would not."""
     rng = np.random.default_rng(0)
     y, cluster = rng.integers(0, 10, 200), rng.integers(0, 10, 200)
-    weights = patient_weights(np.arange(200), 200)
+    weights = PatientWeights.of(np.arange(200), 200)[:]
     rows = [np.repeat(np.arange(200), w.astype(int)) for w in weights]
     naive = np.mean([metrics.adjusted_rand_score(y[r], cluster[r]) for r in rows])
     point = metrics.adjusted_rand_score(y, cluster)

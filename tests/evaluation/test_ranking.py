@@ -5,11 +5,13 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix, random_array
+from scipy.stats import rankdata
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import cos_sim
 from sentence_transformers.util.quantization import quantize_embeddings
 
-from hf_densefeat.evaluation.ranking import TIE, coded, few_labels, ranking, same_group, same_label, unit_rows
+from hf_densefeat.evaluation.ranking import TIE, coded, cosines, few_labels, ranking, same_group, same_label, unit_rows
 
 
 def cloud(n, d, seed=0):
@@ -40,7 +42,9 @@ def test_equal_to_sentence_transformers():
     """MRR, recall, nDCG and precision are those of its evaluator on the same embeddings."""
     queries, documents, rng = cloud(40, 16), cloud(300, 16, 1), np.random.default_rng(2)
     wanted = {f"q{i}": {f"d{j}" for j in rng.choice(300, size=rng.integers(1, 5), replace=False)} for i in range(40)}
-    found = ranking(queries, documents, mask_of([(int(q[1:]), int(d[1:])) for q in wanted for d in wanted[q]], 300))
+    found = ranking(
+        cosines(queries, documents), mask_of([(int(q[1:]), int(d[1:])) for q in wanted for d in wanted[q]], 300)
+    )
     z = {f"q{i}": row for i, row in enumerate(queries)} | {f"d{j}": row for j, row in enumerate(documents)}
 
     class Encoder:
@@ -75,7 +79,7 @@ def test_ties_count_as_their_mean(seed):
     relevant[rng.integers(7)] = True
     query = cloud(1, 5, seed + 100)
     scores = np.round((unit_rows(query) @ unit_rows(documents).T).numpy()[0], 5)
-    found = ranking(query, documents, mask_of([(0, j) for j in np.flatnonzero(relevant)], 7), k=3)
+    found = ranking(cosines(query, documents), mask_of([(0, j) for j in np.flatnonzero(relevant)], 7), k=3)
     precision, recall, ndcg, rank = expected_by_permutation(scores, relevant, 3)
     assert found["precision_at_3"][0] == pytest.approx(precision, abs=1e-6)
     assert found["recall_at_3"][0] == pytest.approx(recall, abs=1e-6)
@@ -95,7 +99,7 @@ def test_equal_texts_are_tied_in_float32():
 
 def test_zero_vectors_are_as_near_to_all():
     """A query of zeros ranks every document the same, and gets chance."""
-    found = ranking(np.zeros((1, 4)), cloud(9, 4), mask_of([(0, 3)], 9), k=3)
+    found = ranking(cosines(np.zeros((1, 4)), cloud(9, 4)), mask_of([(0, 3)], 9), k=3)
     assert found["mrr"][0] == pytest.approx(1 / 5)
     assert found["precision_at_3"][0] == pytest.approx(1 / 9)
 
@@ -104,7 +108,7 @@ def test_no_relevant_document_and_few_documents():
     """A query without a relevant document has no value; k above the documents is all of them, under its name."""
     table = torch.zeros(2, 4, dtype=torch.bool)
     table[0, 1] = True
-    found = ranking(cloud(2, 3), cloud(4, 3, 1), lambda rows: table[rows])
+    found = ranking(cosines(cloud(2, 3), cloud(4, 3, 1)), lambda rows: table[rows])
     assert list(found) == ["mrr", "recall_at_10", "ndcg_at_10", "precision_at_10"]
     assert all(np.isfinite(values[0]) and np.isnan(values[1]) for values in found.values())
     assert found["recall_at_10"][0] == 1
@@ -114,9 +118,9 @@ def test_no_relevant_document_and_few_documents():
 def test_chunks_do_not_matter(monkeypatch):
     """Queries in slices of one give what they give at once."""
     z, y, group = cloud(60, 8), np.arange(60) % 3, np.arange(60) // 2
-    whole = same_label(z, y, group)
+    whole = same_label(cosines(z), y, group)
     monkeypatch.setattr("hf_densefeat.evaluation.ranking._CHUNK", 1)
-    for name, values in same_label(z, y, group).items():
+    for name, values in same_label(cosines(z), y, group).items():
         np.testing.assert_allclose(values, whole[name], atol=1e-6)
 
 
@@ -126,7 +130,7 @@ def test_neighbours_are_of_other_patients():
     group = rng.integers(0, 20, size=80)
     y = rng.integers(0, 3, size=80)
     y[group == 5] = 7
-    found = same_label(z, y, group, k=4)["precision_at_4"]
+    found = same_label(cosines(z), y, group, k=4)["precision_at_4"]
     scores = (unit_rows(z) @ unit_rows(z).T).numpy()
     for i in range(80):
         others = np.flatnonzero(group != group[i])
@@ -140,7 +144,7 @@ def test_neighbours_are_of_other_patients():
 def test_a_row_never_finds_itself():
     """Without `apart` the own patient is searched, but not the row; its copy is, tied with nobody."""
     z = np.repeat(cloud(5, 4), 2, axis=0)
-    found = same_label(z, np.repeat(np.arange(5), 2), np.zeros(10), apart=False)
+    found = same_label(cosines(z), np.repeat(np.arange(5), 2), np.zeros(10), apart=False)
     np.testing.assert_allclose(found["mrr"], 1)
 
 
@@ -149,7 +153,7 @@ def test_own_notes_and_the_next_one():
     z, group = cloud(40, 5), np.arange(40) // 4
     group[39] = 99
     following = np.array([i + 1 if i + 1 < 40 and group[i + 1] == group[i] else -1 for i in range(40)])
-    found = same_group(z, group, following)
+    found = same_group(cosines(z), group, following)
     scores = (unit_rows(z) @ unit_rows(z).T).numpy()
     for i in range(40):
         own = [j for j in range(40) if group[j] == group[i] and j != i]
@@ -211,6 +215,61 @@ def test_codes_are_those_of_sentence_transformers():
         coded(torch.from_numpy(z), "int4")
 
 
+def sparse(n, words, seed=0, density=0.02):
+    return random_array((n, words), density=density, rng=np.random.default_rng(seed), dtype=np.float32, format="csr")
+
+
+def test_sparse_rows_give_what_dense_ones_do():
+    """Ranking, neighbours, own notes and few labels of words are those of the same rows written out."""
+    z, y, group = csr_matrix(sparse(60, 400)), np.arange(60) % 3, np.arange(60) // 2
+    following = np.where(np.arange(60) % 2 == 0, np.arange(60) + 1, -1)
+    for rows in (z[:, :5], z):  # with many zero rows, with none
+        whole = rows.toarray()
+        for one, other in (
+            (same_label(cosines(rows), y, group), same_label(cosines(whole), y, group)),
+            (same_group(cosines(rows), group, following), same_group(cosines(whole), group, following)),
+            (few_labels(rows, y, group), few_labels(whole, y, group)),
+        ):
+            for name, values in one.items():
+                np.testing.assert_allclose(values, other[name], atol=1e-6)
+
+
+def test_sparse_rows_stay_sparse():
+    """Ten million words, which would take 80 GB."""
+    z = csr_matrix((np.ones(4000, np.float32), (np.arange(4000) // 2, np.arange(4000) % 1999 * 5000)), (2000, 10**7))
+    found = ranking(cosines(z[:3], z), mask_of([(0, 0), (1, 1), (2, 2)], 2000))
+    assert (found["recall_at_10"] > 0).all()
+
+
+def test_fused_order_is_that_of_summed_reciprocal_ranks():
+    """Against SciPy's ranks: tied documents share their mean rank, and what shares no word is not found."""
+    queries, documents, words, asked = (
+        cloud(12, 6),
+        cloud(50, 6, 1),
+        csr_matrix(sparse(50, 30, 2, 0.1)),
+        sparse(12, 30, 3),
+    )
+    documents[40:] = documents[30:40]
+    table = torch.from_numpy(np.random.default_rng(4).random((12, 50)) < 0.8)
+    relevant = torch.zeros(12, 50, dtype=torch.bool)
+    relevant[:, ::7] = True
+    beside = cosines(csr_matrix(asked), words)
+    found = ranking(cosines(queries, documents), lambda rows: relevant[rows], lambda rows: table[rows], beside=beside)
+    dense, sparse_scores = (
+        cosines(queries, documents).of(torch.arange(12)).numpy(),
+        beside.of(torch.arange(12)).numpy(),
+    )
+    for i in range(12):
+        kept = np.flatnonzero(table[i])
+        scores = 1 / (60 + rankdata(-np.round(dense[i, kept], 6)))
+        scores += np.where(sparse_scores[i, kept] > 0, 1 / (60 + rankdata(-np.round(sparse_scores[i, kept], 6))), 0)
+        ranks = rankdata(-np.round(scores, 8))
+        hits = relevant[i].numpy()[kept]
+        best = np.round(scores, 8) == np.round(scores, 8)[hits].max()
+        expected = ranks[hits].min() - (best.sum() + 1) / 2 + (best.sum() + 1) / (best[hits].sum() + 1)
+        assert 1 / found["mrr"][i] == pytest.approx(expected, abs=1e-4)
+
+
 def test_refusals():
     """NaN, other widths, other shapes."""
     with pytest.raises(ValueError, match="finite"):
@@ -218,4 +277,4 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"\(N, d\)"):
         unit_rows(np.zeros(3))
     with pytest.raises(ValueError, match="width 4 but got 3"):
-        ranking(cloud(2, 3), cloud(2, 4), mask_of([(0, 0), (1, 1)], 2))
+        ranking(cosines(cloud(2, 3), cloud(2, 4)), mask_of([(0, 0), (1, 1)], 2))

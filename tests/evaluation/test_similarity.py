@@ -1,5 +1,7 @@
 """Similarity tasks: tables in, intervals out, paired between encoders, with maps, codes and fewer dimensions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -8,10 +10,11 @@ from conftest import make_model, make_notes
 
 from hf_densefeat import SimilarityEvaluator, SimilarityTask
 from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, metric_named, paired_difference
-from hf_densefeat.evaluation.ranking import same_label
+from hf_densefeat.evaluation.ranking import cosines, same_label
 from hf_densefeat.evaluation.similarity import centred_on, similarity_of
-from hf_densefeat.evaluation.similarity_tasks import similarity_rows
+from hf_densefeat.evaluation.similarity_kinds import SIMILARITY, similarity_rows, similarity_tasks
 from hf_densefeat.models.head import DenseHead
+from hf_densefeat.reporting.comparison import comparisons, measured_of
 
 N = 120
 
@@ -52,7 +55,7 @@ def test_every_kind_has_its_metrics_and_variants(kind):
     """Every metric of the kind, of each code and share of the dimensions, in range, with an interval around it."""
     found = similarity_of(embeddings(), similarity_rows(task(kind, **KINDS[kind])), bootstraps=200)
     suffixes = ("", "_int8", "_binary", "_d_over_2", "_d_over_4", "_d_over_8")
-    assert list(found.metrics) == [name + suffix for suffix in suffixes for name in METRICS_OF[kind]]
+    assert list(found.metrics) == [name + suffix for suffix in suffixes for name in SIMILARITY[kind].metrics]
     for name, estimate in found.metrics.items():
         assert -0.5 <= estimate.low <= estimate.high <= 1 + 1e-9
         assert found.replicates[name].shape == (200,)
@@ -67,7 +70,7 @@ def test_intervals_redraw_patients():
     """The interval is that of a bootstrap over patients written out."""
     rows, z = similarity_rows(task("neighbours", label="disease")), embeddings(4.0)
     found = similarity_of(z, rows, codes=("float",), divisors=(1,), bootstraps=4000)
-    values = same_label(z, rows.y, rows.group)["precision_at_10"]
+    values = same_label(cosines(z), rows.y, rows.group)["precision_at_10"]
     assert found.metrics["precision_at_10"].value == pytest.approx(values.mean())
     rng, by_patient = np.random.default_rng(9), values.reshape(40, 3)
     means = [by_patient[rng.integers(0, 40, size=40)].mean() for _ in range(4000)]
@@ -86,7 +89,7 @@ def test_differences_are_paired(kind):
     for estimate in paired_difference(good, good).values():
         assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
     if kind != "same_patient":
-        assert paired_difference(good, bad)[METRICS_OF[kind][0]].low > 0
+        assert paired_difference(good, bad)[SIMILARITY[kind].metrics[0]].low > 0
     with pytest.raises(ValueError, match="their test rows differ"):
         paired_difference(good, similarity_of(embeddings()[:60], similarity_rows(task(kind, half(), **KINDS[kind]))))
 
@@ -165,6 +168,50 @@ def test_refusals_say_what_is_needed():
         similarity_of(embeddings(), similarity_rows(task("same_patient")), codes=("int4",))
 
 
+def test_words_of_the_command_line_are_tasks():
+    """Every word of every kind; another one is answered with all that there are."""
+    notes = notes_of()
+    given = [
+        "same_patient",
+        "question:query",
+        "disease:same",
+        "disease:neighbours",
+        "disease:clusters",
+        "disease:few_labels",
+    ]
+    tasks = similarity_tasks(given, notes)
+    assert [(one.kind, one.name) for one in tasks] == [
+        ("same_patient", "own notes"),
+        ("retrieval", "question"),
+        ("retrieval", "same disease"),
+        ("neighbours", "disease neighbours"),
+        ("clusters", "disease clusters"),
+        ("few_labels", "disease few labels"),
+    ]
+    assert all(len(similarity_rows(one).y) == N for one in tasks)
+    for wrong in ("disease:near", "disease", "disease:same_patient", "neighbours"):
+        with pytest.raises(ValueError, match=r"same_patient.*column:few_labels"):
+            similarity_tasks([wrong], notes)
+
+
+def test_a_further_kind_is_one_entry(monkeypatch):
+    """With a word of the command line, intervals, variants and a place in tables and verdicts."""
+    twin = replace(
+        SIMILARITY["same_patient"],
+        values=lambda rows, z, scores, beside, seed: same_label(
+            scores, rows.group, rows.y, apart=False, beside=beside
+        ),
+        metrics=("ndcg_at_10", "mrr"),
+        words={"twins": ("", "twins")},
+    )
+    monkeypatch.setitem(SIMILARITY, "twins", twin)
+    [twins] = similarity_tasks(["twins"], notes_of())
+    found = {twins.name: similarity_of(embeddings(), similarity_rows(twins), bootstraps=20)}
+    assert {"ndcg_at_10", "mrr_binary"} < found["twins"].metrics.keys()
+    rows = comparisons([measured_of("x", {}, [], (found, {}))])
+    assert [(row.title, row.headline) for row in rows] == [("twins: nDCG at 10", True), ("twins: MRR", True)]
+
+
 def test_the_next_note_is_next_in_time():
     """In the order of the time column, within the patient, whatever the order of the rows."""
     rows = similarity_rows(task("same_patient"))
@@ -172,6 +219,21 @@ def test_the_next_note_is_next_in_time():
     for i, j in enumerate(rows.following):
         later = [k for k in range(N) if k // 3 == i // 3 and time[k] > time[i]]
         assert j == (min(later, key=lambda k: time[k]) if later else -1)
+
+
+@pytest.mark.parametrize("kind", ["neighbours", "same_patient"])
+def test_of_many_rows_some_are_asked_and_all_are_searched(kind):
+    """Whole patients, with the values that they have where all are asked; how many are not asked is counted."""
+    rows, z = similarity_rows(task(kind, **KINDS[kind])), embeddings()
+    every, some = (similarity_of(z, rows, bootstraps=20, maximum=maximum) for maximum in (N, 31))
+    for name, values in some.values.items():
+        asked = np.isfinite(values)
+        np.testing.assert_array_equal(values[asked], every.values[name][asked])
+        if "adjacent" not in name:
+            assert asked.reshape(40, 3).sum(1).tolist().count(3) == 10
+    assert some.rows["not_asked"] == 90
+    assert (some.rows["searched"], some.rows["scored"]) == (N, 30)
+    assert some.metrics.keys() == every.metrics.keys()
 
 
 def test_maps_come_first():
@@ -217,8 +279,10 @@ def test_every_metric_is_complete():
         assert metric.title, name
         assert metric.hub_name, name
         assert metric.higher_is_better in (True, False), name
-    assert {name for names in METRICS_OF.values() for name in names} == set(METRICS)
+    kinds = [*METRICS_OF.values(), *(kind.metrics for kind in SIMILARITY.values())]
+    assert {name for names in kinds for name in names} == set(METRICS)
     assert metric_named("adjacent_mrr_d_over_4").title == "MRR of the next note, first d/4 dimensions"
+    assert metric_named("mrr_with_words").title == "MRR, fused with words"
     assert metric_named("nmi_binary").title == "NMI, binary codes"
     with pytest.raises(KeyError):
         metric_named("accuracy_binary")

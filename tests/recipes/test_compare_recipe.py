@@ -15,7 +15,7 @@ from scipy.stats import norm, spearmanr
 
 from hf_densefeat import DenseTrainer, DenseTrainingArguments, geometry_report
 from hf_densefeat.data.pairs import adjacent_pairs
-from hf_densefeat.evaluation.metrics import patient_weights
+from hf_densefeat.evaluation.metrics import PatientWeights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import compare
@@ -121,11 +121,12 @@ def test_geometry_replicates_of_patients_once_each_is_the_report(monkeypatch):
     z = torch.from_numpy(rng.normal(size=(72, 8)) * np.arange(1, 9))
     z_next = z + torch.from_numpy(rng.normal(size=(72, 8)))
     report = geometry_report(z, z_next, k=3)
-    monkeypatch.setattr(measures, "patient_weights", lambda *args: np.ones((3, 72)))
+    monkeypatch.setattr(measures.PatientWeights, "of", lambda *args: np.ones((3, 72)))
     found = measures.geometry_replicates(z, z_next, patient, 3)
     for key, values in found.items():
         assert values == pytest.approx(np.full(3, report[key]))
-    assert patient_weights(patient, 5).shape == (5, 72)
+    monkeypatch.undo()
+    assert PatientWeights.of(patient, 5)[:].shape == (5, 72)
 
 
 def trainer_of(method, tmp_path, tokenizer):

@@ -7,7 +7,7 @@ from hf_densefeat.evaluation.metrics import Estimate
 from hf_densefeat.evaluation.similarity import SimilarityResult
 from hf_densefeat.reporting.comparison import comparisons, direction, measured_of, plain_numbers, verdict
 from hf_densefeat.reporting.formats import interval, markdown, number
-from hf_densefeat.reporting.tables import before_after_table, code_table, comparison_table, terminal
+from hf_densefeat.reporting.tables import before_after_table, code_table, comparison_table, geometry_table, terminal
 
 GEOMETRY = {
     "attainable_rank": 64,
@@ -140,7 +140,7 @@ def test_before_and_after_with_an_encoder_of_which_little_is_known():
         "ward: ARI",
     ]
     assert table[1] == ["disease: MRR", "0.200", "0.250", "0.300", "+0.100 [+0.090, +0.110] ↑"]
-    assert table[3][1:] == ["0.800", "n/a", "0.900", "n/a ·"]
+    assert table[3][1:] == ["0.800", "n/a", "0.900", "n/a"]
     assert before_after_table([encoder("start", START)])[0] == ["held-out notes", "start"]
 
 
@@ -225,3 +225,31 @@ def test_the_change_of_an_encoder_with_views_is_that_of_the_better_view():
     assert [line[4][:6] for line in table[1:3]] == ["+0.200", "+0.020"]
     assert [line[4][-1] for line in table[1:3]] == ["↑", "↑"]
     assert table[3][-1] == "+0.200"
+
+
+def test_words_are_a_column_with_their_difference_and_a_sentence():
+    """Ahead, behind and fused; in the terminal a column alone, in files also the paired difference; no geometry."""
+    words = {"name": "words", "similarity": {"disease mrr": [0.4, 0.39, 0.41]}, "geometry": {}, "spectrum": []}
+    found = {"disease mrr": 0.2, "disease mrr_with_words": 0.45, "died auroc": 0.8}
+    ours = encoder("ours", found, {"disease mrr": (0.0, 0.01)})
+    ours["against_words"] = {
+        "disease mrr": [-0.2, -0.22, -0.18],
+        "disease mrr_with_words": [0.05, 0.04, 0.06],
+        "died auroc": [0.1, 0.05, 0.15],
+    }
+    measured = [encoder("start", START), words, ours]
+    narrow, wide = before_after_table(measured), before_after_table(measured, wide=True)
+    assert narrow[0] == ["held-out notes", "start", "words", "ours", "change"]
+    assert [line[-1] for line in wide[:3]] == [
+        "ours − words",
+        "-0.200 [-0.220, -0.180] ↓",
+        "+0.050 [+0.040, +0.060] ↑",
+    ]
+    assert wide[2][:4] == ["disease: MRR, fused with words", "n/a", "n/a", "0.450"]
+    assert {len(line) for line in wide} == {6}
+    said = verdict(ours, measured[0]).evidence
+    assert "Words are ahead: MRR of disease -0.200 [-0.220, -0.180]." in said
+    assert "Fused with words, it is better than words alone in 1 and worse in 0 of 1 searches." in said
+    assert "Words" not in verdict(encoder("start", START)).evidence
+    assert comparison_table(measured, ("similarity",), "use")[0][-1] == "ours − words"
+    assert geometry_table(measured)[0] == ["geometry", "start", "ours"]

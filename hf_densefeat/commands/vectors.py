@@ -1,0 +1,88 @@
+"""Vectors that are there already, of an API or of `densefeat encode`, joined to the notes that they are of."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import dataset as arrow
+
+from hf_densefeat.commands.settings import NotesTable
+from hf_densefeat.data.notes import load_notes
+from hf_densefeat.data.sources import open_source
+
+IDS = ("note_id", "row")
+
+
+def numbered_notes(settings: NotesTable) -> Any:
+    """The notes, with the number of the row of the table that each was read from, from 0, as column `row`."""
+    reading = settings.reading()
+    table = open_source(settings.notes, reading["columns"], None).data
+    if "row" not in table.column_names:
+        table = table.add_column("row", np.arange(len(table)))
+    return load_notes(table, **reading)
+
+
+def read_vectors(source: str, notes: Any, id_column: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """The vector of each note that has one.
+
+    Args:
+        source: a parquet or csv file, or a folder of parquet files. A column of lists, or all columns of floats, are
+            the vectors.
+        notes: with the id column too.
+        id_column: by which vectors and notes are joined; None for `note_id`, else `row`.
+
+    Returns:
+        numbers of the notes that have a vector (N,), and their vectors (N, d), float32.
+
+    Raises:
+        ValueError: for a missing id column, ids that repeat, vectors that are not of floats, of one length and finite, or
+            no note with a vector.
+    """
+    path = Path(source)
+    files: Any = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else str(path)
+    if not files or not path.exists():
+        raise ValueError(f"--vectors: there is no file or folder of parquet files {source!r}.")
+    table = arrow.dataset(files, format="csv" if path.suffix == ".csv" else "parquet").to_table()
+    known = [name for name in ([id_column] if id_column else IDS) if name in table.column_names]
+    shared = [name for name in known if name in notes.column_names]
+    if not shared:
+        raise ValueError(
+            f"--vectors: expected a column {id_column or ' or '.join(IDS)} in the vectors and in the notes; the vectors "
+            f"have {sorted(table.column_names)[:20]}. Name it with --id_column."
+        )
+    ids = table[shared[0]].cast(pa.string()).combine_chunks()
+    if len(pc.unique(ids)) < len(ids) or ids.null_count:
+        raise ValueError(f"--vectors: expected one vector a {shared[0]}; some repeat or are missing.")
+    z = _matrix(table)
+    asked = pa.array([str(one) for one in notes[shared[0]][:]])
+    place = pc.index_in(asked, value_set=ids).to_numpy(zero_copy_only=False)
+    found = np.flatnonzero(np.isfinite(place.astype(float)))
+    if len(found) == 0:
+        raise ValueError(
+            f"--vectors: no note has a vector: no {shared[0]} of the notes is among those of the vectors."
+        )
+    return found, z[place[found].astype(np.int64)]
+
+
+def _matrix(table: pa.Table) -> np.ndarray:
+    """Vectors (N, d) of the column of lists, or of all columns of floats."""
+    lists = [one.name for one in table.schema if pa.types.is_list(one.type) or pa.types.is_fixed_size_list(one.type)]
+    floats = [one.name for one in table.schema if pa.types.is_floating(one.type)]
+    if len(lists) == 1 and pa.types.is_floating(table.schema.field(lists[0]).type.value_type):
+        column = table[lists[0]].combine_chunks()
+        lengths = pc.unique(pc.list_value_length(column))
+        if len(lengths) != 1 or column.null_count:
+            raise ValueError(f"--vectors: expected vectors of one length in every row of {lists[0]!r}.")
+        z = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    elif not lists and floats:
+        z = np.column_stack([table[name].to_numpy() for name in floats])
+    else:
+        raise ValueError(
+            "--vectors: expected one column of lists of floats, or columns of floats; whole numbers are codes, whose "
+            "ranges are not known here."
+        )
+    if not np.isfinite(z).all():
+        raise ValueError(f"--vectors: {int((~np.isfinite(z)).any(1).sum())} vectors are not finite.")
+    return z.astype(np.float32)

@@ -1,0 +1,74 @@
+"""Geometry for `evaluate.load`: effective_rank, condition_number, subspace_distance, each with the numbers it depends on.
+
+evaluate.load("path/of/geometry_metrics.py", "effective_rank").compute(embeddings=z, center=True)
+"""
+
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+
+from hf_densefeat.evaluation import geometry
+
+_INPUTS = """
+Args:
+    embeddings: N rows of d numbers.
+    next_embeddings: of subspace_distance alone: N rows of d numbers, the notes that follow row by row.
+    center (bool): remove the mean row first (of each side). Default False.
+    floor (float): of condition_number: smallest eigenvalue that counts, relative to the largest. Default 1e-10.
+    k (int): of subspace_distance: subspace dimension. Default 20.
+Returns:
+    effective_rank, its attainable maximum, n, d; or condition_number, floor, n, d; or subspace_distance (in [0, 2k]),
+    subspace_distance_normalized (over 2k), subspace_distance_half and subspace_noise_floor (both between disjoint
+    halves of the rows, so comparable with one another), k, n.
+"""
+
+
+class GeometryMetrics(evaluate.Metric):
+    """Functions of `hf_densefeat.evaluation.geometry` for `evaluate`; the configuration names the function."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        computed: dict[str, Any] = {
+            "effective_rank": _rank,
+            "condition_number": _condition,
+            "subspace_distance": _distance,
+        }
+        if self.config_name not in computed:
+            raise ValueError(f"Expected a configuration among {sorted(computed)} but got {self.config_name!r}.")
+        self.computed, row = computed[self.config_name], datasets.Sequence(datasets.Value("float32"))
+        sides = ["embeddings", *(["next_embeddings"] if self.computed is _distance else [])]
+        return evaluate.MetricInfo(
+            description=f"{self.config_name.replace('_', ' ').capitalize()} of N embeddings.",
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(dict.fromkeys(sides, row)),
+        )
+
+    def _compute(self, **given: Any) -> dict[str, float]:
+        rows = {name: torch.as_tensor(given.pop(name)) for name in tuple(given) if name.endswith("embeddings")}
+        return self.computed(*rows.values(), **given)
+
+
+def _rank(z: torch.Tensor, *, center: bool = False) -> dict[str, float]:
+    n, d = z.shape
+    rank = geometry.effective_rank(z, center=center)
+    return {"effective_rank": rank, "n": n, "d": d, "attainable": min(n - int(center), d)}
+
+
+def _condition(z: torch.Tensor, *, center: bool = False, floor: float = geometry.CONDITION_FLOOR) -> dict[str, float]:
+    n, d = z.shape
+    return {
+        "condition_number": geometry.condition_number(z, center=center, floor=floor),
+        "floor": floor,
+        "n": n,
+        "d": d,
+    }
+
+
+def _distance(z: torch.Tensor, z_next: torch.Tensor, *, k: int = 20, center: bool = False) -> dict[str, float]:
+    report = geometry.geometry_report(z, z_next, k=k)
+    if report["k"] < k:
+        raise ValueError(f"Halves of {len(z)} rows support k <= {report['k']} but got k={k}: lower it, or more rows.")
+    suffix, names = "_centered" if center else "", ("distance", "distance_normalized", "distance_half", "noise_floor")
+    return {f"subspace_{name}": report[f"subspace_{name}{suffix}"] for name in names} | {"k": k, "n": len(z)}

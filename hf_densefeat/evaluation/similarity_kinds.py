@@ -1,0 +1,171 @@
+"""The uses of embeddings by cosine: one entry a kind, with what it reads, what it gives and how commands name it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sklearn.cluster import KMeans
+
+from hf_densefeat.evaluation.ranking import Scores, few_labels, ranking, same_group, same_label, unit_rows
+from hf_densefeat.evaluation.similarity_tasks import (
+    SimilarityRows,
+    SimilarityTask,
+    beir,
+    labelled,
+    own_notes,
+    questions,
+)
+
+Values = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityKind:
+    """An entry of `SIMILARITY`; a further kind is a further entry.
+
+    Attributes:
+        needs: what a task has to have, in words.
+        has: whether a task has it.
+        read: task to rows.
+        values: rows, embeddings (N, d), their similarity, the words' similarity or None, and a seed to one value a
+            scored row for each metric (or clusters, once for all metrics of them).
+        metrics: names in `METRICS`, the first one the headline.
+        search: it ranks documents, so that rankings by embeddings and by words can be fused.
+        words: word on the command line to the task's column that it names ("" for none) and the task's name.
+    """
+
+    needs: str
+    has: Callable[[SimilarityTask], Any]
+    read: Callable[[SimilarityTask], SimilarityRows]
+    values: Callable[[SimilarityRows, Any, Scores, Scores | None, int], Values]
+    metrics: tuple[str, ...]
+    search: bool = False
+    words: dict[str, tuple[str, str]]
+
+
+def _has_tables(task: SimilarityTask) -> bool:
+    return all(table is not None for table in (task.queries, task.documents, task.relevance))
+
+
+def _neighbours(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
+    return same_label(scores, rows.y, rows.group, apart=rows.apart, beside=beside)
+
+
+def _own_notes(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
+    return same_group(scores, rows.group, rows.following, beside=beside)
+
+
+def _few_labels(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
+    return few_labels(z, rows.y, rows.group, seed=seed)
+
+
+def _clusters(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
+    # At length 1 Euclidean k-means compares by cosine, like the other uses.
+    found = KMeans(int(rows.y.max()) + 1, n_init=4, random_state=seed).fit_predict(unit_rows(z))
+    return dict.fromkeys(SIMILARITY["clusters"].metrics, found)
+
+
+def _retrieval(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
+    if not rows.queries:
+        return _neighbours(rows, z, scores, beside, seed)
+    asked, found = rows.relevant.T
+    table = csr_matrix((np.ones(len(asked), dtype=bool), (asked, found)), scores.shape)
+    return ranking(scores, lambda some: torch.from_numpy(table[some.numpy()].toarray()), beside=beside)
+
+
+SIMILARITY: dict[str, SimilarityKind] = {
+    # Share of a note's label among its 10 nearest notes of other patients.
+    "neighbours": SimilarityKind(
+        needs="notes with a label",
+        has=lambda task: task.notes is not None and task.label,
+        read=labelled,
+        values=_neighbours,
+        metrics=("precision_at_10",),
+        search=True,
+        words={"neighbours": ("label", "{} neighbours")},
+    ),
+    # MRR, recall and nDCG of relevant documents: of three tables as BEIR has them, of a question for its own row, or of
+    # rows of the same label for each other.
+    "retrieval": SimilarityKind(
+        needs="notes with a label or a question, or the tables queries, documents and relevance",
+        has=lambda task: _has_tables(task) or (task.notes is not None and (task.question or task.label)),
+        read=lambda task: (beir if _has_tables(task) else questions if task.question else labelled)(task),
+        values=_retrieval,
+        metrics=("mrr", "recall_at_10", "ndcg_at_10"),
+        search=True,
+        words={"query": ("question", "{}"), "same": ("label", "same {}")},
+    ),
+    # A patient's other notes among everybody's, and the next one among those of others. Notes that are copies of another of
+    # the patient's are counted, and stay: `load_notes(drop_copies=True)` leaves them out.
+    "same_patient": SimilarityKind(
+        needs="notes with a group",
+        has=lambda task: task.notes is not None and task.group,
+        read=own_notes,
+        values=_own_notes,
+        metrics=("mrr", "recall_at_10", "adjacent_mrr", "adjacent_recall_at_10"),
+        search=True,
+        words={"same_patient": ("", "own notes")},
+    ),
+    # NMI and ARI of k-means, k the number of classes.
+    "clusters": SimilarityKind(
+        needs="notes with a label",
+        has=lambda task: task.notes is not None and task.label,
+        read=labelled,
+        values=_clusters,
+        metrics=("nmi", "ari"),
+        words={"clusters": ("label", "{} clusters")},
+    ),
+    # Accuracy of the nearest class centroid with 4, 8 and 16 labelled notes of each class.
+    "few_labels": SimilarityKind(
+        needs="notes with a label",
+        has=lambda task: task.notes is not None and task.label,
+        read=labelled,
+        values=_few_labels,
+        metrics=("accuracy_at_4", "accuracy_at_8", "accuracy_at_16"),
+        words={"few_labels": ("label", "{} few labels")},
+    ),
+}
+
+
+def similarity_rows(task: SimilarityTask) -> SimilarityRows:
+    """Read a task's tables.
+
+    Raises:
+        ValueError: for a kind without what it needs, a missing column, a row without text or patient, one class,
+            unknown or repeated ids, or nothing to score.
+    """
+    kind = SIMILARITY.get(task.kind)
+    if kind is None or not kind.has(task):
+        needs = "; ".join(f"{one.needs} for {name}" for name, one in SIMILARITY.items())
+        raise ValueError(
+            f"Similarity {task.name!r}: expected a kind among {tuple(SIMILARITY)} with what it needs: {needs}. Got "
+            f"kind={task.kind!r}, label={task.label!r}, question={task.question!r}, group={task.group!r}."
+        )
+    rows = kind.read(task)
+    if len(rows.y) == 0:
+        raise ValueError(f"Similarity {task.name!r}: nothing is left to score ({rows.left_out}).")
+    return rows
+
+
+def similarity_tasks(words: Sequence[str], notes: Any) -> list[SimilarityTask]:
+    """Tasks of the words of a command line: `same_patient`, or `column:kind` such as `diagnosis:neighbours`.
+
+    Raises:
+        ValueError: for another word, with those that there are.
+    """
+    known = {word: (name, *how) for name, kind in SIMILARITY.items() for word, how in kind.words.items()}
+    forms = ", ".join(f"column:{word}" if column else word for word, (_, column, _) in known.items())
+    tasks = []
+    for given in words:
+        column, _, word = given.rpartition(":")
+        kind, attribute, title = known.get(word, ("", "", ""))
+        if not kind or bool(attribute) != bool(column):
+            raise ValueError(
+                f"Expected --similarity among {forms}, but got {given!r}, as in --similarity diagnosis:neighbours."
+            )
+        named: dict[str, Any] = {attribute: column} if attribute else {}
+        tasks.append(SimilarityTask(name=title.format(column), kind=kind, notes=notes, **named))
+    return tasks
