@@ -133,8 +133,9 @@ def facts_of(
 
 def different_lengths(found: dict[str, Found]) -> str:
     """What to know where the models do not see the same of a note; nothing where they do."""
-    limits = {one.encoder.max_length for one in found.values() if one.geometry.get("truncated")}
-    if len({one.encoder.max_length for one in found.values()} - {None}) < 2 or not limits:
+    lengths = [(one.encoder.max_length, one.geometry["truncated"]) for one in found.values() if one.encoder.max_length]
+    limits = [length for length, truncated in lengths if truncated and length]
+    if len({length for length, _ in lengths}) < 2 or not limits:
         return ""
     return f"The models do not see the same of a note: --max_length {min(limits)} makes them comparable."
 

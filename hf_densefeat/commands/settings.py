@@ -49,12 +49,12 @@ class NotesTable(Columns):
     time_format: str | None = option(None, help="how times are written, such as %%d/%%m/%%Y")
     drop_copies: bool = option(False, help="leave out notes whose text an earlier note of the same patient has")
 
-    def read(self) -> "Dataset":
-        """The notes."""
+    def read(self, source: Any = None) -> "Dataset":
+        """The notes, of the table that `notes` names or of another source."""
         from hf_densefeat.data.notes import load_notes
 
         return load_notes(
-            self.notes,
+            self.notes if source is None else source,
             self.columns(),
             time_unit=self.time_unit,
             time_format=self.time_format,

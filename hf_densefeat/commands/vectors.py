@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 from pyarrow import dataset as arrow
 
 from hf_densefeat.commands.settings import NotesTable
-from hf_densefeat.data.notes import load_notes
 from hf_densefeat.data.sources import open_source
 
 IDS = ("note_id", "row")
@@ -17,11 +16,10 @@ IDS = ("note_id", "row")
 
 def numbered_notes(settings: NotesTable) -> Any:
     """The notes, with the number of the row of the table that each was read from, from 0, as column `row`."""
-    reading = settings.reading()
-    table = open_source(settings.notes, reading["columns"], None).data
+    table = open_source(settings.notes, settings.columns(), None).data
     if "row" not in table.column_names:
         table = table.add_column("row", np.arange(len(table)))
-    return load_notes(table, **reading)
+    return settings.read(table)
 
 
 def read_vectors(source: str, notes: Any, id_column: str | None) -> tuple[np.ndarray, np.ndarray]:

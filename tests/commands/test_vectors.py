@@ -1,7 +1,6 @@
 """Vectors without an encoder: joined to the notes by an id or by the row, measured, and refused where they do not fit."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +9,7 @@ import pytest
 from conftest import make_notes
 
 from hf_densefeat.commands import probe
-from hf_densefeat.commands.settings import parse
+from hf_densefeat.commands.settings import NotesTable, parse
 from hf_densefeat.commands.vectors import numbered_notes, read_vectors
 
 
@@ -25,16 +24,10 @@ def tables(tmp_path):
     return tmp_path, notes, z
 
 
-def settings(path):
-    return SimpleNamespace(
-        notes=str(path), reading=lambda: {"columns": "auto", "time_unit": None, "time_format": None}
-    )
-
-
 def test_vectors_are_joined_by_id_or_row(tables):
     """In any order, from one file, from shards and from columns; notes without a vector are not found."""
     folder, notes, z = tables
-    read = numbered_notes(settings(folder / "notes.parquet"))
+    read = numbered_notes(NotesTable(notes=str(folder / "notes.parquet")))
     expected = z[read["row"][:]]
     turned = np.random.default_rng(2).permutation(len(z))
     pq.write_table(pa.table({"row": turned, "vector": list(z[turned])}), folder / "by_row.parquet")
@@ -63,7 +56,7 @@ def test_vectors_are_joined_by_id_or_row(tables):
 def test_vectors_that_do_not_fit_are_refused(tables):
     """Another id, ids that repeat, codes, lengths that differ, NaN, nobody's."""
     folder, _, z = tables
-    read = numbered_notes(settings(folder / "notes.parquet"))
+    read = numbered_notes(NotesTable(notes=str(folder / "notes.parquet")))
     vectors = list(z)
     for table, message in (
         ({"key": np.arange(len(z)), "vector": vectors}, "expected a column note_id or row"),
