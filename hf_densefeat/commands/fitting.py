@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from hf_densefeat.commands.head import Settings
 from hf_densefeat.commands.measuring import (
     Encoded,
     Measurement,
@@ -37,14 +36,14 @@ FEW_PAIRS = 50  # the mean of so many ranks in [0, 1] has a standard error of up
 PAIRED = {"train": 5000, "validation": 2000}  # notes of whole patients: thousands of pairs are plenty for d^2 numbers
 
 
-def loaded(settings: Settings) -> Any:
+def loaded(settings: Any) -> Any:
     """The encoder that the command names."""
     quiet()
     with loading(settings.model):
         return AutoDenseModel.from_pretrained(settings.model, pooling=settings.pooling, max_length=settings.max_length)
 
 
-def fit_and_save(model: Any, settings: Settings, record: SplitRecord | None = None) -> None:
+def fit_and_save(model: Any, settings: Any, record: SplitRecord | None = None) -> None:
     """Read the notes, encode, fit, save, measure.
 
     Args:
@@ -101,6 +100,7 @@ def fit_views(
     width: int,
     epsilon: str = "auto",
     seed: int = 0,
+    kinds: Sequence[str] = ("adjacent", "halves"),
 ) -> tuple[dict[str, DenseHead], list[Choice]]:
     """The views of unmasked training notes, and what was tried for the content view.
 
@@ -111,6 +111,7 @@ def fit_views(
         epsilon: "auto" for `choose_content`; a number, as a word, to choose among views of this epsilon; "center" to subtract
             the mean alone, as is done where there are no pairs to fit or to choose by.
         seed: of the samples.
+        kinds: of pairs that are tried.
     """
     notes = {name: sample(parts[name], most, seed) for name, most in PAIRED.items() if name in parts}
     pairs = {}
@@ -144,10 +145,12 @@ def epsilon_of(word: str) -> float:
     return epsilon
 
 
-def encoded_pairs(encode: Callable[[Sequence[str]], torch.Tensor], notes: Any) -> dict[str, Sides]:
+def encoded_pairs(
+    encode: Callable[[Sequence[str]], torch.Tensor], notes: Any, kinds: Sequence[str]
+) -> dict[str, Sides]:
     """Embeddings of adjacent notes and of the halves of notes, of each kind that the notes have."""
     found = {}
-    for kind in ("adjacent", "halves"):
+    for kind in kinds:
         try:
             table, pairs = pair_notes(notes, kind)
         except ValueError:  # there is no pair of this kind

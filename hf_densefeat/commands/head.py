@@ -6,6 +6,10 @@ Each view is an affine map, fitted in closed form on training patients' notes an
 as they are: SentenceTransformer(out).encode(texts) is the content view, encode(texts, task="form") the form view. Which pairs,
 layers and strength serve content is chosen by validation patients' notes, without a label; where nothing does, the encoder
 stays as it is. It prints what the held-out patients' notes look like as they are and under each view.
+
+--vectors z.parquet in the place of --model fits the views of vectors that are there already, such as an API's (see `densefeat
+probe`), by adjacent notes. OUT/content and OUT/form are then `Dense` modules of sentence-transformers, and content.npz and
+form.npz hold `mean` and `matrix` for NumPy: a view is (z - mean) @ matrix.
 """
 
 from dataclasses import dataclass
@@ -17,7 +21,11 @@ from hf_densefeat.commands.settings import NotesTable, option
 class Settings(NotesTable):
     """Options of the command."""
 
-    model: str = option(help="Hub name or folder of the encoder")
+    model: str | None = option(None, help="Hub name or folder of the encoder")
+    vectors: str | None = option(None, help="table of vectors that are there already, in the place of a model")
+    id_column: str | None = option(
+        None, help="column that joins vectors and notes; default: note_id, else the row's number"
+    )
     output: str = option(help="folder to write")
     epsilon: str = option(
         "auto", help="auto (the default): chosen by validation notes; a number; center: subtract the mean"
@@ -30,6 +38,17 @@ class Settings(NotesTable):
     allow_trained: bool = option(False, help="hold out patients that the encoder was trained on, where the table does")
 
 
+@dataclass(kw_only=True)
+class Settings(Fitting):
+    """Options of the command."""
+
+    model: str | None = option(None, help="Hub name or folder of the encoder")
+    vectors: str | None = option(None, help="table of vectors that are there already, in the place of a model")
+    id_column: str | None = option(
+        None, help="column that joins vectors and notes; default: note_id, else the row's number"
+    )
+
+
 def run(settings: Settings) -> None:
     """Encode, fit, save, measure.
 
@@ -37,6 +56,12 @@ def run(settings: Settings) -> None:
         ValueError: for notes, a model or an epsilon that cannot be used.
     """
     from hf_densefeat.commands.fitting import epsilon_of, fit_and_save, loaded
+    from hf_densefeat.commands.vectors import fit_vectors
 
     epsilon_of(settings.epsilon)  # refused before anything is read
-    fit_and_save(loaded(settings), settings)
+    if bool(settings.model) == bool(settings.vectors):
+        raise ValueError("expected either --model, a folder or Hub name, or --vectors, a table.")
+    if settings.vectors:
+        fit_vectors(settings)
+    else:
+        fit_and_save(loaded(settings), settings)

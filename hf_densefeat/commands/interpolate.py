@@ -13,9 +13,10 @@ from hf_densefeat.commands.settings import option
 
 
 @dataclass(kw_only=True)
-class Settings(head.Settings):
+class Settings(head.Fitting):
     """Options of the command."""
 
+    model: str = option(help="Hub name or folder of the trained encoder")
     start: str = option(help="Hub name or folder of the encoder that the model was trained from")
     share: float = option(help="of the way from the start to the model: 0.5 is half")
 

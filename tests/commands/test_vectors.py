@@ -6,9 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import make_notes
+from sentence_transformers.base.modules import Dense
 
-from hf_densefeat.commands import probe
+from hf_densefeat.commands import head, probe
 from hf_densefeat.commands.settings import NotesTable, parse
 from hf_densefeat.commands.vectors import numbered_notes, read_vectors
 
@@ -95,3 +97,21 @@ def test_probe_measures_vectors_alone(tables):
         probe.run(parse(probe, [*words, "--similarity", "note_id:query"]))
     with pytest.raises(ValueError, match="nothing to measure"):
         probe.run(parse(probe, words[2:]))
+
+
+@pytest.mark.slow
+def test_head_fits_the_views_of_vectors(tables, capsys):
+    """Saved for sentence-transformers and for NumPy, both the same map; a model and vectors at once are refused."""
+    folder, notes, z = tables
+    pq.write_table(pa.table({"note_id": notes["note_id"][:], "vector": list(z)}), folder / "z.parquet")
+    words = ["--vectors", str(folder / "z.parquet"), "--notes", str(folder / "notes.parquet")]
+    head.run(parse(head, [*words, "--output", str(folder / "out"), "--epsilon", "1"]))
+    assert "own notes: MRR, fused with words" in " ".join(capsys.readouterr().out.split())
+    for name in ("content", "form"):
+        with np.load(folder / "out" / f"{name}.npz") as view:
+            expected = (z - view["mean"]) @ view["matrix"]
+        dense = Dense.load(str(folder / "out" / name))
+        found = dense({"sentence_embedding": torch.from_numpy(z)})["sentence_embedding"].detach().numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="either --model"):
+        head.run(parse(head, [*words, "--model", "x", "--output", str(folder / "out")]))
