@@ -18,14 +18,9 @@ from hf_densefeat.commands.settings import NotesTable, option
 
 
 @dataclass(kw_only=True)
-class Settings(NotesTable):
-    """Options of the command."""
+class Fitting(NotesTable):
+    """Options of every command that fits views."""
 
-    model: str | None = option(None, help="Hub name or folder of the encoder")
-    vectors: str | None = option(None, help="table of vectors that are there already, in the place of a model")
-    id_column: str | None = option(
-        None, help="column that joins vectors and notes; default: note_id, else the row's number"
-    )
     output: str = option(help="folder to write")
     epsilon: str = option(
         "auto", help="auto (the default): chosen by validation notes; a number; center: subtract the mean"
