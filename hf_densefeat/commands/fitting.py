@@ -116,7 +116,7 @@ def fit_views(
     notes = {name: sample(parts[name], most, seed) for name, most in PAIRED.items() if name in parts}
     pairs = {}
     if epsilon_of(epsilon) < math.inf or epsilon == "auto":
-        pairs = {name: encoded_pairs(encode, part) for name, part in notes.items()}
+        pairs = {name: encoded_pairs(encode, part, kinds) for name, part in notes.items()}
     train, validation = pairs.get("train"), pairs.get("validation")
     if not train or not validation:
         return {"content": DenseHead.fit(encode(notes["train"]["text"][:])[:, :width])}, []
