@@ -108,8 +108,8 @@ def test_several_processes_are_launched_either_way(monkeypatch, words):
     ("command", "words", "said"),
     [
         ("probe", ["--task", "died:binery"], "Expected --task label:kind .* got 'died:binery'"),
-        ("probe", ["--similarity", "died:near"], "column:kind, kind one of query"),
-        ("head", ["--similarity", "died:near"], "column:kind, kind one of query"),
+        ("probe", ["--similarity", "died:near"], "column:neighbours, column:query"),
+        ("head", ["--similarity", "died:near"], "column:neighbours, column:query"),
     ],
 )
 def test_a_wrong_word_is_refused_before_the_notes_are_read(tmp_path, monkeypatch, tokenizer, command, words, said):
@@ -204,7 +204,7 @@ def test_the_options_that_are_read_from_the_source_are_those_of_the_parser():
         (["pretrain", "--max_step", "3", "--modle=x"], "unknown: --max_step. Did you mean max_steps"),
         (["pretrain", "--max_step", "3", "--modle=x"], "unknown: --modle=x. Did you mean model"),
         (["probe", "--modle", "x"], "densefeat probe: error: unknown: --modle. Did you mean model?"),
-        (["head", "--notes", "x"], "the following arguments are required: --model, --output"),
+        (["head", "--notes", "x"], "the following arguments are required: --output"),
         (["probe", "--k", "x", "--model", "m", "--notes", "n"], "argument --k: invalid int value"),
         *(([name, "--help"], "") for name in main.COMMANDS),
         (["--help"], ""),
@@ -276,7 +276,7 @@ def test_head_of_patients_with_one_note_each(tokenizer, tmp_path, capsys):
     small = ["--k", "2", "--no_cache", "--output", str(tmp_path / "report")]
     main.main(["probe", *words[1:], *small])
     assert (tmp_path / "report" / "report.html").is_file()
-    with pytest.raises(SystemExit, match="kind one of query, same"):
+    with pytest.raises(SystemExit, match="column:query, column:same"):
         main.main([*words, "--output", str(tmp_path / "none"), "--similarity", "text:wrong"])
     assert not (tmp_path / "none").exists()
 
