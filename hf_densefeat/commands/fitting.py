@@ -51,8 +51,8 @@ def fit_and_save(model: Any, settings: Any, record: SplitRecord | None = None) -
         settings: of the command.
         record: of whom another model was trained on that is in the encoder's weights.
     """
-    writable(settings.output, "output")
     similarity_tasks(settings.similarity or [], None)  # words alone: before the notes are read
+    writable(settings.output, "output")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(settings.model)
     notes = settings.read()
