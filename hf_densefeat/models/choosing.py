@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class Choice:
         input_layer: it reads the input embeddings beside the last layer.
         center: it subtracts the mean.
         epsilon: see `content_head`.
-        found: mean reciprocal rank at which a text finds its pair among everybody's, the mean over kinds of pairs.
-        gain: of `found` over the encoder as it is.
+        ranks: kind of validation pairs to the mean reciprocal rank at which a text finds its pair among everybody's.
+        gain: of rank over the encoder as it is, on the kinds of pairs that it was not fitted on; on its own if there is no other.
         error: standard error of `gain`, paired by text.
     """
 
@@ -35,9 +35,14 @@ class Choice:
     input_layer: bool = False
     center: bool = False
     epsilon: float = math.inf
-    found: float = math.nan
+    ranks: Mapping[str, float] = field(default_factory=dict)
     gain: float = 0.0
     error: float = 0.0
+
+    @property
+    def found(self) -> float:
+        """Mean of `ranks` over the kinds of pairs; NaN without any."""
+        return sum(self.ranks.values()) / len(self.ranks) if self.ranks else math.nan
 
     def __str__(self) -> str:
         """What the view is, in words."""
@@ -74,13 +79,16 @@ def choose_content(
     width: int,
     epsilons: Sequence[float] = EPSILONS,
 ) -> tuple[DenseHead | None, list[Choice]]:
-    """The content view under which validation texts find their pairs best, and all that was tried, the chosen one first.
+    """The content view that validation pairs speak for, and all that was tried, the chosen one first.
 
     A view is tried for each kind of training pairs, with and without the input embeddings, with and without centring, and for
-    each of `epsilons`. A candidate is scored by the mean over kinds of validation pairs of the mean reciprocal rank at which
-    the first text finds the second one among everybody's: of adjacent notes, which shows topics, and of the halves of a note,
-    which shows how fine content is told apart. The best takes the place of the encoder as it is only if it is ahead by more
-    than the standard error of the difference over texts.
+    each of `epsilons`. Each is scored by the ranks at which validation texts find their pairs: adjacent notes, which show
+    topics, and the halves of a note, which show how fine content is told apart. A view is better than its own kind of pairs
+    deserves, so:
+
+    1. It must be ahead of the encoder as it is, by more than the standard error, on the kind that it was not fitted on.
+    2. Of one kind, layers and centring, epsilon is that of the best rank of adjacent notes, where there are such.
+    3. Of one kind, layers and centring are those that gain most on the other kind; of the kinds, the best mean rank counts.
 
     Args:
         train: kind of pairs to embeddings (n, width), or (n, D) with D - width columns of the input embeddings.
@@ -93,25 +101,42 @@ def choose_content(
     """
     known = {kind: sides for kind, sides in validation.items() if len(sides[0])}
     base = {kind: reciprocal_ranks(*(z[:, :width] for z in sides)) for kind, sides in known.items()}
-    scores = [Choice(found=_mean([one.mean() for one in base.values()]))]
+    as_it_is = Choice(ranks={kind: float(found.mean()) for kind, found in base.items()})
+    tried, ahead = [], []
     for kind, sides in train.items():
-        if not len(sides[0]):
-            continue
-        for input_layer in (False, True)[: 1 + (sides[0].shape[1] > width)]:
+        groups = []
+        for input_layer in (False, True)[: 1 + (sides[0].shape[1] > width)] if len(sides[0]) else ():
             view = _View(sides, width, input_layer)
             for center in (True, False):
+                group = []
                 for epsilon in epsilons:
-                    gains = {one: reciprocal_ranks(*view(known[one], epsilon, center)) - base[one] for one in known}
-                    gain = _mean([one.mean() for one in gains.values()])
-                    error = _mean([one.var() / len(one) for one in gains.values()]) / max(len(gains), 1)
-                    found = scores[0].found + gain
-                    scores.append(Choice(kind, input_layer, center, epsilon, found, gain, math.sqrt(error)))
-    best = max(scores, key=lambda one: one.found if math.isfinite(one.found) else -1)
-    chosen = best if best.gain > best.error else scores[0]
-    order = [chosen, *sorted((one for one in scores if one is not chosen), key=lambda one: -one.found)]
+                    found = {one: reciprocal_ranks(*view(pairs, epsilon, center)) for one, pairs in known.items()}
+                    group.append(_scored(Choice(kind, input_layer, center, epsilon), found, base))
+                tried += group
+                groups += _best(group, lambda one: one.ranks.get("adjacent", one.found))
+        ahead += _best(groups, lambda one: one.gain)
+    chosen = (_best(ahead, lambda one: one.found) or [as_it_is])[0]
+    order = [chosen, *sorted((one for one in (as_it_is, *tried) if one is not chosen), key=lambda one: -one.found)]
     if not chosen.pairs:
         return None, order
     return fit_content(train[chosen.pairs], chosen, width=width), order
+
+
+def _scored(choice: Choice, found: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Choice:
+    others = [one for one in found if one != choice.pairs] or list(found)
+    gains = [found[one] - base[one] for one in others]
+    return replace(
+        choice,
+        ranks={one: float(values.mean()) for one, values in found.items()},
+        gain=sum(float(one.mean()) for one in gains) / max(len(gains), 1),
+        error=math.sqrt(sum(float(one.var()) / len(one) for one in gains)) / max(len(gains), 1),
+    )
+
+
+def _best(choices: Sequence[Choice], score: Callable[[Choice], float]) -> list[Choice]:
+    """The one with the highest score of those that are visibly ahead of the encoder as it is, if any is."""
+    ahead = [one for one in choices if one.gain > one.error]
+    return [max(ahead, key=score)] if ahead else []
 
 
 def fit_content(sides: Sides, choice: Choice, *, width: int) -> DenseHead:
@@ -153,7 +178,3 @@ class _View:
         matrix = (self.vectors * scale).float()  # enough for ranks, and twice as fast
         a, b = ((z[:, : self.columns].double() * self.scale - mean).float() @ matrix for z in sides)
         return a, b
-
-
-def _mean(values: list[Tensor]) -> float:
-    return float(sum(values) / len(values)) if values else math.nan

@@ -64,3 +64,20 @@ def test_the_input_embeddings_count_as_much_as_the_last_layer(epsilon):
     torch.testing.assert_close(reciprocal_ranks(one, other), torch.ones(300))
     unit = [torch.nn.functional.normalize(z, dim=1) for z in (one, other)]
     torch.testing.assert_close(unit[0] @ unit[0].mT, unit[1] @ unit[1].mT, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_that_share_an_author_and_not_the_matter_choose_no_view():
+    """What adjacent notes share is then the author: a view by them finds the author better and the other half worse."""
+
+    def sides(n, seed):
+        rng = torch.Generator().manual_seed(seed)
+        author, one, other = (torch.randn(n, 8, generator=rng) for _ in range(3))
+        noise = 0.7 * torch.randn(2, n, 16, generator=rng)
+        whole = torch.cat([author, one], 1)
+        return {"adjacent": (whole, torch.cat([author, other], 1)), "halves": (whole + noise[0], whole + noise[1])}
+
+    head, order = choose_content({"adjacent": sides(400, 0)["adjacent"]}, sides(300, 1), width=16)
+    assert head is None
+    strong = next(one for one in order if one.epsilon == 0.03 and one.center)
+    assert strong.ranks["adjacent"] > order[0].ranks["adjacent"]
+    assert strong.gain < 0
