@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from hf_densefeat import events
     from hf_densefeat.data.collator import DensePairCollator
     from hf_densefeat.data.notes import load_notes
-    from hf_densefeat.data.pairs import adjacent_pairs
+    from hf_densefeat.data.pairs import adjacent_pairs, pair_notes, pair_texts
     from hf_densefeat.data.splits import split_by_patient
     from hf_densefeat.evaluation.geometry import condition_number, effective_rank, geometry_report, subspace_distance
     from hf_densefeat.evaluation.probes import ProbeEvaluator
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_densefeat.objective.statistics import Statistics, sees_pairing
     from hf_densefeat.objective.terms import orthogonality_loss, spectral_spreading_loss, subspace_consistency_loss
     from hf_densefeat.training.arguments import DenseTrainingArguments
+    from hf_densefeat.training.sentence_loss import DenseLoss
     from hf_densefeat.training.trainer import DenseTrainer
 
 __version__ = version("hf_densefeat")
@@ -33,6 +34,7 @@ __all__ = [
     "BatchLoss",
     "DenseFeatureMixin",
     "DenseHead",
+    "DenseLoss",
     "DenseObjective",
     "DensePairCollator",
     "DenseTrainer",
@@ -51,6 +53,8 @@ __all__ = [
     "interpolate_weights",
     "load_notes",
     "orthogonality_loss",
+    "pair_notes",
+    "pair_texts",
     "sees_pairing",
     "spectral_spreading_loss",
     "split_by_patient",
@@ -62,7 +66,7 @@ __all__ = [
 _ROOMS = {
     "data.collator": "DensePairCollator",
     "data.notes": "load_notes",
-    "data.pairs": "adjacent_pairs",
+    "data.pairs": "adjacent_pairs pair_notes pair_texts",
     "data.splits": "split_by_patient",
     "evaluation.geometry": "condition_number effective_rank geometry_report subspace_distance",
     "evaluation.probes": "ProbeEvaluator",
@@ -78,6 +82,7 @@ _ROOMS = {
     "objective.statistics": "Statistics sees_pairing",
     "objective.terms": "orthogonality_loss spectral_spreading_loss subspace_consistency_loss",
     "training.arguments": "DenseTrainingArguments",
+    "training.sentence_loss": "DenseLoss",
     "training.trainer": "DenseTrainer",
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}

@@ -8,9 +8,10 @@ pictures.
 import argparse
 import ast
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,11 @@ class Settings(NotesTable):
     beside: str | None = option(
         None, help="JSON of measurements that the table shows beside this run's, such as MLM alone."
     )
+    share: str | None = option(
+        None,
+        help="Of the way from the start to the trained weights: a number, or auto, by validation notes. Default: auto from a "
+        "start that was trained for similarity, else 1.",
+    )
     views: str = option(
         "auto", help="Content and form view after training: none, auto, an epsilon, or center for the mean."
     )
@@ -47,12 +53,13 @@ class Settings(NotesTable):
         100, help="If the language-modelling head is new, train it alone for so many updates first."
     )
     head_warmup_learning_rate: float = option(1e-3, help="Peak learning rate of that warm-up.")
+    given: frozenset[str] = field(init=False, default=frozenset(), metadata={"help": ""})  # options that were named
 
 
 GROUPS = {  # what people set; --help_all lists the rest
     "data": ("notes", "patient_column", "time_column", "text_column", "pairs", "max_gap"),
-    "model": ("model", "pooling", "max_length", "long_notes", "views"),
-    "objective": ("mlm_weight", "dense_weight", "lambda_pair", "lambda_sub", "mlm_probability"),
+    "model": ("model", "pooling", "max_length", "long_notes", "views", "share"),
+    "objective": ("mlm_weight", "dense_weight", "lambda_pair", "lambda_sub", "lambda_anchor", "mlm_probability"),
     "training": ("max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "bf16"),
     "measured": ("similarity", "probe"),
     "output": ("output_dir", "save_strategy", "resume_from_checkpoint", "push_to_hub"),
@@ -95,7 +102,9 @@ def written_options() -> dict[str, tuple[Any, str]]:
     assert transformers is not None
     assert transformers.origin is not None
     training = Path(__file__).parents[1] / "training" / "arguments.py"
-    found: dict[str, tuple[Any, str]] = {one.name: (one.default, one.metadata["help"]) for one in fields(Settings)}
+    found: dict[str, tuple[Any, str]] = {
+        one.name: (one.default, one.metadata["help"]) for one in fields(Settings) if one.init
+    }
     for file in (Path(transformers.origin).parent / "training_args.py", training):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name in ("TrainingArguments", "DenseTrainingArguments"):
@@ -170,6 +179,9 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Sett
         parser.error("no notes: pass --notes, a file, folder or Hub name, or name them in the config.")
     if not (settings.model or settings.config_name):
         parser.error("no model: pass --model, a Hub name or folder (or --config_name for a new one).")
+    settings.given = frozenset(word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--"))
+    if settings.share not in (None, "auto") and not _is_share(settings.share):
+        parser.error(f"expected --share auto, or a number of at least 0, but got {settings.share!r}.")
     if settings.views != "none":
         try:
             epsilon_of(settings.views)
@@ -204,6 +216,13 @@ def options_of(config: Path | str | None, known: set[str], parser: "HfArgumentPa
         if items not in ([""], ["null"]):
             words += [f"--{key}", *items]
     return words
+
+
+def _is_share(word: str) -> bool:
+    try:
+        return 0 <= float(word) < math.inf
+    except ValueError:
+        return False
 
 
 def _typed(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """A run of `densefeat pretrain`: read, measure, train, fit the views, save, measure."""
 
+import copy
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
+from hf_densefeat.commands.contrastive import go_share, take_defaults, trained_for_similarity
 from hf_densefeat.commands.fitting import below, described, fit_views, how_to_use, measured_views
 from hf_densefeat.commands.measuring import Encoded, Measurement, loading, probes_of, sample, words_of
 from hf_densefeat.commands.pretrain import Settings, written_options
@@ -58,7 +60,7 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
         args.disable_tqdm = True
     try:
         beside = kept_measurements(settings, args)
-        trainer, measure, parts, head_is_new = prepare(settings, args)
+        trainer, measure, parts, start, head_is_new = prepare(settings, args)
     except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
         sys.exit(f"pretrain: error: {error_line(error, written_options())}")
 
@@ -87,6 +89,16 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     trainer.save_model(_internal_call=True)  # first: whatever fails from here on, the encoder is there
+    if settings.share is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        say(
+            args, line("share", "all of the way: sharded weights are not interpolated here, see densefeat interpolate")
+        )
+    elif settings.share is not None:
+        if args.should_save:
+            going: dict[str, Any] = {"share": settings.share, "tokenizer": tokenizer, "seed": args.seed}
+            new = names_of_head(trainer.dense_model) if head_is_new else ()
+            say(args, line("share", go_share(trainer.dense_model, start, parts.get("validation"), new=new, **going)))
+        trainer.save_model(_internal_call=True)
     if settings.views != "none":
         dense = trainer.dense_model
         how: dict[str, Any] = {"width": dense.embedding_dimension, "epsilon": settings.views, "seed": args.seed}
@@ -97,10 +109,9 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
         # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
         trained = AutoDenseModel.from_pretrained(str(args.output_dir))
         trained.to(args.device)
+        name = ("MLM + dense" if args.mlm_weight else "dense") if args.dense_weight else "MLM alone"
         encoder = Encoded(below(trained, tokenizer), width=trained.embedding_dimension)
-        after = measured_views(measure, encoder, trained.views) or [
-            measure("MLM + dense" if args.dense_weight else "MLM alone", encoder)
-        ]
+        after = measured_views(measure, encoder, trained.views) or [measure(name, encoder)]
         assert before is not None
         report([before, *measure.beside(), *beside, *after], trainer, args)
     trainer.accelerator.wait_for_everyone()
@@ -118,8 +129,11 @@ def use_every_core(args: DenseTrainingArguments) -> None:
         say(args, f"threads    {cores}, all cores: accelerate launch leaves one")
 
 
-def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, bool]:
-    """Notes split by patient, model, trainer and measurement, each checked; what was read is printed."""
+def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, Any, bool]:
+    """Notes split by patient, model, trainer and measurement, each checked; what was read is printed.
+
+    The fourth is a copy of the start, where a share of the way from it is asked for, else None.
+    """
     place = where_to(args)
     similarity_tasks(settings.similarity, None)  # words alone
     if args.push_to_hub:
@@ -135,14 +149,19 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     say(args, line("notes", read), line("", describe_notes(notes)))
     pair_notes(notes, args.pairs, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     with loading(source):
+        contrastive = bool(settings.model) and trained_for_similarity(source)
         model, head_is_new = load_model(settings, args)
-    validated = args.eval_strategy != "no" or settings.probe
+    if contrastive:
+        say(args, line("start", take_defaults(settings, args)))
+    validated = args.eval_strategy != "no" or settings.share == "auto" or settings.probe
     need = ("train", "validation", "test") if validated else ("train", "test")
     allow = settings.allow_trained
     parts, record = hold_out(notes, seed=args.seed, record=SplitRecord.of(model), allow_trained=allow, need=need)
     record.write_to(model)
     if args.should_save:
         record.save(str(args.output_dir))
+    model.config.densefeat["contrastive"] = contrastive
+    model.config.densefeat.pop("share", None)  # of another run
     model.views = {}  # that of another run: it is fitted anew
     words = f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.pooling} pooling"
     say(args, line("model", words))
@@ -167,7 +186,8 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
         line("output", place),
     )
     show(trainer)
-    return trainer, measure, parts, head_is_new
+    start = trainer.start or copy.deepcopy(model) if settings.share is not None else None
+    return trainer, measure, parts, start, head_is_new
 
 
 def where_to(args: DenseTrainingArguments) -> str:
@@ -189,8 +209,13 @@ def load_model(settings: Settings, args: DenseTrainingArguments) -> tuple[Any, b
     if not settings.model:
         return AutoDenseModel.from_config(AutoConfig.from_pretrained(str(settings.config_name)), args.pooling), False
     model, loading = AutoDenseModel.from_pretrained(settings.model, pooling=args.pooling, output_loading_info=True)
+    return model, bool(set(loading["missing_keys"]) & set(names_of_head(model)))
+
+
+def names_of_head(model: Any) -> list[str]:
+    """Names of the weights outside the body, those of the language-modelling head."""
     body = model.base_model_prefix + "."
-    return model, any(not name.startswith(body) for name in loading["missing_keys"])
+    return [name for name in model.state_dict() if not name.startswith(body)]
 
 
 def warm_up_head(model: Any, settings: Settings, args: DenseTrainingArguments, train_dataset, tokenizer) -> None:

@@ -124,6 +124,20 @@ def pair_notes(
     return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0], made
 
 
+def pair_texts(notes: datasets.Dataset, kinds: str | Sequence[str] = "adjacent", **options: Any) -> datasets.Dataset:
+    """The texts of `pair_notes` as a table `earlier, later`, which the trainer of sentence-transformers takes.
+
+    Args:
+        notes: As for `pair_notes`.
+        kinds: As for `pair_notes`.
+        options: `max_gap` and `same`.
+    """
+    table, pairs = pair_notes(notes, kinds, **options)
+    sides = {"earlier": pairs.earlier, "later": pairs.later}
+    columns = [table.select_columns("text").select(rows).rename_column("text", name) for name, rows in sides.items()]
+    return datasets.concatenate_datasets(columns, axis=1)
+
+
 def check_kinds(kinds: str | Sequence[str]) -> list[str]:
     """The names of kinds of pairs as a list, each once; ValueError for none or another name."""
     named = list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))

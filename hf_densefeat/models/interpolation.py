@@ -3,10 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the way from the start to the trained weights, and what validation notes say of it.
+
+    Attributes:
+        share: 0 for the start, 1 for the trained weights.
+        found: mean reciprocal rank at which a text finds its pair, the mean over kinds of pairs.
+        gain: of `found` over the start.
+        error: standard error of `gain`, paired by text.
+    """
+
+    share: float
+    found: float
+    gain: float = 0.0
+    error: float = 0.0
+
+    def __str__(self) -> str:
+        """In words, for a log."""
+        ahead = f", {self.gain:+.4f} ± {self.error:.4f} of the start" if self.share else ""
+        rank = f"validation notes find their pairs at a mean reciprocal rank of {self.found:.4f}"
+        return f"{self.share:g} of the way: {rank}{ahead}"
+
+
+def choose_share(
+    ranks: Callable[[float], Mapping[str, Tensor]], *, shares: Sequence[float] = SHARES
+) -> tuple[Share, list[Share]]:
+    """The share at which validation texts find their pairs best, without labels; 0 unless another is ahead of it for sure.
+
+    A share is scored by the mean over kinds of pairs (adjacent notes, halves of a note) of the mean reciprocal rank. The best
+    takes the place of the start only if it is ahead by more than the standard error of the paired difference.
+
+    Args:
+        ranks: share to {kind: reciprocal ranks (n,)}, of the same texts in the same order for every share.
+        shares: above 0, those that are tried.
+
+    Returns:
+        The choice, and all that was tried, the start first.
+    """
+    base = ranks(0.0)
+    tried = [Share(0.0, _mean([one.mean() for one in base.values()]))]
+    for share in shares:
+        gains = [found - base[kind] for kind, found in ranks(share).items()]
+        gain, error = _mean([one.mean() for one in gains]), _mean([one.var() / len(one) for one in gains])
+        tried.append(Share(share, tried[0].found + gain, gain, math.sqrt(error / len(gains))))
+    best = max(tried, key=lambda one: one.found)
+    return best if best.gain > best.error else tried[0], tried
+
+
+def _mean(values: Sequence[Tensor]) -> float:
+    return float(sum(values) / len(values))
 
 
 @torch.no_grad()

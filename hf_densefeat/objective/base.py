@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_densefeat.objective.anchor import Rows
 from hf_densefeat.objective.moments import PairMoments
 
 # names of other numbers in the log
@@ -46,6 +47,11 @@ class Objective(ABC):
         return {}
 
     @property
+    def needs_start(self) -> bool:
+        """Whether a term asks for the rows of the frozen start: `PairMoments.of(..., start=rows)`."""
+        return any(getattr(function, "needs_start", False) for _, function in self.terms.values())
+
+    @property
     def covariance(self) -> Tensor | None:
         """Mean of the covariances of both sides at the last update (d, d), detached; None if there is none."""
         return None
@@ -56,9 +62,9 @@ class Objective(ABC):
 
     @abstractmethod
     def share(
-        self, z_a: Tensor, z_b: Tensor, *, parts: int = 1, ranks: int = 1
+        self, z_a: Tensor, z_b: Tensor, *, start: Rows | None = None, parts: int = 1, ranks: int = 1
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """A micro-batch's share of the loss, and numbers to log.
+        """A micro-batch's share of the loss, and numbers to log; `start` are the rows of the frozen start, if needed.
 
         Shares add up over the `parts` of a rank and average over `ranks`, in value and in gradient.
         """

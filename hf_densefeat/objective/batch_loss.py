@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_densefeat.objective.anchor import Rows
 from hf_densefeat.objective.base import Objective, check_name, checked_value
 from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.objective.precision import full_precision
@@ -49,7 +50,9 @@ class BatchLoss(Objective):
 
     of_batch = __call__
 
-    def share(self, z_a: Tensor, z_b: Tensor, *, parts: int = 1, ranks: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    def share(
+        self, z_a: Tensor, z_b: Tensor, *, start: Rows | None = None, parts: int = 1, ranks: int = 1
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the batch, which is the whole update."""
         values = self(z_a, z_b)
         return values["loss"], values

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_densefeat.objective.anchor import AnchorMoments
 from hf_densefeat.objective.moments import Moments, PairMoments
 from hf_densefeat.objective.precision import full_precision
 
@@ -12,34 +13,28 @@ from hf_densefeat.objective.precision import full_precision
 def sum_over_ranks(pair: PairMoments, counts: Tensor) -> tuple[PairMoments, Tensor]:
     """Global moments of the pairs and global `counts` (m,): one all-reduce of one packed buffer, without gradient.
 
-    The buffer holds the upper triangles of both sides: d^2 + 5 d + 5 + m numbers whatever the batch, and d^2 more with
-    the cross moment, in the dtype of the moments. All ranks must use the same shifts. A rank without rows takes part
-    with zeros. One process: returned as they are.
+    The buffer holds the upper triangles of both sides: d^2 + 5 d + 5 + m numbers whatever the batch, d^2 more with the
+    cross moment and 3 d^2 with the anchor's sums, in the dtype of the moments. All ranks must use the same shifts. A rank
+    without rows takes part with zeros. One process: returned as they are.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return pair, counts
     d = len(pair.a.shift)
     upper = torch.triu_indices(d, d, device=pair.a.shift.device)
-    parts = [counts.to(pair.a.shift)]
-    for side in (pair.a, pair.b):
-        parts += [side.count[None], side.first, side.second[upper[0], upper[1]]]
-        parts += [side.square_weighted_sum, side.quartic_sum[None]]
-    parts.append(pair.product_sum[None])
-    if pair.cross is not None:
-        parts.append(pair.cross.flatten())
+    # of symmetric matrices, the second moments of both sides, half is sent
+    halved = [value[upper[0], upper[1]] if i in (2, 7) else value for i, value in enumerate(pair.sums)]
+    parts = [counts.to(pair.a.shift), *(value.flatten() for value in halved)]
     buffer = torch.cat(parts)
     dist.all_reduce(buffer)
     counts, *sums = torch.split(buffer, [len(part) for part in parts])
-    sides = []
-    for side, (n, first, triangle, square_weighted, quartic) in zip(
-        (pair.a, pair.b), (sums[:5], sums[5:10]), strict=True
-    ):
-        second = first.new_zeros(d, d)
-        second[upper[0], upper[1]] = triangle
-        second = second + second.triu(1).mT
-        sides.append(Moments(side.shift, n[0], first, second, square_weighted, quartic[0]))
-    cross = None if pair.cross is None else sums[11].view(d, d)
-    return PairMoments(sides[0], sides[1], sums[10][0], cross), counts
+    sums = [value.view(part.shape) for value, part in zip(sums, halved, strict=True)]
+    for i in (2, 7):
+        second = sums[i].new_zeros(d, d)
+        second[upper[0], upper[1]] = sums[i]
+        sums[i] = second + second.triu(1).mT
+    a, b, rest = Moments(pair.a.shift, *sums[:5]), Moments(pair.b.shift, *sums[5:10]), sums[11:]
+    cross = None if pair.cross is None else rest.pop(0)
+    return PairMoments(a, b, sums[10], cross, AnchorMoments(*rest) if rest else None), counts
 
 
 @torch.no_grad()

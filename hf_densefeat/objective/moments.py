@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_densefeat.objective.anchor import AnchorMoments, Rows, anchor_pullback
 from hf_densefeat.objective.precision import full_precision, rounding_variance
 
 
@@ -195,36 +196,46 @@ class MomentsGradient:
 
 @dataclass(frozen=True)
 class PairMoments:
-    """Moments of both sides of pairs, row i of b after row i of a, what they share, and where asked for the cross moment.
+    """Moments of both sides of pairs, row i of b after row i of a, what they share, and where asked for what more there is.
 
     `product_sum` () is sum (z_a - a.shift) . (z_b - b.shift) over the pairs, and `cross` (d, d), whose trace it is, sum
-    (z_a - a.shift)(z_b - b.shift)^T, or None. `p + q` is that of the pairs of both.
+    (z_a - a.shift)(z_b - b.shift)^T, or None. `anchor` holds the sums with the rows of the frozen start, or None. `p + q` is
+    that of the pairs of both.
     """
 
     a: Moments
     b: Moments
     product_sum: Tensor
     cross: Tensor | None = None
+    anchor: AnchorMoments | None = None
 
     @classmethod
-    def of(cls, z_a: Tensor, z_b: Tensor, shift: Tensor | None = None, *, cross: bool = False) -> PairMoments:
-        """Moments of the rows of `z_a` and `z_b` (N, d), differentiable in both; `shift` as in `Moments.of`."""
+    def of(
+        cls, z_a: Tensor, z_b: Tensor, shift: Tensor | None = None, *, cross: bool = False, start: Rows | None = None
+    ) -> PairMoments:
+        """Moments of the rows of `z_a` and `z_b` (N, d), differentiable in both.
+
+        `shift` is as in `Moments.of`, and `start` the rows that the frozen start gives of the same notes, both sides.
+        """
         if z_a.shape != z_b.shape:
             raise ValueError(f"Expected pairs of rows, but the sides are {tuple(z_a.shape)} and {tuple(z_b.shape)}.")
         a, b = Moments.of(z_a, shift), Moments.of(z_b, shift)
         with torch.autocast(z_a.device.type, enabled=False):
             y_a, y_b = full_precision(z_a) - a.shift, full_precision(z_b) - b.shift
-            return cls(a, b, (y_a * y_b).sum(), y_a.mT @ y_b if cross else None)
+            anchor = None if start is None else AnchorMoments.of((z_a, z_b), start)
+            return cls(a, b, (y_a * y_b).sum(), y_a.mT @ y_b if cross else None, anchor)
 
     def __add__(self, other: PairMoments) -> PairMoments:
         # a missing moment is not zero: adding it would be silently wrong
-        if (self.cross is None) != (other.cross is None):
-            raise ValueError(
-                "Only one of these moments of pairs has the cross moment: pass `cross` to both or neither."
-            )
+        for name in ("cross", "anchor"):
+            if (getattr(self, name) is None) != (getattr(other, name) is None):
+                raise ValueError(
+                    f"Only one of these moments of pairs has `{name}`: pass what it needs to both or neither."
+                )
         product_sum, cross = other._products_about(self.a.shift, self.b.shift)
         both = None if self.cross is None or cross is None else self.cross + cross
-        return PairMoments(self.a + other.a, self.b + other.b, self.product_sum + product_sum, both)
+        anchor = None if self.anchor is None or other.anchor is None else self.anchor + other.anchor
+        return PairMoments(self.a + other.a, self.b + other.b, self.product_sum + product_sum, both, anchor)
 
     def _products_about(self, shift_a: Tensor, shift_b: Tensor) -> tuple[Tensor, Tensor | None]:
         """`product_sum` and `cross` about other shifts: (y_a + delta_a)(y_b + delta_b)^T and its trace, expanded."""
@@ -247,15 +258,16 @@ class PairMoments:
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
-        """All additive fields: five of a, five of b, `product_sum`, and the cross moment if there is one."""
+        """All additive fields: five of a, five of b, `product_sum`, the cross moment and the anchor's, where there are."""
         cross = () if self.cross is None else (self.cross,)
-        return (*self.a.sums, *self.b.sums, self.product_sum, *cross)
+        return (*self.a.sums, *self.b.sums, self.product_sum, *cross, *(self.anchor.sums if self.anchor else ()))
 
     def detached(self, requires_grad: bool = False) -> PairMoments:
         """The same values as leaves of a new graph."""
         product_sum = self.product_sum.detach().requires_grad_(requires_grad)
         cross = None if self.cross is None else self.cross.detach().requires_grad_(requires_grad)
-        return PairMoments(self.a.detached(requires_grad), self.b.detached(requires_grad), product_sum, cross)
+        anchor = None if self.anchor is None else self.anchor.detached(requires_grad)
+        return PairMoments(self.a.detached(requires_grad), self.b.detached(requires_grad), product_sum, cross, anchor)
 
 
 @dataclass(frozen=True)
@@ -266,15 +278,18 @@ class PairGradient:
     b: MomentsGradient
     product_sum: Tensor | None = None
     cross: Tensor | None = None
+    anchor: Sequence[Tensor | None] = ()  # by `AnchorMoments.sums`
 
     @classmethod
     def of(cls, pair: PairMoments, sums: Sequence[Tensor | None]) -> PairGradient:
         """From autograd's gradients by `PairMoments.sums`."""
         a, b = MomentsGradient.of(pair.a.shift, sums[:5]), MomentsGradient.of(pair.b.shift, sums[5:10])
-        return cls(a, b, *sums[10:])
+        product_sum, *rest = sums[10:]
+        cross = None if pair.cross is None else rest.pop(0)
+        return cls(a, b, product_sum, cross, rest)
 
     @torch.no_grad()
-    def pullback(self, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
+    def pullback(self, z_a: Tensor, z_b: Tensor, start: Rows | None = None) -> tuple[Tensor, Tensor]:
         """Gradients (N, d) with respect to the rows of both sides, any share of the pairs, exact for any cut."""
         g_a, g_b = self.a.pullback(z_a), self.b.pullback(z_b)
         with torch.autocast(z_a.device.type, enabled=False):
@@ -283,4 +298,7 @@ class PairGradient:
                 g_a, g_b = g_a + self.product_sum * y_b, g_b + self.product_sum * y_a
             if self.cross is not None:  # <G, sum y_a y_b^T>: y_a sees G y_b, y_b sees G^T y_a
                 g_a, g_b = g_a + y_b @ self.cross.mT, g_b + y_a @ self.cross
-            return g_a, g_b
+        if start is not None and self.anchor:
+            by_anchor = anchor_pullback(self.anchor, (z_a, z_b), start)
+            g_a, g_b = g_a + by_anchor[0], g_b + by_anchor[1]
+        return g_a, g_b

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_densefeat.objective.anchor import Rows
 from hf_densefeat.objective.base import Objective, check_name, checked_value
 from hf_densefeat.objective.closed_form import ClosedForm, scaled
 from hf_densefeat.objective.extra_terms import EXTRA_TERMS
@@ -122,15 +123,18 @@ class DenseObjective(Objective):
         self._planned: tuple[dict[str, Tensor], PairGradient] | None = None
         self.diagnostics: dict[str, Tensor] = {}
 
-    def __call__(self, z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
-        """Every term, unweighted, by name, and their weighted sum `loss`; differentiable in `z_a`, `z_b` (N, d)."""
+    def __call__(self, z_a: Tensor, z_b: Tensor, *, start: Rows | None = None) -> dict[str, Tensor]:
+        """Every term, unweighted, by name, and their weighted sum `loss`; differentiable in `z_a`, `z_b` (N, d).
+
+        `start` holds the rows that the frozen start gives of the same notes, both sides, where a term needs them (`Anchor`).
+        """
         if z_a.shape != z_b.shape:
             raise ValueError(
                 f"Expected z_a and z_b of one shape (n, d), a row a pair, but got {tuple(z_a.shape)}, {tuple(z_b.shape)}."
             )
         if self.window is None:
             warn_if_unsupported(self.subspace_dim, len(z_a) - self.center)
-        return self.values(PairMoments.of(z_a, z_b, cross=self.needs_cross_moment))
+        return self.values(PairMoments.of(z_a, z_b, cross=self.needs_cross_moment, start=start))
 
     def values(self, pair: PairMoments) -> dict[str, Tensor]:
         """The same from the moments of the pairs, differentiable in them; advances the running state by one step."""
@@ -160,13 +164,16 @@ class DenseObjective(Objective):
         self._planned = self.gradient(pair)
         return self._planned[0] | self.diagnostics
 
-    def share(self, z_a: Tensor, z_b: Tensor, *, parts: int = 1, ranks: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    def share(
+        self, z_a: Tensor, z_b: Tensor, *, start: Rows | None = None, parts: int = 1, ranks: int = 1
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The value of the update over its parts, with the gradient at the global moments; nothing to log."""
         if self._planned is None:
             raise RuntimeError("The update has no plan yet: call plan first.")
         values, gradient = self._planned
         # linear in the rows: its gradient is exact, and its own value is replaced by that of the terms
-        surrogate = sum((g * z).sum() for g, z in zip(gradient.pullback(z_a, z_b), (z_a, z_b), strict=True)) * ranks
+        gradients = gradient.pullback(z_a, z_b, start)
+        surrogate = sum((g * z).sum() for g, z in zip(gradients, (z_a, z_b), strict=True)) * ranks
         return surrogate + (values["loss"] / parts - surrogate).detach(), {}
 
     def evaluate(self, pair: PairMoments, batches: Sequence[Mapping[str, Tensor]] = ()) -> dict[str, Tensor]:

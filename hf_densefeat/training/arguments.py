@@ -13,13 +13,25 @@ from hf_densefeat.data.pairs import check_kinds
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.objective.statistics import Term
 
+# What a contrastive start is trained with, where nothing else is said: no language modelling, which costs it more than
+# anything gains, and an anchor to what it knows of unrelated notes.
+CONTRASTIVE: dict[str, Any] = {
+    "mlm_weight": 0.0,
+    "lambda_anchor": 10 / 3,
+    "learning_rate": 5e-5,
+    "max_steps": 60,
+    "per_device_train_batch_size": 24,
+    "warmup_steps": 6,
+}
+
 
 @dataclass(repr=False)  # the one of TrainingArguments hides tokens
 class DenseTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the weights of the dense terms.
 
-    loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth + lambda_pair L_pair), L_pair the
-    share of variance that adjacent notes do not share (`UnsharedVariance`).
+    loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth + lambda_pair L_pair + lambda_anchor
+    L_anchor), L_pair the share of variance that the notes of a pair do not share (`UnsharedVariance`), L_anchor how far
+    cosines of unrelated notes have moved from those of the frozen start (`Anchor`; a copy of the model is kept for it).
 
     Batch sizes count pairs: a forward sees 2 x `per_device_train_batch_size` notes. Different from the stock defaults:
     repositories are private, buffers are not broadcast, `logging_steps` is 10.
@@ -37,6 +49,10 @@ class DenseTrainingArguments(TrainingArguments):
     lambda_orth: float = field(default=0.0, metadata={"help": "Weight of L_orth, in [0, d (d - 1)]."})
     lambda_pair: float = field(
         default=0.3, metadata={"help": "Weight of the share of variance that adjacent notes do not share, in [0, 2]."}
+    )
+    lambda_anchor: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the mean (cos - cos of the frozen start)^2 of unrelated notes, in [0, 4]."},
     )
     subspace_dim: int = field(default=20, metadata={"help": "k, the dimension of the leading subspaces."})
     window: str = field(
@@ -92,7 +108,7 @@ class DenseTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("mlm_weight", "dense_weight", "lambda_pair"):
+        for name in ("mlm_weight", "dense_weight", "lambda_pair", "lambda_anchor"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"Expected {name} >= 0 but got {getattr(self, name)}.")
         if self.label_smoothing_factor:
@@ -147,8 +163,9 @@ class DenseTrainingArguments(TrainingArguments):
                 ) from None
         given: Any = self.terms or {}
         own: Any = {**given, **(terms or {})}
-        if self.lambda_pair:
-            own.setdefault("unshared_variance", self.lambda_pair)
+        for name, weight in {"unshared_variance": self.lambda_pair, "anchor": self.lambda_anchor}.items():
+            if weight:
+                own.setdefault(name, weight)
         options: dict[str, Any] = {
             "lambda_sub": self.lambda_sub,
             "lambda_orth": self.lambda_orth,

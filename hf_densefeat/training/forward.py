@@ -16,7 +16,13 @@ from hf_densefeat.models.pooling import over_chunks
 
 logger = logging.getLogger(__name__)
 
-NOT_ROWS = ("labels", "num_pairs", "chunk_to_note", "lengths")  # of a batch, what the model's forward does not take
+NOT_ROWS = (
+    "labels",
+    "num_pairs",
+    "chunk_to_note",
+    "lengths",
+    "start",
+)  # of a batch, what the model's forward does not take
 PADDING = 0.05  # largest share of padding that `length_groups` accepts
 MAXIMUM_GROUPS = 8
 CUTS = 32  # places among the rows at which groups may begin
@@ -30,12 +36,14 @@ class Forward(NamedTuple):
         z_a: embeddings (B, d) of the earlier notes.
         z_b: embeddings (B, d) of the later notes.
         slots: positions that the model computed, padding included.
+        start: embeddings of both sides by the frozen start, where the objective needs them.
     """
 
     mlm: Tensor
     z_a: Tensor
     z_b: Tensor
     slots: int
+    start: tuple[Tensor, Tensor] | None = None
 
     def rows(self) -> Tensor:
         """Embeddings (2B, d) of both sides, earlier notes first, without their graph."""

@@ -13,6 +13,7 @@ from hf_densefeat.objective.base import Objective
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.training.forward import Forward
+from hf_densefeat.training.update import moments_of
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def held_out_terms(
         made = forward(inputs)
         # one shift for all batches and ranks, near the mean, so that sums add and lose no digits
         shift = mean_over_ranks(made.rows()) if pair is None else pair.a.shift
-        moments = PairMoments.of(made.z_a, made.z_b, shift, cross=objective.needs_cross_moment)
+        moments = moments_of(made, objective, shift)
         pair = moments if pair is None else pair + moments
         of_batches.append(objective.of_batch(made.z_a, made.z_b))
         if mlm_weight:

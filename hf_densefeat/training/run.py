@@ -28,7 +28,9 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
     counts = {}
     if isinstance(trainer.train_dataset, PairDataset):
         pairs = trainer.train_dataset.pairs
-        counts = {"patients": pairs.num_patients, "notes": pairs.num_notes, "pairs of adjacent notes": len(pairs)}
+        kinds = pairs.kinds or {"adjacent notes": len(pairs)}
+        counts = {"patients": pairs.num_patients, "notes" if not pairs.kinds else "notes and spans": pairs.num_notes}
+        counts |= {f"pairs of {kind}": count for kind, count in kinds.items()}
     if "train" in trainer.reading_stats:
         counts |= trainer.reading_stats["train"].counts()
     masked = f"{args.mlm_probability:.0%} of tokens masked"
@@ -43,6 +45,8 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "seed": args.seed,
     }
+    if "share" in model.config.densefeat:
+        settings["share of the way from the start"] = f"{model.config.densefeat['share']:g}"
     if args.mlm_weight != trainer.mlm_weight_before:
         settings["weight of language modelling"] = (
             f"{trainer.mlm_weight_before:g} before, {args.mlm_weight:g} at the end"

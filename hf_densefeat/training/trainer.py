@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer_utils import EvalLoopOutput
@@ -116,6 +117,9 @@ class DenseTrainer(ResumableTrainer):
         self._objective_start = copy.deepcopy(self.objective.state_dict())
         check_objective(self.objective, args)
         check_head(model, args)
+        # copied before a checkpoint is loaded, so that a resumed run has the same start
+        wanted = self.objective.needs_start and args.dense_weight > 0
+        self.start: Any = copy.deepcopy(model).requires_grad_(False).eval() if wanted else None
         self.reading_stats: dict[str, ReadingStats] = {}
         with args.main_process_first(desc="tokenising notes"):
             train_dataset = self._pairs(train_dataset, "train", model, args)
@@ -135,6 +139,8 @@ class DenseTrainer(ResumableTrainer):
             **kwargs,
         )
         self.model_init = model_init
+        if self.start is not None:
+            self.start.to(args.device)
         self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
         check_run(self)
         self.by_position = self._takes_positions()
@@ -216,7 +222,7 @@ class DenseTrainer(ResumableTrainer):
             update.add({"mlm_loss": mlm * ranks})
             loss = loss + self.args.mlm_weight * ranks * mlm
         if self.args.dense_weight:
-            loss = loss + self.args.dense_weight * update.dense_share(self.objective, made.z_a, made.z_b, ranks)
+            loss = loss + self.args.dense_weight * update.dense_share(self.objective, made, ranks)
         update.add_slots(inputs["attention_mask"], made.slots)
         return (loss, made) if return_outputs else loss
 
@@ -231,7 +237,7 @@ class DenseTrainer(ResumableTrainer):
             # DDP reduces gradients after a forward that it is told to: the last one is made when its turn has come
             graphs = len(self._micro_batches) - (self.args.world_size > 1) if self.args.keep_graphs else 0
             update.moments_pass(
-                (self._prepare_inputs(batch) for batch in self._micro_batches),
+                map(self._with_start, self._micro_batches),
                 partial(self._first_forward, model),
                 self.objective,
                 keep_graphs=graphs,
@@ -263,7 +269,7 @@ class DenseTrainer(ResumableTrainer):
 
     def embed_pairs(self, model, inputs, *, predict: bool = True) -> Forward:
         """Both notes of each pair through the model; without `predict` the language-modelling loss is 0."""
-        return forward_pairs(
+        made = forward_pairs(
             model,
             self.dense_model,
             inputs,
@@ -272,6 +278,25 @@ class DenseTrainer(ResumableTrainer):
             # a sharded model gathers weights in each forward, and all ranks must make the same number of them
             grouped=not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile),
         )
+        if self.start is None:
+            return made
+        return made._replace(start=inputs["start"] if "start" in inputs else self._start_rows(inputs))
+
+    @torch.no_grad()
+    def _start_rows(self, inputs) -> tuple[Tensor, Tensor]:
+        """Embeddings of the same notes by the frozen start: a second forward, which reads no cache and fits any stream."""
+        with self.accelerator.autocast():
+            made = forward_pairs(
+                self.start.base_model, self.start, inputs, predict=False, by_position=False, grouped=True
+            )
+        return made.z_a, made.z_b
+
+    def _with_start(self, batch: dict) -> dict:
+        """A micro-batch on the device, with the rows of the frozen start, which the replay of its forward reuses."""
+        inputs = self._prepare_inputs(batch)
+        if self.start is not None:
+            batch["start"] = inputs["start"] = self._start_rows(inputs)
+        return inputs
 
     def _clip_grad_norm(self, model, largest: float | None = None):
         """Also of what the objective trains along."""

@@ -100,9 +100,9 @@ class Update:
         if totals is not None:
             self.plan(objective, totals, torch.stack(tokens).sum())
 
-    def dense_share(self, objective: Objective, z_a: Tensor, z_b: Tensor, ranks: int) -> Tensor:
+    def dense_share(self, objective: Objective, made: Forward, ranks: int) -> Tensor:
         """This micro-batch's share of the objective, which is logged."""
-        share, values = objective.share(z_a, z_b, parts=self.micro_batches, ranks=ranks)
+        share, values = objective.share(made.z_a, made.z_b, start=made.start, parts=self.micro_batches, ranks=ranks)
         self.add(values)
         return share
 
@@ -122,7 +122,8 @@ def moments_of(first: Forward, objective: Objective, shift: Tensor | None = None
     """Moments of a micro-batch, about `shift`, or about the objective's shift, or about the mean over all ranks."""
     if shift is None:
         shift = objective.shift if objective.shift is not None else mean_over_ranks(first.rows())
-    return PairMoments.of(first.z_a.detach(), first.z_b.detach(), shift, cross=objective.needs_cross_moment)
+    options: dict[str, Any] = {"cross": objective.needs_cross_moment, "start": first.start}
+    return PairMoments.of(first.z_a.detach(), first.z_b.detach(), shift, **options)
 
 
 class UpdateLog:

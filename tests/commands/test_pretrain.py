@@ -11,6 +11,9 @@ import pytest
 import torch
 from conftest import make_model, make_notes
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoModel, AutoTokenizer
 
 from hf_densefeat.commands import pretrain, pretraining
@@ -248,3 +251,37 @@ def test_what_was_measured_of_other_options_is_not_shown_beside(recipe, tmp_path
     for words in (["--seed", "7"], ["--max_steps", "2000"], ["--model", "answerdotai/ModernBERT-base"]):
         assert pretraining.kept_measurements(*recipe.parse(["--use_cpu", *words], DOCUMENTS)) == []
         assert "first-run-mlm.json is left out: it was measured with" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_start_that_was_trained_for_similarity(run, tokenizer, table, tmp_path):
+    """No language modelling, an anchor, a share that validation notes choose; what is named wins, and the folder remembers."""
+    make_model("bert", tokenizer).base_model.save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    config.pop("densefeat")
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    modules = [Transformer(str(tmp_path / "bare"))]
+    modules += [Pooling(modules[0].get_embedding_dimension(), pooling_mode="mean"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "similar"))
+    out = run("--notes", table, "--model", tmp_path / "similar", "--pairs", "adjacent", "halves", *SMALL)
+    for words in (
+        "trained for similarity",
+        "0 mlm_loss + 3 (",
+        "3.33333 anchor",
+        "trained 3 updates",
+        "share auto",
+        "of the way",
+    ):
+        assert words in " ".join(out.split())
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["densefeat"]
+    assert block["contrastive"]
+    assert 0 <= block["share"] <= 1
+    assert "share of the way from the start" in (tmp_path / "out" / "README.md").read_text()
+    out = run("--notes", table, "--model", tmp_path / "out", "--lambda_anchor", "0", "--share", "0", *SMALL)
+    assert "trained for similarity" in out
+    assert "anchor" not in out.partition("objective")[2].partition("output")[0]
+    first, last = (
+        SentenceTransformer(str(tmp_path / name), device="cpu").encode(["fever"]) for name in ("similar", "out")
+    )
+    np.testing.assert_allclose(np.linalg.norm(last), 1, rtol=1e-5)
+    assert first.shape == last.shape

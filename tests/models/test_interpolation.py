@@ -8,6 +8,7 @@ import torch
 from conftest import make_model
 
 from hf_densefeat import AutoDenseModel, DenseHead, interpolate_weights
+from hf_densefeat.models.interpolation import choose_share
 
 
 def moved(start, seed=0):
@@ -75,3 +76,24 @@ def test_another_start_is_refused_with_the_weight_that_differs(tokenizer):
     with pytest.raises(ValueError, match=r"in the model and \(\d+.*\) in the start"):
         interpolate_weights(model, AutoDenseModel.from_config(config), 0.5)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_share_is_the_best_only_beyond_the_standard_error():
+    """Against the formula; a gain within its error, and a loss, leave the start."""
+    rng = torch.Generator().manual_seed(0)
+    base = {"adjacent": torch.rand(50, generator=rng), "halves": torch.rand(80, generator=rng)}
+    noise = {kind: torch.randn(len(one), generator=rng) for kind, one in base.items()}
+    height = {0.0: 0.0, 0.5: 0.3, 1.0: 0.1}
+
+    def ranks(share, scale=1.0):
+        return {kind: one + scale * height[share] + 0.1 * share * noise[kind] for kind, one in base.items()}
+
+    chosen, tried = choose_share(ranks, shares=(0.5, 1.0))
+    assert [one.share for one in tried] == [0.0, 0.5, 1.0]
+    assert chosen is tried[1]
+    gains = {kind: ranks(0.5)[kind] - base[kind] for kind in base}
+    assert chosen.gain == pytest.approx(sum(float(one.mean()) for one in gains.values()) / 2, rel=1e-5)
+    errors = [float(one.std()) / math.sqrt(len(one)) for one in gains.values()]
+    assert chosen.error == pytest.approx(math.hypot(*errors) / 2, rel=1e-5)
+    for scale in (0.001, -1.0):
+        assert choose_share(lambda share, scale=scale: ranks(share, scale), shares=(0.5, 1.0))[0].share == 0

@@ -1,5 +1,6 @@
 """One promise, with real processes: the same global batch gives the same gradient however it is cut."""
 
+import copy
 import json
 
 import pytest
@@ -54,10 +55,11 @@ def expected(tokenizer, data):
     """Float64 gradients of every update by autograd through the whole batch in one process, without the Trainer."""
     known = {}
 
-    def gradients(family, drop_last=False, window="none", unbiased=False, power_iterations=0, center=True):
-        key = (family, window, unbiased, power_iterations, center)
+    def gradients(family, drop_last=False, window="none", lambda_anchor=0.0, **options):
+        key = (family, window, lambda_anchor, *sorted(options.items()))
         if key not in known:
             model = varied_model(family, tokenizer, torch.float64).train()
+            start = copy.deepcopy(model)
             names, parameters = zip(*model.named_parameters(), strict=True)
             window = None if window == "none" else window
             objective = DenseObjective(
@@ -65,20 +67,25 @@ def expected(tokenizer, data):
                 lambda_orth=0.005,
                 subspace_dim=4,
                 window=window,
-                center=center,
-                unbiased=unbiased,
-                power_iterations=power_iterations or None,
+                center=options.get("center", True),
+                unbiased=options.get("unbiased", False),
+                power_iterations=options.get("power_iterations") or None,
+                terms={"anchor": lambda_anchor} if lambda_anchor else {},
             )
             collate, known[key] = DensePairCollator(tokenizer), []
-            for items in PairBatchSampler(data.pairs, data.lengths, BATCH, seed=42, spread_patients=unbiased):
+            for items in PairBatchSampler(
+                data.pairs, data.lengths, BATCH, seed=42, spread_patients=options.get("unbiased", False)
+            ):
                 batch = collate(data.__getitems__(items))
                 tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
                 with rotary_in(torch.float64):
                     hidden, logits = model.base_model(**tokens).last_hidden_state, model(**tokens).logits
+                    frozen = start.base_model(**tokens).last_hidden_state.detach()
                 mask = tokens["attention_mask"].unsqueeze(-1)
                 z_a, z_b = ((hidden * mask).sum(1) / mask.sum(1)).chunk(2)
+                rows = ((frozen * mask).sum(1) / mask.sum(1)).chunk(2) if lambda_anchor else None
                 mlm = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
-                gradient = torch.autograd.grad(3 * mlm + objective(z_a, z_b)["loss"], parameters)
+                gradient = torch.autograd.grad(3 * mlm + objective(z_a, z_b, start=rows)["loss"], parameters)
                 known[key].append(dict(zip(names, gradient, strict=True)))
                 with torch.no_grad():
                     for p, g in zip(parameters, gradient, strict=True):
@@ -125,6 +132,7 @@ CUTS = [
     ("bert", torch.float64, 1, 4, AUTO | {"keep_graphs": True}),
     ("bert", torch.float64, 2, 4, {"keep_graphs": True}),
     ("modernbert", torch.float64, 3, 2, AUTO | {"keep_graphs": True}),
+    ("bert", torch.float64, 3, 2, AUTO | {"lambda_anchor": 100.0}),  # from the second update on: the start moves away
 ]
 UNEVEN = [
     ("bert", torch.float64, [[1, 23]], {}),
