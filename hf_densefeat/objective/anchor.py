@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_densefeat.objective.precision import full_precision
@@ -39,7 +38,7 @@ class AnchorMoments:
     def of(cls, rows: Rows, start: Rows) -> AnchorMoments:
         """Sums over the rows of both sides, differentiable in them, and over those of the frozen start."""
         with torch.autocast(rows[0].device.type, enabled=False):
-            x_a, x_b, f_a, f_b = (F.normalize(full_precision(z), dim=1) for z in (*rows, *start))
+            x_a, x_b, f_a, f_b = (_unit(full_precision(z)) for z in (*rows, *start))
             x, f = torch.cat([x_a, x_b]), torch.cat([f_a, f_b])
             partners = ((x_a * x_b).sum(1) - (f_a * f_b).sum(1)).square().sum()
             return cls(x.new_tensor(float(len(x))), x.mT @ x, f.mT @ x, f.mT @ f, partners)
@@ -66,6 +65,13 @@ class AnchorMoments:
         n = self.count
         every = self.gram.square().sum() - 2 * self.cross.square().sum() + self.start.square().sum()
         return torch.where(n > 2, (every - 2 * self.partners) / (n * (n - 2)).clamp(min=1), 0)
+
+
+def _unit(z: Tensor) -> Tensor:
+    """Rows of length 1; rows of zeros stay zeros, without gradient, and no length overflows."""
+    scale = z.detach().abs().amax(1, keepdim=True)
+    y = z / torch.where(scale == 0, 1, scale)
+    return torch.where(scale == 0, 0, y / torch.where(scale == 0, 1, y.norm(dim=1, keepdim=True)))
 
 
 @torch.no_grad()

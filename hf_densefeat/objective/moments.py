@@ -227,10 +227,10 @@ class PairMoments:
 
     def __add__(self, other: PairMoments) -> PairMoments:
         # a missing moment is not zero: adding it would be silently wrong
-        for name in ("cross", "anchor"):
+        for name, option in (("cross", "cross"), ("anchor", "start")):
             if (getattr(self, name) is None) != (getattr(other, name) is None):
                 raise ValueError(
-                    f"Only one of these moments of pairs has `{name}`: pass what it needs to both or neither."
+                    f"Only one of these moments of pairs has `{name}`: pass `{option}` to both or neither."
                 )
         product_sum, cross = other._products_about(self.a.shift, self.b.shift)
         both = None if self.cross is None or cross is None else self.cross + cross

@@ -277,7 +277,19 @@ def test_a_start_that_was_trained_for_similarity(run, tokenizer, table, tmp_path
     assert block["contrastive"]
     assert 0 <= block["share"] <= 1
     assert "share of the way from the start" in (tmp_path / "out" / "README.md").read_text()
-    out = run("--notes", table, "--model", tmp_path / "out", "--lambda_anchor", "0", "--share", "0", *SMALL)
+    out = run(
+        "--notes",
+        table,
+        "--model",
+        tmp_path / "out",
+        "--lambda_anchor",
+        "0",
+        "--share",
+        "0",
+        "--views",
+        "none",
+        *SMALL,
+    )
     assert "trained for similarity" in out
     assert "anchor" not in out.partition("objective")[2].partition("output")[0]
     first, last = (

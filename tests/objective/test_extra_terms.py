@@ -214,13 +214,18 @@ def test_any_cut_has_the_gradient_of_the_whole_batch(name, window):
     shift = torch.full((D,), -1.0, dtype=torch.float64)
     for seed in range(3):
         z_a, z_b = (z.requires_grad_() for z in pairs(12, seed=seed))
-        terms = whole(z_a, z_b)
+        start = pairs(12, seed=seed + 3) if whole.needs_start else None
+        terms = whole(z_a, z_b, start=start)
         expected = torch.autograd.grad(terms["loss"], (z_a, z_b))
         parts = list(zip(z_a.detach().split([5, 0, 7]), z_b.detach().split([5, 0, 7]), strict=True))
-        moments = [PairMoments.of(*part, shift, cross=whole.needs_cross_moment) for part in parts]
+        starts = [None] * 3 if start is None else list(zip(*(z.split([5, 0, 7]) for z in start), strict=True))
+        options = [{"cross": whole.needs_cross_moment, "start": one} for one in starts]
+        moments = [PairMoments.of(*part, shift, **option) for part, option in zip(parts, options, strict=True)]
         again, gradient = cut.gradient(moments[0] + moments[1] + moments[2])
         assert float(again[name]) == pytest.approx(float(terms[name]), rel=1e-9, abs=1e-12)
-        pulled = [torch.cat(sides) for sides in zip(*(gradient.pullback(*part) for part in parts), strict=True)]
+        pulled = [
+            torch.cat(sides) for sides in zip(*map(gradient.pullback, *zip(*parts, strict=True), starts), strict=True)
+        ]
         for found, wanted in zip(pulled, expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
@@ -254,8 +259,9 @@ def test_edges_are_finite(edge, dtype, window):
     objective = DenseObjective(subspace_dim=2, center=True, window=window, terms=dict.fromkeys(EXTRA_TERMS, 1.0))
     for a, b in ((rows, rows), (rows, rows.flip(0)), good, (rows, rows), (rows, rows.flip(1)), good):
         z_a, z_b = a.clone().requires_grad_(), b.clone().requires_grad_()
-        terms = objective(z_a, z_b)
+        terms = objective(z_a, z_b, start=(b, a.flip(1)))
         gradients = torch.autograd.grad(terms["loss"], (z_a, z_b))
+        assert -1e-5 <= terms["anchor"] <= 4 + 1e-5
         assert all(x.isfinite().all() for x in (*terms.values(), *gradients))
         assert -1e-5 <= terms["unshared_variance"] <= 2 + 1e-5
         assert terms["mutual_information"] <= 1e-5
