@@ -91,6 +91,7 @@ def test_several_processes_are_launched_either_way(monkeypatch, words):
     assert end.value.code == 7
     launched = [
         "launch",
+        "--multi_gpu",
         "--num_processes",
         "2",
         "-m",
@@ -281,17 +282,19 @@ def test_head_of_patients_with_one_note_each(tokenizer, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_what_stands_beside_a_number_of_another_kind(tokenizer):
-    """A model that reads notes in chunks cuts none; models that see different lengths are said to."""
-    from hf_densefeat.commands import examine, probe_report
+def test_models_that_see_different_lengths_are_said():
+    """Where both cut, the shorter length makes them comparable; a model that reads notes in chunks cuts none."""
+    from hf_densefeat.commands import probe_report
 
-    texts = ["fever and cough " * 20, "stable"]
     made = {}
-    for name, limit, long_notes in (("a", 8, "truncate"), ("b", 16, "truncate"), ("c", 8, "chunk")):
-        encoder = examine.Encoder(name, SimpleNamespace(long_notes=long_notes), tokenizer, limit)
-        share = examine.truncated_share(encoder, texts)
-        made[name] = SimpleNamespace(encoder=encoder, geometry={"truncated": share})
-    assert [one.geometry["truncated"] for one in made.values()] == [0.5, 0.5, 0.0]
+    for name, limit, long_notes, cut in (
+        ("a", 8, "truncate", 0.5),
+        ("b", 16, "truncate", 0.5),
+        ("c", 8, "chunk", 0.0),
+    ):
+        model = SimpleNamespace(max_length=limit, long_notes=long_notes)
+        encoder = SimpleNamespace(name=name, model=model, max_length=limit)
+        made[name] = SimpleNamespace(encoder=encoder, geometry={"truncated": cut})
     said = probe_report.different_lengths({name: made[name] for name in "ab"})
     assert "--max_length 8 makes them comparable" in said
     assert probe_report.different_lengths({name: made[name] for name in "ac"}) == ""

@@ -9,6 +9,7 @@ from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from hf_densefeat import DensePairCollator, DenseTrainingArguments
 from hf_densefeat.data.marks import MARKS
+from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.text import TextProcessor
 from hf_densefeat.data.tokens import tokenize_notes, tokenize_texts
 from hf_densefeat.training.preparation import pair_processor
@@ -86,7 +87,7 @@ def test_masks_are_not_spent_on_marks(tokenizer, whole):
     shares = {}
     for predict in (True, False):
         processor = TextProcessor(tokenizer, whole_words=whole, predict_marks=predict)
-        pairs, stats = processor.pairs(notes, max_length=4000)
+        pairs, stats = processor.pairs(*pair_notes(notes), max_length=4000)
         rows = pairs.__getitems__([(0, seed) for seed in range(4)])
         batch = processor.collator("mlm", mlm_probability=0.3)(rows)
         marked = tokenize_texts(notes["text"][:], tokenizer, 4000, word_ids=False, chunk=False, marks=True)["marked"]
@@ -126,7 +127,7 @@ def test_a_stream_leaves_them_out_too(tokenizer):
 
 def test_notes_without_marks_are_read_as_before(tokenizer):
     notes = datasets.Dataset.from_dict({"patient_id": [1, 1], "time": [0, 1], "text": ["chest pain", "and cough"]})
-    pairs, _ = TextProcessor(tokenizer).pairs(notes)
+    pairs, _ = TextProcessor(tokenizer).pairs(*pair_notes(notes))
     assert set(pairs[0]) == {"earlier", "later", "mask_seed"}
 
 
@@ -139,7 +140,7 @@ def test_a_slow_tokenizer_cannot_say_where_a_token_stands(tmp_path, tokenizer, c
     tokenizer.save_pretrained(tmp_path)
     slow = Slow.from_pretrained(tmp_path)
     notes = datasets.Dataset.from_dict({"patient_id": [1, 1], "time": [0, 1], "text": list(TEXTS)[:2]})
-    pairs, stats = TextProcessor(slow).pairs(notes)
+    pairs, stats = TextProcessor(slow).pairs(*pair_notes(notes))
     assert stats.marks == 0
     assert set(pairs[0]) == {"earlier", "later", "mask_seed"}
     assert "marks are masked like other tokens" in caplog.text
@@ -151,6 +152,5 @@ def test_the_option_reaches_the_processor(tmp_path, tokenizer):
     notes = datasets.Dataset.from_dict({"patient_id": [1, 1], "time": [0, 1], "text": [text, text + "again"]})
     for predict in (True, False):
         args = DenseTrainingArguments(output_dir=str(tmp_path), predict_marks=predict, use_cpu=True)
-        assert (
-            "earlier_marked" in pair_processor(tokenizer, SimpleNamespace(long_notes=None), args).pairs(notes)[0][0]
-        ) != predict
+        processor = pair_processor(tokenizer, SimpleNamespace(long_notes=None, prompt=None), args)
+        assert ("earlier_marked" in processor.pairs(*pair_notes(notes))[0][0]) != predict
