@@ -68,7 +68,7 @@ class DenseTrainingArguments(TrainingArguments):
     )
     terms: dict | str | None = field(
         default=None,
-        metadata={"help": "More terms of the objective, JSON of name to weight: mutual_information, sphericity, ..."},
+        metadata={"help": "More terms of the objective, JSON of name to weight, such as rank_deficit."},
     )
     power_iterations: int = field(default=2, metadata={"help": "Power steps an update; 0 for exact eigenspaces."})
     keep_graphs: bool = field(

@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_densefeat import BatchLoss, DenseObjective, DenseTrainer, DenseTrainingArguments
-from hf_densefeat.objective.extra_terms import BoundedRank
 from hf_densefeat.objective.objective import spectral_spreading_term
 from study.methods import Method
+from study.terms import BoundedRank
 
 
 def study_objective(args: DenseTrainingArguments, method: Method) -> DenseObjective:

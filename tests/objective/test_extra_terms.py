@@ -1,6 +1,8 @@
 """The terms beside the paper's: against NumPy and SciPy, finite differences, every edge, and any cut of the batch."""
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +12,18 @@ import torch
 from scipy.stats import multivariate_normal
 
 from hf_densefeat import DenseObjective, effective_rank
-from hf_densefeat.objective.extra_terms import (
-    EXTRA_TERMS,
+from hf_densefeat.objective.extra_terms import EXTRA_TERMS, RankDeficit
+from hf_densefeat.objective.moments import PairMoments
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+from study.terms import (
     LEAST_FLOOR,
     BoundedRank,
     MutualInformation,
-    RankDeficit,
     Sphericity,
     TargetSpectrum,
     log_determinant,
 )
-from hf_densefeat.objective.moments import PairMoments
 
 D = 5
 

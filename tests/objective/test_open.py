@@ -149,7 +149,9 @@ def test_evaluation_has_no_past():
 
 def test_objectives_travel_between_processes():
     """An objective with terms of a module survives pickling, its state included."""
-    objective = DenseObjective(subspace_dim=2, window="auto", terms={"mean_size": (0.5, mean_size), "sphericity": 0.1})
+    objective = DenseObjective(
+        subspace_dim=2, window="auto", terms={"mean_size": (0.5, mean_size), "rank_deficit": 0.1}
+    )
     objective(rows(), rows(seed=1))
     again = pickle.loads(pickle.dumps(objective))
     assert torch.equal(again(rows(), rows(seed=1))["loss"], objective(rows(), rows(seed=1))["loss"])

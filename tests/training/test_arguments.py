@@ -15,10 +15,10 @@ def arguments(tmp_path, **kwargs):
 
 def test_more_terms_are_given_by_name(tmp_path):
     """JSON on the command line or a dict: the objective has them after the paper's three."""
-    for terms in ('{"sphericity": 0.2, "unshared_variance": 0.1}', {"sphericity": 0.2, "unshared_variance": 0.1}):
+    for terms in ('{"rank_deficit": 0.2, "unshared_variance": 0.1}', {"rank_deficit": 0.2, "unshared_variance": 0.1}):
         objective = arguments(tmp_path, terms=terms).dense_objective()
-        assert list(objective.terms)[3:] == ["sphericity", "unshared_variance"]
-        assert objective.terms["sphericity"][0] == 0.2
+        assert list(objective.terms)[3:] == ["rank_deficit", "unshared_variance"]
+        assert objective.terms["rank_deficit"][0] == 0.2
         assert not objective.needs_cross_moment
     with pytest.raises(ValueError, match="known by name"):
         arguments(tmp_path, terms={"unknown": 1.0})
@@ -100,10 +100,9 @@ def test_command_line_types(tmp_path):
 
 def test_terms_given_to_the_objective_join_those_of_the_arguments(tmp_path):
     """Neither replaces the other, and a pairing weight that is given by name wins."""
-    args = arguments(tmp_path, terms={"sphericity": 0.2})
-    assert {"sphericity", "bounded_rank", "unshared_variance"} <= set(
-        args.dense_objective(terms={"bounded_rank": 1.0}).terms
-    )
+    args = arguments(tmp_path, terms={"rank_deficit": 0.2})
+    mine = args.dense_objective(terms={"mine": (1.0, lambda s: s.a.trace)}).terms
+    assert {"rank_deficit", "mine", "unshared_variance"} <= set(mine)
     assert args.dense_objective(terms={"unshared_variance": 2.0}).terms["unshared_variance"][0] == 2.0
     with pytest.raises(ValueError, match="lambda_pair >= 0"):
         arguments(tmp_path, lambda_pair=-1.0)
