@@ -11,8 +11,8 @@ Every method starts from the same weights, sees the same batches for the same nu
 measured: on patients it has not seen, with linear probes. The number of steps follows from --budget, minutes for all
 methods of the study and --seeds together, by timing steps of MLM + dense; 60 % of the budget is for training, the rest
 for encoding and probes. --steps says it instead. With --warm_up N the common start is N steps of MLM, made once a seed.
-Each run, (method, seed), is kept in --work: what is there is not trained again. With --encoders the trained encoders are kept too,
-in folders METHOD-SEED, and a folder there that no method of ours made is measured if --methods names it.
+Each run, (method, seed), is kept in --work: what is there is not trained again. With --encoders the trained encoders
+are kept too, in folders METHOD-SEED, and a folder there that no method of ours made is measured if --methods names it.
 
 --notes takes notes of your own, such as MIMIC-IV-Note's: patient, time and text are found by their columns' names, a column
 `split` is kept, else patients are split. A --task is a column of the table with its kind: binary, multiclass, regression or
