@@ -98,7 +98,8 @@ def recorded_split(models: Sequence[str]) -> SplitRecord | None:
         source = argument.rpartition("=")[2]
         block = _config(source).get("densefeat") or {}
         if block.get("split"):
-            record = SplitRecord.from_dict(block["split"], source) | record
+            found = SplitRecord.from_dict(block["split"], source)
+            record = found if record is None else record | found  # the first model's rule splits
     return record
 
 

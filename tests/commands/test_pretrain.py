@@ -163,11 +163,6 @@ MISTAKES = {
     "pooling unknown": (GOOD, ["--pooling", "middle"], ["middle", "mean, cls, last, max"]),
     "probe of an unknown kind": (GOOD, ["--probe", "died:binery"], ["kind one of", "died:binery"]),
     "use of an unknown kind": (GOOD, ["--similarity", "died:near"], ["died:near"]),
-    "head auto without validation": (
-        GOOD | {"split": ["train"] * 6 + ["test"] * 2},
-        ["--subspace_dim", "1", "--head", "auto"],
-        ["Nobody is in validation"],
-    ),
     "probe of no column": (GOOD, ["--subspace_dim", "1", "--probe", "died:binary"], ["died"]),
 }
 

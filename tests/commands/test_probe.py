@@ -1,6 +1,7 @@
 """The probe recipe end to end: every file written, and nothing private in them."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from hf_densefeat.commands import probe
-from hf_densefeat.commands.examine import parse_tasks
+from hf_densefeat.commands.examine import check_words, parse_tasks
 from hf_densefeat.commands.settings import parse
 from hf_densefeat.data.splits import hold_out
 from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
@@ -182,8 +183,15 @@ def test_state_of_the_geometry(z, state):
     assert geometry_state(geometry_report(z, k=2)) == state
 
 
-@pytest.mark.parametrize("task", ["sick", "sick:ordinal", "sick:binary:letters.docx"])
-def test_bad_tasks_are_named(task):
-    """What was expected is said before anything is encoded."""
+@pytest.mark.parametrize("task", ["sick", "sick:ordinal"])
+def test_bad_tasks_are_named(task, tmp_path):
+    """What was expected is said before the notes are read."""
+    settings = SimpleNamespace(output=str(tmp_path / "report"), meds=None, similarity=None, task=[task])
+    with pytest.raises(ValueError, match=f"Expected --task label:kind .* got '{task}'"):
+        check_words(settings)
+
+
+def test_a_table_of_another_format_is_named():
+    """Before anything is encoded."""
     with pytest.raises(ValueError, match=r"[Ee]xpected"):
-        parse_tasks([task], sick_notes(3))
+        parse_tasks(["sick:binary:letters.docx"], sick_notes(3))
