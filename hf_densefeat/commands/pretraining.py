@@ -121,12 +121,19 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
 
 
 def use_every_core(args: DenseTrainingArguments) -> None:
-    """Undo the OMP_NUM_THREADS=1 that accelerate sets where one process has a CPU for itself; another number stays."""
+    """Undo the OMP_NUM_THREADS=1 that accelerate sets where one process has a CPU for itself; another number stays.
+
+    Threads that wait for each other spin: beside another program on two cores a run took 334 processor seconds, and 115
+    alone. The number is not lowered by itself: fewer threads add in another order, and a resumed run would round otherwise.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if args.device.type == "cpu" and args.world_size == 1 and torch.get_num_threads() < cores and launched:
         torch.set_num_threads(cores)
-        say(args, f"threads    {cores}, all cores: accelerate launch leaves one")
+        say(args, line("threads", f"{cores}, all cores: accelerate launch leaves one"))
+    busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
+    if args.device.type == "cpu" and busy and busy + torch.get_num_threads() > cores and torch.get_num_threads() > 1:
+        say(args, line("threads", f"other programs use {busy} of {cores} cores: OMP_NUM_THREADS=1 may be faster"))
 
 
 def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, Any, bool]:

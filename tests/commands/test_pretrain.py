@@ -227,6 +227,17 @@ def test_only_accelerates_single_thread_is_undone(recipe, monkeypatch, tmp_path,
     assert set_to[-1] == expected
 
 
+@pytest.mark.parametrize(("load", "said"), [(0.2, ""), (1.8, "other programs use 2 of 2 cores")])
+def test_other_programs_are_said(recipe, monkeypatch, tmp_path, capsys, load, said):
+    """Threads beside another program spin: one line of the log says what helps."""
+    args = recipe.parse(["--use_cpu", "--output_dir", str(tmp_path)], DOCUMENTS)[1]
+    monkeypatch.setattr(pretraining.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(pretraining.os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(pretraining.torch, "get_num_threads", lambda: 2)
+    pretraining.use_every_core(args)
+    assert said in capsys.readouterr().out
+
+
 def test_what_fails_after_training_leaves_the_encoder(run, encoder, table, tmp_path, monkeypatch):
     """Whatever it is: the folder opens."""
 
