@@ -91,7 +91,9 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
     options |= {f"weight of {name}": weight for name, (weight, _) in objective.terms.items()}
     options |= {"subspace_dim": objective.subspace_dim}
     known = {name: value if isinstance(value, (int, float)) else str(value) for name, value in options.items()}
-    known["model"] = _digest(type(model).__name__.encode(), Path(model.name_or_path).name.encode())
+    known["model"] = _digest(
+        type(model).__name__.removeprefix("FSDP").encode(), Path(model.name_or_path).name.encode()
+    )
     if isinstance(data, PairDataset):
         known["data"] = _digest(data.pairs.earlier, data.pairs.later, data.lengths)
     return known

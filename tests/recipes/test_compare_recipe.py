@@ -236,10 +236,11 @@ def test_sweep(study, monkeypatch):
 
 
 def test_every_run_has_a_file_of_its_own(tmp_path):
-    """Names of settings hold dots, and a path must keep what follows them."""
+    """Names of settings hold dots, and a path must keep what follows them; what is not trained has one seed."""
     study = object.__new__(runs.Study)
-    study.folder, study.steps = tmp_path, 2
-    paths = [study.path(name, method, seed) for name, method in (METHODS | sweep_methods()).items() for seed in (0, 1)]
+    study.folder, study.steps, study.warm_up = tmp_path, 2, 0
+    methods = (METHODS | sweep_methods()).items()
+    paths = [study.path(name, method, seed) for name, method in methods for seed in range(1 + method.trained)]
     assert len({path.name for path in paths}) == len(paths)
     assert {path.suffix for path in paths} == {".npz"}
 

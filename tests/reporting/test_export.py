@@ -213,8 +213,8 @@ def test_the_recipe_pushes_once_with_what_it_measured(pushes, base):
         assert (base / "recipe" / name).read_bytes() == data, name
     card = ModelCard(commit["files"]["README.md"].decode())
     after = json.loads(commit["files"]["report.json"])["after"]["probes"]["old auroc"]
-    assert re.search(r"\| held-out notes +\| +start \| +content view \| +form view \| +change \|", card.text)
-    assert re.search(rf"\| old: AUROC +\| +\d\.\d+ \| +{after[0]:.3f} \|", card.text)
+    assert re.search(r"\| held-out notes +\| +start \| +words \| +content view \| +form view \| +change \|", card.text)
+    assert re.search(rf"\| old: AUROC +\| +\d\.\d+ \| +\d\.\d+ \| +{after[0]:.3f} \|", card.text)
     assert [result.metric_value for result in card.data.eval_results if result.metric_type == "roc_auc"] == [
         round(after[0], 4)
     ]

@@ -146,10 +146,10 @@ def test_adapters_and_streams_resume_under_the_same_rules(tmp_path, tokenizer, p
 def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path, tokenizer, pairs, monkeypatch):
     trainer = make_trainer(tmp_path, tokenizer, pairs, **STEPS)
 
-    def full(folder, target):
+    def full(folder, target, fingerprint):
         if target.name == "checkpoint-4":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        publish(folder, target)
+        publish(folder, target, fingerprint)
 
     monkeypatch.setattr(resumable, "publish", full)
     sentence = r"checkpoint-4 could not be written: .*No space left on device.* MB of the disk were free.*checkpoint-2"
