@@ -87,7 +87,8 @@ def test_other_programs_open_the_folder(vectors):
     frame = pd.read_parquet(vectors)
     assert found["row"][:] == frame["row"].tolist()
     np.testing.assert_array_equal(found.with_format("numpy")["vector"][:], np.stack(frame["vector"].tolist()))
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
+
     rows = duckdb.sql(f"SELECT count(*), len(any_value(vector)) FROM '{vectors}/*.parquet'").fetchall()
     assert rows[0] == (len(frame), len(frame["vector"][0]))
 

@@ -197,7 +197,8 @@ def test_evaluation_leaves_a_batch_loss_as_it_was(tmp_path, tokenizer, pairs):
 )
 def test_an_adapter_of_a_tied_weight_is_saved_as_it_was_trained(tmp_path, tokenizer, pairs, options):
     """Merged into the one weight it would change the other module too: each has its own in the folder."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     extra = {"peft_config": peft.LoraConfig(r=2, **options)}
     trainer = make_trainer(tmp_path, tokenizer, pairs, extra=extra, learning_rate=1e-2, **SHORT)
     trainer.train()
@@ -213,7 +214,8 @@ def test_an_adapter_of_a_tied_weight_is_saved_as_it_was_trained(tmp_path, tokeni
 
 def test_resuming_with_another_rank_is_refused(tmp_path, tokenizer, pairs):
     """In a sentence that names peft_config."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     for rank in (2, 4):
         extra = {"peft_config": peft.LoraConfig(r=rank, target_modules=["query"])}
