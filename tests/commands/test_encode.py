@@ -82,7 +82,7 @@ def test_vectors_are_those_of_encode_and_nothing_else_is_written(work, vectors):
 
 
 def test_other_programs_open_the_folder(vectors):
-    """`datasets`, DuckDB where it is installed, and any one file alone."""
+    """`datasets`, DuckDB and pandas, and any one file alone."""
     found = datasets.load_dataset(str(vectors), split="train", cache_dir=str(vectors.parent / "cache"))
     frame = pd.read_parquet(vectors)
     assert found["row"][:] == frame["row"].tolist()
