@@ -12,8 +12,7 @@ import torch
 from conftest import make_model, make_notes
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer
 
 from hf_densefeat.commands import pretrain, pretraining

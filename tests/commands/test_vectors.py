@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_notes
-from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Dense
 
 from hf_densefeat.commands import head, probe
 from hf_densefeat.commands.settings import NotesTable, parse

@@ -5,7 +5,8 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csr_matrix, random_array
+from scipy.sparse import csr_matrix
+from scipy.sparse import random as random_sparse
 from scipy.stats import rankdata
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import cos_sim
@@ -216,7 +217,7 @@ def test_codes_are_those_of_sentence_transformers():
 
 
 def sparse(n, words, seed=0, density=0.02):
-    return random_array((n, words), density=density, rng=np.random.default_rng(seed), dtype=np.float32, format="csr")
+    return random_sparse(n, words, density=density, random_state=seed, dtype=np.float32, format="csr")
 
 
 def test_sparse_rows_give_what_dense_ones_do():

@@ -8,8 +8,7 @@ import torch
 from conftest import QUIET, WORDS, make_model, make_notes
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling, Transformer
 from transformers import LlamaConfig, LlamaModel, set_seed
 
 from hf_densefeat import AutoDenseModel, DenseHead, DenseTrainer, DenseTrainingArguments

@@ -101,7 +101,7 @@ def test_training_sees_what_encode_gives(tmp_path, tokenizer, kind):
     batch = trainer.data_collator(trainer.train_dataset.__getitems__(chosen))
     assert len(batch["input_ids"]) > 2 * batch["num_pairs"]
     with torch.no_grad():
-        _, z_a, z_b, _ = trainer.embed_pairs(trainer.model.eval(), batch)
+        _, z_a, z_b, *_ = trainer.embed_pairs(trainer.model.eval(), batch)
     texts, pairs = make_notes()["text"], trainer.train_dataset.pairs
     for z, rows in ((z_a, pairs.earlier), (z_b, pairs.later)):
         expected = model.encode([texts[int(rows[index])] for index, _ in chosen], tokenizer)
