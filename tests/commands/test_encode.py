@@ -93,6 +93,7 @@ def test_other_programs_open_the_folder(vectors):
     assert rows[0] == (len(frame), len(frame["vector"][0]))
 
 
+@pytest.mark.slow
 def test_the_block_of_the_guide_searches_the_folder(vectors, monkeypatch):
     """In the folder's place, as printed: a note finds itself first."""
     monkeypatch.chdir(vectors.parent)
