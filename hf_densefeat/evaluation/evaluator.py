@@ -1,6 +1,7 @@
 """What the evaluators share: tasks are read once, each different text is encoded once, a trainer gets flat numbers."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from hf_densefeat.evaluation.embeddings import embed
 from hf_densefeat.evaluation.metrics import METRICS
 
 
-class Evaluator:
+class Evaluator(ABC):
     """Tasks that one encoder after another is measured on; subclasses read them and say what is measured.
 
     Attributes:
@@ -65,9 +66,9 @@ class Evaluator:
             for name, side in zip(self.rows, zip(ends, counts, strict=True), strict=True)
         }
 
+    @abstractmethod
     def _measured(self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int) -> dict[str, Any]:
         """Task name to result; without replicates where the numbers of a call are wanted."""
-        raise NotImplementedError
 
     def __call__(
         self, model: Any, tokenizer: Any = None, epoch: int = -1, steps: int = -1, **_: Any
