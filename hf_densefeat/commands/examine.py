@@ -29,6 +29,7 @@ from hf_densefeat.evaluation.probes import SHOTS, ProbeEvaluator
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator
 from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
 from hf_densefeat.evaluation.similarity_tasks import SimilarityTask
+from hf_densefeat.evaluation.subspaces import halves_of
 from hf_densefeat.evaluation.tasks import PROBE_KINDS, Kind, ProbeTask
 from hf_densefeat.evaluation.words import WordRows, Words
 from hf_densefeat.models.dense import AutoDenseModel
@@ -298,17 +299,13 @@ def examine(encoder: Encoder, reading: Reading, words: FoundWords | None, settin
 def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Tensor, k: int, seed: int):
     """Angles between patients' halves, earlier against later, and earlier against earlier: equal row counts.
 
-    Halves are of patients, because a note is the later one of a pair and the earlier one of the next.
-    Means over four draws.
+    Halves are of patients, because a note is the later one of a pair and the earlier one of the next. They are those of
+    `geometry_report`, which lowered ``k`` to what each of them supports. Means over the draws.
     """
-    generator = torch.Generator().manual_seed(seed)
     found: tuple[list, list] = ([], [])
-    count = int(patients.max()) + 1
-    for _ in range(4):
-        first = torch.randperm(count, generator=generator)[: count // 2]
-        half = torch.isin(patients, first)
+    for first, second in halves_of(len(z), patients, 4, seed):
         for angles, other in zip(found, (z_next, z), strict=True):
-            angles.append(principal_angles(z[half], other[~half], k, center=True).numpy())
+            angles.append(principal_angles(z[first], other[second], k, center=True).numpy())
     return tuple(np.mean(angles, axis=0) for angles in found)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from hf_densefeat.commands import probe
-from hf_densefeat.commands.examine import check_words, parse_tasks
+from hf_densefeat.commands.examine import _angles_with_floor, check_words, parse_tasks
 from hf_densefeat.commands.settings import parse
 from hf_densefeat.data.splits import hold_out
 from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
@@ -195,3 +195,14 @@ def test_a_table_of_another_format_is_named():
     """Before anything is encoded."""
     with pytest.raises(ValueError, match=r"[Ee]xpected"):
         parse_tasks(["sick:binary:letters.docx"], sick_notes(3))
+
+
+def test_angles_ask_no_more_than_the_report_found():
+    """Where texts repeat and some patients have no pair, halves differ in rank: both take the same halves."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(12, 40, generator=generator)[torch.randint(12, (45,), generator=generator)]
+        patients = torch.arange(44) // 6 * 3
+        k = int(geometry_report(z[:-1], z[1:], 20, patients, seed=0)["k"])
+        angles, floor = _angles_with_floor(z[:-1], z[1:], patients, k, 0)
+        assert angles.shape == floor.shape == (k,)
