@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from conftest import make_model
+from sentence_transformers import SentenceTransformer
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -25,6 +26,7 @@ from hf_densefeat import DenseTrainer, DenseTrainingArguments
 from hf_densefeat.data.sampling import PairBatchSampler
 from hf_densefeat.objective import distributed
 from hf_densefeat.objective.moments import PairGradient
+from hf_densefeat.training.sentence_loss import DenseLoss
 
 LR = 0.001
 FSDP2 = {
@@ -192,6 +194,26 @@ def train(
     if save is not None:
         trainer.save_model(save)
     return answer
+
+
+def gradient_of_dense_loss(folder, texts, cuts) -> dict:
+    """Of this rank's rows of two columns of texts: from one cut to the next; averaged over the ranks as DDP does."""
+    rank, ranks = int(os.environ.get("RANK", 0)), len(cuts)
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    rows = slice((0, *cuts)[rank], cuts[rank])
+    model = SentenceTransformer(folder, device="cpu").double()
+    loss = DenseLoss(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in loss.start[0].parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    values = loss([model.preprocess(side[rows]) for side in texts])
+    sum(values.values()).backward()
+    gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    for gradient in gradients.values() if ranks > 1 else ():
+        dist.all_reduce(gradient)
+        gradient /= ranks
+    return gradients
 
 
 def varied_model(family, tokenizer, dtype, dropout=0.0, **kwargs):

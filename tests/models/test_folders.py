@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm,
 from transformers import LlamaConfig, LlamaModel, set_seed
 
 from hf_densefeat import AutoDenseModel, DenseHead, DenseTrainer, DenseTrainingArguments
+from hf_densefeat.commands.main import main
 from hf_densefeat.models.interpolation import interpolate_weights
 from hf_densefeat.models.sentence_transformers import as_sentence_transformer
 from hf_densefeat.models.tokenizers import load_tokenizer
@@ -202,6 +203,28 @@ def test_training_sees_what_encode_gives(bases, tmp_path, kind):
     trainer.save_model()
     assert difference(trainer.dense_model, tmp_path / "out") < LIMIT
     assert difference(trainer.dense_model, encoder) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cls", "last", "prompted", "everything"])
+def test_every_command_keeps_the_folder(bases, tmp_path, kind, capsys):
+    """What pretrain, head and interpolate write encodes alike in both; below the views and at share 0 it is the start."""
+    encoder = make_folder(bases, tmp_path / "start", kind)
+    start, notes, trained = str(tmp_path / "start"), str(tmp_path / "notes.parquet"), str(tmp_path / "trained")
+    make_notes(40).to_parquet(notes)
+    quick = "--max_steps 2 --per_device_train_batch_size 8 --subspace_dim 2 --share 1 --views none --use_cpu"
+    shared = ["--epsilon", "center", "--notes", notes, "--output"]  # a finite one multiplies this encoder's rounding
+    main(["pretrain", "--model", start, "--notes", notes, "--output_dir", trained, *quick.split()])
+    main(["head", "--model", start, *shared, str(tmp_path / "head")])
+    main(["interpolate", "--model", trained, "--start", start, "--share", "0", *shared, str(tmp_path / "back")])
+    for name in ("trained", "head", "back"):
+        model = AutoDenseModel.from_pretrained(str(tmp_path / name))
+        assert difference(model, tmp_path / name) < LIMIT
+        below = model.encode(TEXTS, view=None) - encoder.encode(TEXTS, convert_to_tensor=True)
+        assert (float(below.abs().max()) < LIMIT) == (name != "trained")
+    report = [*shared[2:], str(tmp_path / "report"), "--similarity", "same_patient"]
+    main(["probe", "--model", start, "--model", trained, *report])
+    assert (tmp_path / "report" / "report.json").exists()
 
 
 def test_interpolation_keeps_the_modules(bases, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import QUIET, make_model, make_trainer
+from distributed_worker import Ranks, gradient_of_dense_loss
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
 from hf_densefeat import DenseObjective
@@ -60,6 +61,24 @@ def test_gradient_of_dense_trainer_for_the_same_batch(tmp_path, tokenizer, folde
     assert ours.keys() == found.keys()
     difference = sum((found[n] - ours[n]).square().sum() for n in ours).sqrt()
     assert difference < 1e-5 * sum(g.square().sum() for g in ours.values()).sqrt()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("cuts", [(17, 30), (8, 9, 30)], ids=["2 processes", "3 processes"])
+def test_several_processes_have_the_gradient_of_all_their_pairs(folder, notes, cuts):
+    """The mean over processes of uneven parts, as DDP takes it, is the gradient of the whole batch, with the anchor."""
+    table = pair_texts(notes).select(range(30))
+    texts = list(table["earlier"]), list(table["later"])
+    expected = gradient_of_dense_loss(str(folder), texts, (30,))
+    ranks = Ranks(len(cuts))
+    try:
+        found = ranks.run(gradient_of_dense_loss, len(cuts), folder=str(folder), texts=texts, cuts=cuts)
+    finally:
+        ranks.stop()
+    for own in found:
+        difference = sum((own[name] - value).square().sum() for name, value in expected.items()).sqrt()
+        assert difference < 1e-5 * sum(value.square().sum() for value in expected.values()).sqrt()
 
 
 @pytest.mark.slow
