@@ -4,20 +4,38 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import Any, ClassVar, TypedDict
 
 from hf_densefeat.data.splits import refuse_trained
 from hf_densefeat.evaluation.embeddings import embed
 from hf_densefeat.evaluation.metrics import METRICS
 
 
+class Options(TypedDict, total=False):
+    """What both evaluators take by keyword.
+
+    Attributes:
+        bootstraps: replicates of `evaluate` over patients, by default 1,000.
+        batch_size: passed to ``encode``, by default 32.
+        max_length: passed to ``encode`` where it takes it.
+        cache: disk cache of `evaluate`, see `embed`; by default True.
+        seed: seed of splits, k-means, samples and bootstrap, by default 0.
+        allow_trained: test patients that the model was trained on, instead of refusing them by their number.
+    """
+
+    bootstraps: int
+    batch_size: int
+    max_length: int | None
+    cache: str | Path | bool
+    seed: int
+    allow_trained: bool
+
+
 class Evaluator(ABC):
     """Tasks that one encoder after another is measured on; subclasses read them and say what is measured.
 
     Attributes:
-        rows: task name to its rows, with ``texts``, perhaps ``queries``, and the ids of who is ``tested``.
+        rows: task name to its rows, with ``texts``, ``queries`` and the ids of who is ``tested``.
         primary_metric: the first task's headline in the numbers of a call, as sentence-transformers' evaluators have it.
         greater_is_better: whether more of it is better.
     """
@@ -29,19 +47,21 @@ class Evaluator(ABC):
         self,
         tasks: Sequence[Any],
         *,
-        headline: str,
-        bootstraps: int,
-        batch_size: int,
-        max_length: int | None,
-        cache: str | Path | bool,
-        seed: int,
-        allow_trained: bool,
+        headlines: Mapping[str, str],
+        bootstraps: int = 1000,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        cache: str | Path | bool = True,
+        seed: int = 0,
+        allow_trained: bool = False,
     ) -> None:
         names = [task.name for task in tasks]
         if len(set(names)) < len(names) or not names:
             raise ValueError(f"Expected at least one task, with different names, but got {names}.")
         self.tasks, self.bootstraps, self.seed, self.allow_trained = list(tasks), bootstraps, seed, allow_trained
         self.batch_size, self.max_length, self.cache = batch_size, max_length, cache
+        # an unknown kind is refused where its rows are read
+        headline = headlines.get(tasks[0].kind, next(iter(headlines.values())))
         self.primary_metric = f"{names[0]}_{headline}"
         self.greater_is_better = METRICS[headline].higher_is_better
 
@@ -52,19 +72,18 @@ class Evaluator(ABC):
 
     def texts(self) -> list[str]:
         """All texts that an encoder has to give embeddings of, some of them more than once."""
-        return [text for rows in self.rows.values() for text in (*rows.texts, *getattr(rows, "queries", ()))]
+        return [text for rows in self.rows.values() for text in (*rows.texts, *rows.queries)]
 
-    def _embedded(self, model: Any, tokenizer: Any, cache: str | Path | bool, **options: Any) -> dict[str, list[Any]]:
+    def _embedded(self, model: Any, tokenizer: Any, cache: str | Path | bool, **options: Any) -> dict[str, tuple]:
         """Task name to embeddings of its texts and of its queries, encoded in one call."""
         self.refuse_trained(model)
         how: dict[str, Any] = {"batch_size": self.batch_size, "max_length": self.max_length, "cache": cache}
-        z = embed(model, self.texts(), tokenizer, **how, **options)
-        counts = [(len(rows.texts), len(getattr(rows, "queries", ()))) for rows in self.rows.values()]
-        ends = np.cumsum(counts).reshape(-1, 2)
-        return {
-            name: [z[end - count : end] for end, count in zip(*side, strict=True)]
-            for name, side in zip(self.rows, zip(ends, counts, strict=True), strict=True)
-        }
+        z, start, found = embed(model, self.texts(), tokenizer, **how, **options), 0, {}
+        for name, rows in self.rows.items():
+            middle = start + len(rows.texts)
+            end = middle + len(rows.queries)
+            found[name], start = (z[start:middle], z[middle:end]), end
+        return found
 
     @abstractmethod
     def _measured(self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int) -> dict[str, Any]:

@@ -1,22 +1,18 @@
 """Metrics for many weightings of the rows at once, and what they are for: bootstrap intervals over patients."""
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 # Ends the name of a metric of the ranking that is fused with the ranking by words.
 WITH_WORDS = "_with_words"
 
-
-class MetricFunction(Protocol):
-    """Labels (N,), output and weights (B, N) to values (B,)."""
-
-    def __call__(self, y: np.ndarray, output: np.ndarray, weights: np.ndarray, /) -> np.ndarray:
-        """The metric under each weighting."""
-        ...
+MetricFunction = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Labels (N,), output and weights (B, N) to the metric under each weighting (B,)."""
 
 
 @dataclass(frozen=True)
@@ -85,28 +81,38 @@ def replicate(
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-class Result(Protocol):
-    """What `paired_difference` needs of a `ProbeResult` or `SimilarityResult`."""
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one task found on its scored rows.
 
-    @property
-    def metrics(self) -> dict[str, Estimate]:
-        """Metric name to estimate."""
-        ...
+    Attributes:
+        kind: the task's kind.
+        metrics: metric name to `Estimate`.
+        replicates: metric name to the bootstrap values (B,); replicate b redraws the same patients for any encoder.
+        rows: numbers of rows and patients, by what they are.
+        y: labels of the scored rows: codes or values, or query numbers.
+        patient: patient codes of the scored rows.
+    """
 
-    @property
-    def replicates(self) -> dict[str, np.ndarray]:
-        """Metric name to bootstrap values (B,)."""
-        ...
+    kind: str
+    metrics: dict[str, Estimate]
+    replicates: dict[str, np.ndarray] = field(repr=False)
+    rows: dict[str, int]
+    y: np.ndarray = field(repr=False)
+    patient: np.ndarray = field(repr=False)
 
-    @property
-    def y(self) -> np.ndarray:
-        """Labels of the test rows."""
-        ...
 
-    @property
-    def patient(self) -> np.ndarray:
-        """Patient codes of the test rows."""
-        ...
+def estimated(
+    functions: Mapping[str, MetricFunction],
+    y: np.ndarray,
+    outputs: Mapping[str, np.ndarray],
+    weights: PatientWeights,
+) -> tuple[dict[str, Estimate], dict[str, np.ndarray]]:
+    """Metric name to `Estimate`, and to the bootstrap values; of each function with the output of its name."""
+    one = np.ones((1, len(y)))
+    drawn = {name: replicate(function, y, outputs[name], weights) for name, function in functions.items()}
+    values = {name: function(y, outputs[name], one)[0] for name, function in functions.items()}
+    return {name: Estimate.of(value, drawn[name]) for name, value in values.items()}, drawn
 
 
 def paired_difference(ours: Result, theirs: Result) -> dict[str, Estimate]:
@@ -135,11 +141,9 @@ def paired_difference(ours: Result, theirs: Result) -> dict[str, Estimate]:
     }
 
 
-def _sums(weights: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the weights (B, N) within each code, (B, cells), and the codes in order."""
-    order = np.argsort(codes, kind="stable")
-    present, starts = np.unique(codes[order], return_index=True)
-    return np.add.reduceat(weights[:, order], starts, axis=1), present
+def _sums(weights: np.ndarray, codes: np.ndarray, cells: int) -> np.ndarray:
+    """Sum of the weights (B, N) of the rows of each code, (B, cells)."""
+    return weights @ csr_matrix((np.ones(len(codes)), (np.arange(len(codes)), codes)), (len(codes), cells))
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -152,8 +156,8 @@ def auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.nd
     Equals `sklearn.metrics.roc_auc_score(positive, score, sample_weight=weights[b])`; NaN where a class has no weight.
     """
     # Rows of equal score are one cell, so that ties cost nothing and count half.
-    codes = np.unique(score, return_inverse=True)[1]
-    everyone, ours = _sums(weights, codes)[0], _sums(weights * positive, codes)[0]
+    cells, codes = np.unique(score, return_inverse=True)
+    everyone, ours = _sums(weights, codes, len(cells)), _sums(weights * positive, codes, len(cells))
     others = everyone - ours
     # negatives below each cell, and half of those in it: a tie is half a win
     below = np.cumsum(others, axis=1) - 0.5 * others
@@ -162,8 +166,8 @@ def auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.nd
 
 def average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted average precision (AUPRC), (B,). Equals `sklearn.metrics.average_precision_score`."""
-    codes = np.unique(-score, return_inverse=True)[1]
-    everyone, ours = np.cumsum(_sums(weights, codes)[0], axis=1), _sums(weights * positive, codes)[0]
+    cells, codes = np.unique(-score, return_inverse=True)
+    everyone, ours = _sums(weights, codes, len(cells)).cumsum(1), _sums(weights * positive, codes, len(cells))
     hits = np.cumsum(ours, axis=1)
     # a cell without weight has no precision, and adds nothing
     precision = np.divide(hits, everyone, out=np.zeros_like(hits), where=everyone > 0)
@@ -172,12 +176,8 @@ def average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarr
 
 def _tables(y: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted contingency tables (B, labels, others)."""
-    shape = int(y.max()) + 1, int(other.max()) + 1
-    sums, present = _sums(weights, y * shape[1] + other)
-    tables = np.zeros((len(weights), shape[0] * shape[1]))
-    # labels and others that do not occur together have weight 0
-    tables[:, present] = sums
-    return tables.reshape(len(weights), *shape)
+    labels, others = int(y.max()) + 1, int(other.max()) + 1
+    return _sums(weights, y * others + other, labels * others).reshape(-1, labels, others)
 
 
 def macro_f1(y: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -185,13 +185,11 @@ def macro_f1(y: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.nd
 
     Equals `sklearn.metrics.f1_score(average="macro")` where every class that occurs has weight.
     """
-    classes, codes = np.unique(np.concatenate([y, predicted]), return_inverse=True)
-    # One row of weight 0 for each class makes the table square.
-    square = np.concatenate([weights, np.zeros((len(weights), len(classes)))], axis=1)
-    corner = np.arange(len(classes))
-    table = _tables(np.append(codes[: len(y)], corner), np.append(codes[len(y) :], corner), square)
-    f1 = _ratio(2 * np.diagonal(table, axis1=1, axis2=2), table.sum(1) + table.sum(2))
-    return _mean_of_defined(f1)
+    classes = np.union1d(y, predicted)
+    is_labelled, is_predicted = y[:, None] == classes, predicted[:, None] == classes
+    return _mean_of_defined(
+        _ratio(2 * weights @ (is_labelled & is_predicted), weights @ is_labelled + weights @ is_predicted)
+    )
 
 
 def _mean_of_defined(values: np.ndarray) -> np.ndarray:

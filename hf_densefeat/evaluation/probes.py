@@ -9,21 +9,23 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
 from sklearn.cluster import KMeans
 
 from hf_densefeat.data.splits import SplitRecord
-from hf_densefeat.evaluation.evaluator import Evaluator
+from hf_densefeat.evaluation.evaluator import Evaluator, Options
 from hf_densefeat.evaluation.linear import ALPHAS, CS, Rows, fit_path, predict
 from hf_densefeat.evaluation.metrics import (
     METRICS_OF,
     Estimate,
     PatientWeights,
+    Result,
     best_threshold,
     class_auroc,
+    estimated,
     metrics_of,
     replicate,
 )
@@ -34,39 +36,26 @@ logger = logging.getLogger(__name__)
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-# ---------------------------------------------------------------------------------------------- one probe, its result
-
-
-@dataclass(frozen=True)
-class ProbeResult:
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult(Result):
     """What one probe found on its test rows.
 
+    ``rows`` counts train, validation, test and unlabelled rows, ``patients`` in the test rows, and, where there are
+    such, ``classes_without_training_rows`` of the test rows, whose AUROC is that of a guess.
+
     Attributes:
-        kind: the task's kind.
-        metrics: metric name to `Estimate`.
-        replicates: metric name to the bootstrap values (B,), replicate b redrawing the same patients for any encoder.
-        rows: row counts: train, validation, test, unlabelled; ``patients`` in the test rows; where there are such,
-            ``classes_without_training_rows`` of the test rows, whose AUROC is that of a guess.
         strength: the C, or the ridge penalty per row, that the validation rows chose; None for clustering.
         shots: k to the AUROC `Estimate` with k rows of each class, mean over the draws.
         test_index: position of the test rows in the task's table.
-        y: their label codes or values.
         output: probabilities (N, K), predictions (N,) or clusters (N,).
         threshold: the validation rows' threshold for macro-F1 (binary).
-        patient: patient codes of the test rows.
     """
 
-    kind: Kind
-    metrics: dict[str, Estimate]
-    replicates: dict[str, np.ndarray] = field(repr=False)
-    rows: dict[str, int]
     strength: float | None
     shots: dict[int, Estimate]
     test_index: np.ndarray = field(repr=False)
-    y: np.ndarray = field(repr=False)
     output: np.ndarray = field(repr=False)
     threshold: float
-    patient: np.ndarray = field(repr=False)
 
 
 def _chosen(features: Rows, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
@@ -82,11 +71,6 @@ def _chosen(features: Rows, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
     return int(np.lexsort((loss, -np.round(area, 9)))[0])
 
 
-def _nested_shots(y: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Rows of each class in a random order; the first k are the k-shot sample, so samples are nested."""
-    return [rng.permutation(rows[y[rows] == c]) for c in np.unique(y[rows])]
-
-
 @dataclass(frozen=True)
 class _Fitted:
     """A fitted probe: positions of its test rows, their output, the chosen strength and threshold."""
@@ -97,9 +81,10 @@ class _Fitted:
     threshold: float = 0.5
 
 
-def _fitted(z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind, classes: int) -> _Fitted:
+def _fitted(z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind) -> _Fitted:
     """Fit every strength on the training rows, choose on the validation rows, predict the test rows."""
     train, validation, test = (np.flatnonzero(split == code) for code in range(3))
+    classes = 0 if kind == "regression" else int(y.max()) + 1
     standard, path = fit_path(z[train], y[train], kind, classes)
     features = standard(z[validation])
     best = _chosen(features, path, y[validation], kind)
@@ -110,36 +95,24 @@ def _fitted(z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind, classes: int)
     return _Fitted(test, output, strength, best_threshold(y[validation], predict(features, path[best], kind)[:, 1]))
 
 
-def _shot_curve(
-    z: Rows,
-    y: np.ndarray,
-    split: np.ndarray,
-    kind: Kind,
-    weights: PatientWeights,
-    *,
-    shots: Sequence[int],
-    draws: int,
-    seed: int,
-) -> dict[int, Estimate]:
-    """AUROC with k training and k validation rows of each class, mean over the draws."""
-    classes, y_test = int(y.max()) + 1, y[split == 2]
-    outputs: dict[int, list[np.ndarray]] = {}
-    for draw in range(draws):
-        rng = np.random.default_rng([seed, draw])
-        train, validation = (_nested_shots(y, np.flatnonzero(split == code), rng) for code in (0, 1))
-        for k in shots:
-            if k > max(len(rows) for rows in train):
-                continue
-            t, v = (np.concatenate([rows[:k] for rows in side]) for side in (train, validation))
+def _few_shot_outputs(
+    z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind, shots: Sequence[int], rng: np.random.Generator
+) -> dict[int, np.ndarray]:
+    """Probabilities of the test rows by the number of training and validation rows of each class."""
+    outputs = {}
+    # Rows of each class in a random order: the first k are the k-shot sample, so samples are nested.
+    train, validation = (
+        [rng.permutation(rows[y[rows] == c]) for c in np.unique(y[rows])]
+        for rows in (np.flatnonzero(split == code) for code in (0, 1))
+    )
+    for k in shots:
+        if k <= max(map(len, train)):
             # The same fit as with all rows: only who trains and who validates differs.
-            few = np.full(len(y), -1)
-            few[t], few[v], few[split == 2] = 0, 1, 2
-            outputs.setdefault(k, []).append(_fitted(z, y, few, kind, classes).output)
-    one, curve = np.ones((1, len(y_test))), {}
-    for k, found in outputs.items():
-        drawn = np.mean([replicate(class_auroc, y_test, output, weights) for output in found], axis=0)
-        curve[k] = Estimate.of(np.mean([class_auroc(y_test, output, one)[0] for output in found]), drawn)
-    return curve
+            few = np.where(split == 2, 2, -1)
+            for code, side in enumerate((train, validation)):
+                few[np.concatenate([rows[:k] for rows in side])] = code
+            outputs[k] = _fitted(z, y, few, kind).output
+    return outputs
 
 
 def probe(
@@ -154,7 +127,7 @@ def probe(
     draws: int = 3,
     seed: int = 0,
 ) -> ProbeResult:
-    """One probe on embeddings (N, d): ridge, logistic regression or k-means, and its metrics on the test rows.
+    """One probe on embeddings: ridge, logistic regression or k-means, and its metrics on the test rows.
 
     Args:
         z: embeddings (N, d), or words as a sparse matrix, which is not standardised.
@@ -179,21 +152,25 @@ def probe(
         clusters = KMeans(int(y.max()) + 1, n_init=10, random_state=seed).fit_predict(z)
         fitted = _Fitted(np.arange(len(y)), clusters)
     else:
-        fitted = _fitted(z, y, split, kind, int(y.max()) + 1 if kind != "regression" else 0)
+        fitted = _fitted(z, y, split, kind)
         untrained = np.setdiff1d(y[split == 2], y[split == 0]) if kind == "multiclass" else ()
         rows |= {"classes_without_training_rows": len(untrained)} if len(untrained) else {}
-    # weight 1 for the value itself, and a row of weights for each redraw of the patients
-    ours, owners, one = y[fitted.test], patient[fitted.test], np.ones((1, len(fitted.test)))
-    weights = PatientWeights.of(owners, bootstraps, seed)
-    metrics = metrics_of(kind, fitted.threshold)
-    drawn = {name: replicate(metric, ours, fitted.output, weights) for name, metric in metrics.items()}
-    curve = {}
+    ours, owners = y[fitted.test], patient[fitted.test]
+    weights, functions = PatientWeights.of(owners, bootstraps, seed), metrics_of(kind, fitted.threshold)
+    metrics, replicates = estimated(functions, ours, dict.fromkeys(functions, fitted.output), weights)
+    curve: dict[int, Estimate] = {}
     if shots and kind in ("binary", "multiclass"):
-        curve = _shot_curve(z, y, split, kind, weights, shots=shots, draws=draws, seed=seed)
+        found = [
+            _few_shot_outputs(z, y, split, kind, shots, np.random.default_rng([seed, draw])) for draw in range(draws)
+        ]
+        for k in found[0]:
+            values = [class_auroc(ours, one[k], np.ones((1, len(ours))))[0] for one in found]
+            drawn = [replicate(class_auroc, ours, one[k], weights) for one in found]
+            curve[k] = Estimate.of(np.mean(values), np.mean(drawn, axis=0))
     return ProbeResult(
         kind=kind,
-        metrics={name: Estimate.of(f(ours, fitted.output, one)[0], drawn[name]) for name, f in metrics.items()},
-        replicates=drawn,
+        metrics=metrics,
+        replicates=replicates,
         rows=rows | {"patients": len(np.unique(owners))},
         strength=fitted.strength,
         shots=curve,
@@ -233,9 +210,6 @@ def meds_predictions(task: ProbeTask, result: ProbeResult, time: str = "time") -
     )
 
 
-# ----------------------------------------------------------------------------------------------------- the evaluator
-
-
 class ProbeEvaluator(Evaluator):
     """Probes of one encoder after another, on tasks that are read once.
 
@@ -249,43 +223,25 @@ class ProbeEvaluator(Evaluator):
         self,
         tasks: Sequence[ProbeTask],
         *,
-        bootstraps: int = 1000,
         shots: Sequence[int] = (),
-        batch_size: int = 32,
-        max_length: int | None = None,
-        cache: str | Path | bool = True,
-        seed: int = 0,
         record: SplitRecord | None = None,
-        allow_trained: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         """Read the tasks' tables and split them; nothing is encoded yet.
 
         Args:
             tasks: the `ProbeTask`s; names must differ.
-            bootstraps: replicates of `evaluate`.
             shots: k of the few-shot curves of `evaluate`; none by default.
-            batch_size: passed to ``encode``.
-            max_length: passed to ``encode`` where it takes it.
-            cache: disk cache of `evaluate`, see `embed`.
-            seed: seed of splits, k-means, samples and bootstrap.
             record: of a trained model, or of several (`a | b`): nobody whom it names is tested.
-            allow_trained: test on patients that the model was trained on, instead of refusing them by their number.
+            options: bootstraps, batch_size, max_length, cache, seed, allow_trained; see `Options`.
 
         Raises:
             ValueError: for tasks that cannot be split or read, see `task_rows`; before any encoding.
         """
-        super().__init__(
-            tasks,
-            headline=METRICS_OF.get(tasks[0].kind, METRICS_OF["binary"])[0] if tasks else "auroc",
-            bootstraps=bootstraps,
-            batch_size=batch_size,
-            max_length=max_length,
-            cache=cache,
-            seed=seed,
-            allow_trained=allow_trained,
-        )
+        super().__init__(tasks, headlines={kind: names[0] for kind, names in METRICS_OF.items()}, **options)
         self.shots = shots
-        self.rows = {task.name: task_rows(task, seed, record, allow_trained=allow_trained) for task in tasks}
+        how: dict[str, Any] = {"record": record, "allow_trained": self.allow_trained}
+        self.rows = {task.name: task_rows(task, self.seed, **how) for task in tasks}
         for name, rows in self.rows.items():
             if rows.unlabelled:
                 logger.info("Probe %s: %d rows without a label are left out.", name, rows.unlabelled)

@@ -10,21 +10,21 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, issparse
 from torch import Tensor
 
-from hf_densefeat.evaluation.evaluator import Evaluator
+from hf_densefeat.evaluation.evaluator import Evaluator, Options
 from hf_densefeat.evaluation.metrics import (
     CODES,
     WITH_WORDS,
-    Estimate,
     PatientWeights,
+    Result,
+    estimated,
     metric_named,
-    replicate,
     rows_of_some_patients,
 )
 from hf_densefeat.evaluation.ranking import Rows, coded, cosines, unit_rows
@@ -38,27 +38,18 @@ ASKED = 10_000  # queries: every one is compared with every document, for every 
 Map = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class SimilarityResult:
+@dataclass(frozen=True, kw_only=True)
+class SimilarityResult(Result):
     """What one task found.
 
+    ``metrics`` has ``mrr``, and ``mrr_binary``, ``mrr_d_over_4`` for codes and dimensions; ``rows`` counts ``scored``,
+    ``patients``, ``searched`` and what was left out.
+
     Attributes:
-        kind: the task's kind.
-        metrics: metric name to `Estimate`; ``mrr``, and ``mrr_binary``, ``mrr_d_over_4`` for codes and dimensions.
-        replicates: metric name to the bootstrap values (B,), replicate b redrawing the same patients for any encoder.
         values: metric name to one value a row or query, NaN where none is defined; for clusters their codes.
-        rows: counts: ``scored``, ``patients``, ``searched`` and what was left out.
-        y: label codes or query numbers of the scored rows.
-        patient: patient codes of the scored rows.
     """
 
-    kind: str
-    metrics: dict[str, Estimate]
-    replicates: dict[str, np.ndarray] = field(repr=False)
     values: dict[str, np.ndarray] = field(repr=False)
-    rows: dict[str, int]
-    y: np.ndarray = field(repr=False)
-    patient: np.ndarray = field(repr=False)
 
 
 def centred_on(z: np.ndarray | Tensor) -> Map:
@@ -136,25 +127,21 @@ def similarity_of(
             beside = cosines(words[0] if words[1] is None else words[1], words[0])
             found = kind.values(rows, documents, scores, beside, seed)
             values |= {name + WITH_WORDS: found[name] for name in kind.metrics}
-    return _result(rows, values, bootstraps, seed, 0 if some is None else len(rows.y) - len(some))
-
-
-def _result(
-    rows: SimilarityRows, values: dict[str, np.ndarray], bootstraps: int, seed: int, not_asked: int
-) -> SimilarityResult:
-    one, weights = np.ones((1, len(rows.y))), PatientWeights.of(rows.group, bootstraps, seed)
-    metrics: dict[str, Estimate] = {}
-    drawn: dict[str, np.ndarray] = {}
-    for name, output in values.items():
-        function = metric_named(name).function
-        drawn[name] = replicate(function, rows.y, output, weights)
-        metrics[name] = Estimate.of(function(rows.y, output, one)[0], drawn[name])
+    functions = {name: metric_named(name).function for name in values}
+    metrics, replicates = estimated(functions, rows.y, values, PatientWeights.of(rows.group, bootstraps, seed))
     # Labels alone decide which rows have a value, so the same ones have it for every encoder.
-    defined = np.isfinite(values[SIMILARITY[rows.kind].metrics[0]])
-    counts = {"scored": int(defined.sum()), "patients": len(np.unique(rows.group[defined]))}
-    counts |= {"searched": len(rows.texts), "undefined": int((~defined).sum()) - not_asked} | rows.left_out
-    counts |= {"not_asked": not_asked} if not_asked else {}
-    return SimilarityResult(rows.kind, metrics, drawn, values, counts, rows.y, rows.group)
+    defined, not_asked = np.isfinite(values[kind.metrics[0]]), 0 if some is None else len(rows.y) - len(some)
+    found_rows = {"scored": int(defined.sum()), "patients": len(np.unique(rows.group[defined]))}
+    found_rows |= {"searched": len(rows.texts), "undefined": int((~defined).sum()) - not_asked} | rows.left_out
+    return SimilarityResult(
+        kind=rows.kind,
+        metrics=metrics,
+        replicates=replicates,
+        values=values,
+        rows=found_rows | ({"not_asked": not_asked} if not_asked else {}),
+        y=rows.y,
+        patient=rows.group,
+    )
 
 
 class SimilarityEvaluator(Evaluator):
@@ -173,12 +160,7 @@ class SimilarityEvaluator(Evaluator):
         head: Map | str | bool | None = None,
         codes: Sequence[str] = CODES,
         divisors: Sequence[int] = DIVISORS,
-        bootstraps: int = 1000,
-        batch_size: int = 32,
-        max_length: int | None = None,
-        cache: str | Path | bool = True,
-        seed: int = 0,
-        allow_trained: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         """Read the tasks' tables; nothing is encoded yet.
 
@@ -188,26 +170,12 @@ class SimilarityEvaluator(Evaluator):
                 without that; "centred" or a map of embeddings in its place.
             codes: see `similarity_of`; ``("float",)`` with ``divisors=(1,)`` is enough to choose a model in training.
             divisors: see `similarity_of`.
-            bootstraps: replicates of `evaluate`.
-            batch_size: passed to ``encode``.
-            max_length: passed to ``encode`` where it takes it.
-            cache: disk cache of `evaluate`, see `embed`.
-            seed: seed of k-means, samples and bootstrap.
-            allow_trained: score notes of patients that the model was trained on, instead of refusing them by their number.
+            options: bootstraps, batch_size, max_length, cache, seed, allow_trained; see `Options`.
 
         Raises:
             ValueError: for tasks that cannot be read, see `similarity_rows`; before any encoding.
         """
-        super().__init__(
-            tasks,
-            headline=SIMILARITY.get(tasks[0].kind, SIMILARITY["retrieval"]).metrics[0] if tasks else "mrr",
-            bootstraps=bootstraps,
-            batch_size=batch_size,
-            max_length=max_length,
-            cache=cache,
-            seed=seed,
-            allow_trained=allow_trained,
-        )
+        super().__init__(tasks, headlines={name: kind.metrics[0] for name, kind in SIMILARITY.items()}, **options)
         self.head, self.codes, self.divisors = head, tuple(codes), tuple(divisors)
         self.rows = {task.name: similarity_rows(task) for task in tasks}
         for name, rows in self.rows.items():

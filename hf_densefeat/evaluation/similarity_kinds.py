@@ -24,26 +24,26 @@ Values = dict[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityKind:
-    """An entry of `SIMILARITY`; a further kind is a further entry.
+    """An entry of `SIMILARITY`; a further kind is a further entry. By default it is of notes with a label.
 
     Attributes:
-        needs: what a task has to have, in words.
-        has: whether a task has it.
-        read: task to rows.
         values: rows, embeddings (N, d), their similarity, the words' similarity or None, and a seed to one value a
             scored row for each metric (or clusters, once for all metrics of them).
         metrics: names in `METRICS`, the first one the headline.
-        search: it ranks documents, so that rankings by embeddings and by words can be fused.
         words: word on the command line to the task's column that it names ("" for none) and the task's name.
+        search: it ranks documents, so that rankings by embeddings and by words can be fused.
+        needs: what a task has to have, in words.
+        has: whether a task has it.
+        read: task to rows.
     """
 
-    needs: str
-    has: Callable[[SimilarityTask], Any]
-    read: Callable[[SimilarityTask], SimilarityRows]
     values: Callable[[SimilarityRows, Any, Scores, Scores | None, int], Values]
     metrics: tuple[str, ...]
-    search: bool = False
     words: dict[str, tuple[str, str]]
+    search: bool = False
+    needs: str = "notes with a label"
+    has: Callable[[SimilarityTask], Any] = lambda task: task.notes is not None and task.label
+    read: Callable[[SimilarityTask], SimilarityRows] = labelled
 
 
 def _has_tables(task: SimilarityTask) -> bool:
@@ -54,20 +54,6 @@ def _neighbours(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | N
     return same_label(scores, rows.y, rows.group, apart=rows.apart, beside=beside)
 
 
-def _own_notes(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
-    return same_group(scores, rows.group, rows.following, beside=beside)
-
-
-def _few_labels(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
-    return few_labels(z, rows.y, rows.group, seed=seed)
-
-
-def _clusters(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
-    # At length 1 Euclidean k-means compares by cosine, like the other uses.
-    found = KMeans(int(rows.y.max()) + 1, n_init=4, random_state=seed).fit_predict(unit_rows(z))
-    return dict.fromkeys(SIMILARITY["clusters"].metrics, found)
-
-
 def _retrieval(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
     if not rows.queries:
         return _neighbours(rows, z, scores, beside, seed)
@@ -76,54 +62,47 @@ def _retrieval(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | No
     return ranking(scores, lambda some: torch.from_numpy(table[some.numpy()].toarray()), beside=beside)
 
 
+def _clusters(rows: SimilarityRows, z: Any, scores: Scores, beside: Scores | None, seed: int) -> Values:
+    # At length 1 Euclidean k-means compares by cosine, like the other uses.
+    found = KMeans(int(rows.y.max()) + 1, n_init=4, random_state=seed).fit_predict(unit_rows(z))
+    return dict.fromkeys(SIMILARITY["clusters"].metrics, found)
+
+
 SIMILARITY: dict[str, SimilarityKind] = {
     # Share of a note's label among its 10 nearest notes of other patients.
     "neighbours": SimilarityKind(
-        needs="notes with a label",
-        has=lambda task: task.notes is not None and task.label,
-        read=labelled,
         values=_neighbours,
         metrics=("precision_at_10",),
-        search=True,
         words={"neighbours": ("label", "{} neighbours")},
+        search=True,
     ),
     # MRR, recall and nDCG of relevant documents: of three tables as BEIR has them, of a question for its own row, or of
     # rows of the same label for each other.
     "retrieval": SimilarityKind(
+        values=_retrieval,
+        metrics=("mrr", "recall_at_10", "ndcg_at_10"),
+        words={"query": ("question", "{}"), "same": ("label", "same {}")},
+        search=True,
         needs="notes with a label or a question, or the tables queries, documents and relevance",
         has=lambda task: _has_tables(task) or (task.notes is not None and (task.question or task.label)),
         read=lambda task: (beir if _has_tables(task) else questions if task.question else labelled)(task),
-        values=_retrieval,
-        metrics=("mrr", "recall_at_10", "ndcg_at_10"),
-        search=True,
-        words={"query": ("question", "{}"), "same": ("label", "same {}")},
     ),
     # A patient's other notes among everybody's, and the next one among those of others. Notes that are copies of another of
     # the patient's are counted, and stay: `load_notes(drop_copies=True)` leaves them out.
     "same_patient": SimilarityKind(
+        values=lambda rows, z, scores, beside, seed: same_group(scores, rows.group, rows.following, beside=beside),
+        metrics=("mrr", "recall_at_10", "adjacent_mrr", "adjacent_recall_at_10"),
+        words={"same_patient": ("", "own notes")},
+        search=True,
         needs="notes with a group",
         has=lambda task: task.notes is not None and task.group,
         read=own_notes,
-        values=_own_notes,
-        metrics=("mrr", "recall_at_10", "adjacent_mrr", "adjacent_recall_at_10"),
-        search=True,
-        words={"same_patient": ("", "own notes")},
     ),
     # NMI and ARI of k-means, k the number of classes.
-    "clusters": SimilarityKind(
-        needs="notes with a label",
-        has=lambda task: task.notes is not None and task.label,
-        read=labelled,
-        values=_clusters,
-        metrics=("nmi", "ari"),
-        words={"clusters": ("label", "{} clusters")},
-    ),
+    "clusters": SimilarityKind(values=_clusters, metrics=("nmi", "ari"), words={"clusters": ("label", "{} clusters")}),
     # Accuracy of the nearest class centroid with 4, 8 and 16 labelled notes of each class.
     "few_labels": SimilarityKind(
-        needs="notes with a label",
-        has=lambda task: task.notes is not None and task.label,
-        read=labelled,
-        values=_few_labels,
+        values=lambda rows, z, scores, beside, seed: few_labels(z, rows.y, rows.group, seed=seed),
         metrics=("accuracy_at_4", "accuracy_at_8", "accuracy_at_16"),
         words={"few_labels": ("label", "{} few labels")},
     ),

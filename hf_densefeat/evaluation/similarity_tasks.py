@@ -47,7 +47,7 @@ class SimilarityTask:
     order: str = "time"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SimilarityRows:
     """A task read into arrays; what `similarity_of` needs beside the embeddings.
 
@@ -57,25 +57,23 @@ class SimilarityRows:
         queries: texts of separate queries, (Q,); empty where the notes themselves are the queries.
         y: label codes of the notes, (N,), or the number of the query, (Q,).
         group: patient codes of the scored rows, (N,) or (Q,).
+        tested: ids of these patients; for the comparison with a `SplitRecord`, never written anywhere.
         relevant: rows (query, document) of given relevance, (P, 2).
         following: row of the patient's next note, −1 for none, (N,).
-        index: rows of the task's table, (N,) or (Q,).
         apart: a row's own patient is not searched.
         left_out: number of rows left out, by reason; of ``same_patient`` also how many are ``copied``, and stay.
-        tested: ids of the patients of the scored rows; for the comparison with a `SplitRecord`, never written anywhere.
     """
 
     kind: str
     texts: list[str]
-    queries: list[str]
+    queries: list[str] = field(default_factory=list)
     y: np.ndarray
     group: np.ndarray
-    relevant: np.ndarray
-    following: np.ndarray
-    index: np.ndarray
-    apart: bool
+    tested: list = field(repr=False)
+    relevant: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
+    following: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    apart: bool = False
     left_out: dict[str, int]
-    tested: list = field(default_factory=list, repr=False)
 
 
 def _columns(table: Any) -> list[str]:
@@ -95,22 +93,11 @@ def _column(task: SimilarityTask, table: Any, *names: str) -> list:
     )
 
 
-def _missing(value: Any) -> bool:
-    # NaN is not equal to itself.
-    return value is None or value != value or value == ""
-
-
-def _groups(task: SimilarityTask, table: Any, required: bool) -> tuple[np.ndarray, list]:
-    """Patient codes of the rows, and the id of each code; none where every row is its own patient."""
-    count = len(_column(task, table, _columns(table)[0]))
-    if task.group is None or (not required and task.group not in _columns(table)):
-        return np.arange(count), []
-    groups = identities(_column(task, table, task.group))
-    if groups.null_count:
-        row = int(groups.is_null().to_numpy().argmax())
-        raise ValueError(f"Similarity {task.name!r}: row {row} has nothing in column {task.group!r}.")
-    ids, codes = np.unique(groups.cast("string").to_numpy(), return_inverse=True)
-    return codes, ids.tolist()
+def _present(values: Sequence) -> np.ndarray:
+    """Rows that have a value. NaN, which is not equal to itself, is none."""
+    return np.array(
+        [i for i, one in enumerate(values) if one is not None and one == one and one != ""], dtype=np.int64
+    )
 
 
 def _texts(task: SimilarityTask, values: Sequence, column: str) -> list[str]:
@@ -120,30 +107,16 @@ def _texts(task: SimilarityTask, values: Sequence, column: str) -> list[str]:
     return list(values)
 
 
-def _copied(texts: Sequence[str], group: np.ndarray) -> int:
-    """Notes with a text that their patient has again, white space aside: these are found without any understanding."""
-    found = Counter((patient, "".join(text.split())) for patient, text in zip(group.tolist(), texts, strict=True))
-    return sum(count for count in found.values() if count > 1)
-
-
-def _following(task: SimilarityTask, group: np.ndarray) -> np.ndarray:
-    """Row of each row's next one in time within the group; rows at equal times follow each other as in the table."""
-    order = np.arange(len(group))
-    if task.order in _columns(task.notes):
-        times = np.asarray(_column(task, task.notes, task.order))
-        order = np.argsort(times, kind="stable")
-    # Stable sorts, the last key first: by patient, within the patient by time.
-    order = order[np.argsort(group[order], kind="stable")]
-    # the last note of each patient keeps -1: nothing follows it
-    following = np.full(len(group), -1)
-    same = group[order[:-1]] == group[order[1:]]
-    following[order[:-1][same]] = order[1:][same]
-    return following
-
-
-def _of(ids: list, group: np.ndarray) -> list:
-    """The ids of the patients that are among these codes."""
-    return [ids[code] for code in np.unique(group)] if ids else []
+def _patients(task: SimilarityTask, table: Any, kept: np.ndarray, *, required: bool = True) -> dict[str, Any]:
+    """``group`` and ``tested`` of some rows; each is its own patient without a column, where none is required."""
+    if task.group is None or (not required and task.group not in _columns(table)):
+        return {"group": kept, "tested": []}
+    ids = identities(_column(task, table, task.group))
+    if ids.null_count:
+        row = int(ids.is_null().to_numpy().argmax())
+        raise ValueError(f"Similarity {task.name!r}: row {row} has nothing in column {task.group!r}.")
+    tested, group = np.unique(ids.cast("string").to_numpy()[kept], return_inverse=True)
+    return {"group": group, "tested": tested.tolist()}
 
 
 def beir(task: SimilarityTask) -> SimilarityRows:
@@ -172,24 +145,17 @@ def beir(task: SimilarityTask) -> SimilarityRows:
     relevant = np.unique(named, axis=0)
     # a query without a relevant document has no rank
     kept = np.unique(relevant[:, 0])
-    queries = _texts(task, _column(task, task.queries, "text", "query"), "text")
-    group, who = _groups(task, task.queries, required=False)
-    group = group[kept]
     # From rows of the table to rows of the queries that are asked.
     relevant[:, 0] = np.searchsorted(kept, relevant[:, 0])
-    left_out = {"without_relevant": len(ids) - len(kept)}
+    queries = _texts(task, _column(task, task.queries, "text", "query"), "text")
     return SimilarityRows(
-        task.kind,
-        texts,
-        [queries[i] for i in kept],
-        kept,
-        group,
-        relevant,
-        np.empty(0),
-        kept,
-        False,
-        left_out,
-        _of(who, group),
+        kind=task.kind,
+        texts=texts,
+        queries=[queries[i] for i in kept],
+        y=kept,
+        relevant=relevant,
+        left_out={"without_relevant": len(ids) - len(kept)},
+        **_patients(task, task.queries, kept, required=False),
     )
 
 
@@ -197,42 +163,53 @@ def questions(task: SimilarityTask) -> SimilarityRows:
     """Notes with a question, each the query for its own row; notes without one are searched and not asked for."""
     texts = _texts(task, _column(task, task.notes, task.text), task.text)
     asked = _column(task, task.notes, task.question or "")
-    kept = np.array([i for i, one in enumerate(asked) if not _missing(one)], dtype=np.int64)
-    group, ids = _groups(task, task.notes, required=True)
-    group = group[kept]
-    relevant = np.column_stack([np.arange(len(kept)), kept])
-    left_out = {"without_question": len(texts) - len(kept)}
-    queries = [str(asked[i]) for i in kept]
+    kept = _present(asked)
     return SimilarityRows(
-        task.kind, texts, queries, kept, group, relevant, np.empty(0), kept, False, left_out, _of(ids, group)
+        kind=task.kind,
+        texts=texts,
+        queries=[str(asked[i]) for i in kept],
+        y=kept,
+        relevant=np.column_stack([np.arange(len(kept)), kept]),
+        left_out={"without_question": len(texts) - len(kept)},
+        **_patients(task, task.notes, kept),
     )
 
 
 def labelled(task: SimilarityTask) -> SimilarityRows:
     """Notes with a label; those without are left out."""
     texts, labels = _column(task, task.notes, task.text), _column(task, task.notes, task.label or "")
-    kept = np.array([i for i, one in enumerate(labels) if not _missing(one)], dtype=np.int64)
+    kept = _present(labels)
     classes, y = np.unique(np.array([str(labels[i]) for i in kept], dtype=object), return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
             f"Similarity {task.name!r}: column {task.label!r} has {len(classes)} different values in {len(kept)} "
             "labelled rows, at least two are needed."
         )
-    group, ids = _groups(task, task.notes, required=True)
-    group = group[kept]
-    # for neighbours a patient's own notes would be found for their template, not their label
-    apart = task.kind == "neighbours" if task.apart is None else task.apart
-    chosen = _texts(task, [texts[i] for i in kept], task.text)
-    left_out = {"unlabelled": len(texts) - len(kept)}
-    none = np.empty((0, 2), dtype=np.int64)
-    return SimilarityRows(task.kind, chosen, [], y, group, none, np.empty(0), kept, apart, left_out, _of(ids, group))
+    return SimilarityRows(
+        kind=task.kind,
+        texts=_texts(task, [texts[i] for i in kept], task.text),
+        y=y,
+        # for neighbours a patient's own notes would be found for their template, not their label
+        apart=task.kind == "neighbours" if task.apart is None else task.apart,
+        left_out={"unlabelled": len(texts) - len(kept)},
+        **_patients(task, task.notes, kept),
+    )
 
 
 def own_notes(task: SimilarityTask) -> SimilarityRows:
     """Notes and their patients; those of patients with one note are searched and have no value."""
     texts = _texts(task, _column(task, task.notes, task.text), task.text)
-    (group, ids), every = _groups(task, task.notes, required=True), np.arange(len(texts))
-    none = np.empty((0, 2), dtype=np.int64)
-    left_out = {"alone": int((np.bincount(group) == 1).sum()), "copied": _copied(texts, group)}
-    following = _following(task, group)
-    return SimilarityRows(task.kind, texts, [], every, group, none, following, every, False, left_out, ids)
+    every = np.arange(len(texts))
+    patients = _patients(task, task.notes, every)
+    group, order = patients["group"], every
+    if task.order in _columns(task.notes):
+        order = np.argsort(np.asarray(_column(task, task.notes, task.order)), kind="stable")
+    # Stable sorts, the last key first: by patient, within the patient by time, at equal times as in the table.
+    order = order[np.argsort(group[order], kind="stable")]
+    following, same = np.full(len(texts), -1), group[order[:-1]] == group[order[1:]]
+    following[order[:-1][same]] = order[1:][same]
+    # Notes with a text that their patient has again, white space aside, are found without any understanding.
+    found = Counter((patient, "".join(text.split())) for patient, text in zip(group.tolist(), texts, strict=True))
+    copied = sum(count for count in found.values() if count > 1)
+    left_out = {"alone": int((np.bincount(group) == 1).sum()), "copied": copied}
+    return SimilarityRows(kind=task.kind, texts=texts, y=every, following=following, left_out=left_out, **patients)

@@ -68,6 +68,7 @@ class Rows:
         unlabelled: rows left out.
         tested: ids of the patients of the test rows, or of all rows that are clustered; none where the table has no
             patients. For the comparison with a `SplitRecord`, never written anywhere.
+        queries: none: a probe asks an encoder for nothing but the texts.
     """
 
     texts: list[str]
@@ -78,6 +79,7 @@ class Rows:
     index: np.ndarray
     unlabelled: int
     tested: list = field(repr=False)
+    queries: tuple[str, ...] = ()
 
 
 def _encoded_labels(labels: list, task: ProbeTask) -> tuple[np.ndarray, list]:

@@ -146,7 +146,7 @@ def test_rows_without_a_label_are_left_out():
     rows = similarity_rows(task("neighbours", notes, label="disease"))
     assert len(rows.texts) == N - 3
     assert rows.left_out == {"unlabelled": 3}
-    assert rows.index[0] == 3
+    assert rows.texts[0] == "note 3"
 
 
 def test_refusals_say_what_is_needed():

@@ -187,7 +187,8 @@ def test_what_was_measured_is_plain_numbers():
     def result(value):
         drawn = np.linspace(value - 0.1, value + 0.1, 101)
         metrics, rows = {"mrr": Estimate.of(value, drawn)}, np.arange(4)
-        return {"disease": SimilarityResult("retrieval", metrics, {"mrr": drawn}, {}, {}, rows, rows)}
+        how = {"kind": "retrieval", "metrics": metrics, "replicates": {"mrr": drawn}, "values": {}, "rows": {}}
+        return {"disease": SimilarityResult(**how, y=rows, patient=rows)}
 
     alone = measured_of("x", {}, np.ones(2), (result(0.5), {}))
     compared = measured_of("x", {}, [], (result(0.6), {}), base=(result(0.5), {}))
