@@ -25,7 +25,7 @@ class AnchorMoments:
     | start    | sum f f^T                                   | (d0, d0)|
     | partners | sum over the pairs (x_a . x_b - f_a . f_b)^2| ()      |
 
-    `p + q` is that of the rows of both. They are about zero and not about a shift: unit rows are small numbers.
+    Sums of parts of the rows are added. They are about zero and not about a shift: unit rows are small numbers.
     """
 
     count: Tensor
@@ -43,17 +43,10 @@ class AnchorMoments:
             partners = ((x_a * x_b).sum(1) - (f_a * f_b).sum(1)).square().sum()
             return cls(x.new_tensor(float(len(x))), x.mT @ x, f.mT @ x, f.mT @ f, partners)
 
-    def __add__(self, other: AnchorMoments) -> AnchorMoments:
-        return AnchorMoments(*(x + y for x, y in zip(self.sums, other.sums, strict=True)))
-
     @property
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All fields, which are additive."""
         return self.count, self.gram, self.cross, self.start, self.partners
-
-    def detached(self, requires_grad: bool = False) -> AnchorMoments:
-        """The same values as leaves of a new graph."""
-        return AnchorMoments(*(x.detach().requires_grad_(requires_grad) for x in self.sums))
 
     def value(self) -> Tensor:
         """Mean over pairs of unrelated rows i, j of (x_i . x_j - f_i . f_j)^2, ().
@@ -74,12 +67,8 @@ def _unit(z: Tensor) -> Tensor:
     return torch.where(scale == 0, 0, y / torch.where(scale == 0, 1, y.norm(dim=1, keepdim=True)))
 
 
-@torch.no_grad()
 def anchor_pullback(gradients: Sequence[Tensor | None], rows: Rows, start: Rows) -> Rows:
-    """Gradients (N, d) by the rows of both sides, any share of the pairs, of the gradients by `AnchorMoments.sums`.
-
-    The sums are sums over pairs, so the gradient by a row is that of <gradients, sums of this share>: exact for any cut.
-    """
+    """Gradients (N, d) by the rows of both sides, any share of the pairs, of the gradients by `AnchorMoments.sums`."""
     with torch.enable_grad():
         a, b = (full_precision(z.detach()).requires_grad_() for z in rows)
         sums = AnchorMoments.of((a, b), start).sums

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_densefeat.objective.anchor import Rows
@@ -23,10 +22,12 @@ class Objective(ABC):
     Attributes:
         terms: name to weight and function.
         adds_up: over micro-batches and ranks.
-        needs_cross_moment: whether moments come with it: `PairMoments.of(..., cross=objective.needs_cross_moment)`.
         subspace_dim: k, or None for an objective without subspaces.
+        window: averaging window of the running covariances, in samples.
         center: whether covariances are taken about the mean.
         shift: near the mean, the same on all ranks: about it moments lose no digits. None before the first update.
+        settings: what a model card says beside terms and weights.
+        module: what is trained along with the model, and put into training or evaluation mode.
     """
 
     terms: Mapping[str, tuple[float, Callable[..., Any]]]
@@ -35,16 +36,13 @@ class Objective(ABC):
     window: float | str | None = None
     center: bool = True
     shift: Tensor | None = None
+    settings: Mapping[str, Any] = {}
+    module: nn.Module = nn.Module()
 
     @property
     def needs_cross_moment(self) -> bool:
-        """Whether a term asks for the cross moment."""
+        """Whether a term asks for the cross moment: `PairMoments.of(..., cross=True)`."""
         return any(getattr(function, "needs_cross_moment", False) for _, function in self.terms.values())
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a model card says beside terms and weights."""
-        return {}
 
     @property
     def needs_start(self) -> bool:
@@ -79,26 +77,15 @@ class Objective(ABC):
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains along with the model."""
-        return []
+        return list(self.module.parameters())
 
-    def zero_grad(self) -> None:
-        """Drop the gradients of `parameters`."""
-        for parameter in self.parameters():
-            parameter.grad = None
-
-    def train(self, mode: bool = True) -> None:  # noqa: B027
-        """Training or evaluation mode, as `nn.Module.train`."""
-
-    def to(self, device: torch.device) -> None:  # noqa: B027
-        """Move what is trained along."""
-
-    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that a resumed run needs, by name."""
+        return dict(self.module.state_dict())
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
+        self.module.load_state_dict(state)
 
 
 def check_name(name: str) -> None:

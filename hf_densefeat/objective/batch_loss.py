@@ -36,6 +36,7 @@ class BatchLoss(Objective):
         check_name(name)
         self.function, self.name = function, name
         self.terms = {name: (1.0, function)}
+        self.module = function if isinstance(function, nn.Module) else nn.Module()
 
     def __call__(self, z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
         """The values by name, and `loss`."""
@@ -60,28 +61,3 @@ class BatchLoss(Objective):
     def evaluate(self, pair: PairMoments, batches: Sequence[Mapping[str, Tensor]] = ()) -> dict[str, Tensor]:
         """Means over the batches."""
         return {name: torch.stack([values[name] for values in batches]).mean() for name in batches[0]}
-
-    @property
-    def module(self) -> nn.Module:
-        """The function, if it is a module, or an empty one."""
-        return self.function if isinstance(self.function, nn.Module) else nn.Module()
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Those of the module."""
-        return list(self.module.parameters())
-
-    def train(self, mode: bool = True) -> None:
-        """As `nn.Module.train`."""
-        self.module.train(mode)
-
-    def to(self, device: torch.device) -> None:
-        """Move the module."""
-        self.module.to(device)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the module."""
-        return dict(self.module.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
-        self.module.load_state_dict(state)

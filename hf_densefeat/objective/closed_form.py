@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_densefeat.objective.moments import PairMoments
-from hf_densefeat.objective.running import Average, Sample, inner
+from hf_densefeat.objective.statistics import Statistics, inner
 from hf_densefeat.objective.subspace import Eigenspace, distance_gradients, distance_squared
 
 
@@ -28,27 +28,15 @@ class ClosedForm:
     """What the values and the gradient share, as numbers.
 
     Args:
-        sides: both sides of this update, without gradient.
-        averages: of both sides the running average of Sigma / tr Sigma, or None: Sigma is that of this update.
-        spaces: eigenspaces of both covariances.
-        k: dimension of the leading subspaces.
-        broadening: of their gradient.
+        seen: of this update, without gradient; L_orth is for centred sides alone.
     """
 
-    def __init__(
-        self,
-        sides: tuple[Sample, Sample],
-        averages: tuple[Average | None, Average | None],
-        spaces: tuple[Eigenspace, Eigenspace],
-        k: int,
-        broadening: float,
-    ):
-        self.sides, self.averages, self.spaces = sides, averages, spaces
-        self.k, self.broadening = k, broadening
-        self.resolution = (sides[0].resolution + sides[1].resolution) / 2
+    def __init__(self, seen: Statistics):
+        self.seen, self.sides, self.resolution = seen, (seen.a, seen.b), seen.resolution
+        self.averaged = seen.a.average is not None
 
     def values(self, pair: PairMoments) -> tuple[Tensor, Tensor, Tensor]:
-        """L_spec, L_sub and L_orth, differentiable in `pair`, whose numbers these are; L_orth is for centred sides alone."""
+        """L_spec, L_sub and L_orth, differentiable in `pair`, whose numbers these are."""
         moments = pair.a.first, pair.a.second, pair.b.first, pair.b.second
         values: tuple[Tensor, Tensor, Tensor] = _Values.apply(self, *moments)  # type: ignore[no-untyped-call]
         return values
@@ -58,24 +46,25 @@ class ClosedForm:
         spread = torch.where(self._resolved, self.purity, 1) - 1 / len(self.resolution)
         _, inverse, rows = self._standardised
         orthogonal = inverse @ rows + len(inverse) - 2 * inverse.count_nonzero()
-        return spread, distance_squared(*self.spaces, self.k), orthogonal
+        return spread, distance_squared(*self._spaces, self.seen.subspace_dim), orthogonal
 
     def gradient(self, spread: Tensor | None, subspace: Tensor | None, orthogonal: Tensor | None) -> list[Tensor]:
         """Gradient by first and second of a, then of b, of the terms weighted by what is given; None costs nothing."""
-        averaged = self.averages[0] is not None
-        base = self._shared(spread, None if averaged else orthogonal)
-        factors = distance_gradients(*self.spaces, self.k, self.broadening) if subspace is not None else None
-        own = self._orthogonal_gradient(orthogonal) if averaged and orthogonal is not None else None
+        base = self._shared(spread, None if self.averaged else orthogonal)
+        own = self._orthogonal_gradient(orthogonal) if self.averaged and orthogonal is not None else None
+        factors = None
+        if subspace is not None:
+            factors = distance_gradients(*self._spaces, self.seen.subspace_dim, self.seen.broadening)
         grads = []
-        for i, (side, average) in enumerate(zip(self.sides, self.averages, strict=True)):
+        for i, side in enumerate(self.sides):
             if factors is not None and subspace is not None:
                 # the second side's in place: nobody needs `base` after it
                 g = torch.addmm(base, factors[i][0] * subspace, factors[i][1].mT, out=base if i else None)
             else:
                 g = base if i else base.clone()
-            if average is not None:
+            if side.average is not None:
                 # Sigma = average x trace of this update, whose normalised covariance has the gradient of the average's
-                g.diagonal().add_(inner(g, average.covariance) - inner(g, side.batch_normalised))
+                g.diagonal().add_(inner(g, side.average.covariance) - inner(g, side.batch_normalised))
             if own is not None:
                 g.add_(own)
             g.mul_(side.varies / side.count)  # rounding has no gradient
@@ -87,17 +76,22 @@ class ClosedForm:
     @cached_property
     def pooled(self) -> tuple[Tensor, Tensor]:
         """P, the mean of both covariances over its trace (d, d), and the trace, 1 where nothing varies."""
-        return self._mean_of([scaled(x, a) for x, a in zip(self.sides, self.averages, strict=True)])
+        return self._mean_of([side.scaled for side in self.sides])
 
     @cached_property
     def batch_pooled(self) -> tuple[Tensor, Tensor]:
         """The same of this update alone."""
-        return self.pooled if self.averages[0] is None else self._mean_of([scaled(x, None) for x in self.sides])
+        one = torch.ones_like(self.resolution.sum())
+        return self._mean_of([(side.batch_covariance, one) for side in self.sides]) if self.averaged else self.pooled
 
     @cached_property
     def purity(self) -> Tensor:
         """||P||_F^2, ()."""
         return inner(self.pooled[0], self.pooled[0])
+
+    @property
+    def _spaces(self) -> tuple[Eigenspace, Eigenspace]:
+        return self.seen.a.eigenspace, self.seen.b.eigenspace
 
     @cached_property
     def _resolved(self) -> Tensor:
@@ -134,13 +128,6 @@ class ClosedForm:
         gradient = torch.outer(weighted, inverse).mul_(pooled)
         gradient.diagonal().sub_(weighted * inverse * rows)
         return gradient
-
-
-def scaled(side: Sample, average: Average | None) -> tuple[Tensor, Tensor]:
-    """Sigma of a side as a matrix (d, d) and the scalar that multiplies it."""
-    if average is None:
-        return side.batch_covariance, torch.ones_like(side.trace)
-    return average.covariance, side.trace
 
 
 class _Values(torch.autograd.Function):

@@ -4,8 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_densefeat.objective.anchor import AnchorMoments
-from hf_densefeat.objective.moments import Moments, PairMoments
+from hf_densefeat.objective.moments import SECOND, PairMoments
 from hf_densefeat.objective.precision import full_precision
 
 
@@ -21,20 +20,17 @@ def sum_over_ranks(pair: PairMoments, counts: Tensor) -> tuple[PairMoments, Tens
         return pair, counts
     d = len(pair.a.shift)
     upper = torch.triu_indices(d, d, device=pair.a.shift.device)
-    # of symmetric matrices, the second moments of both sides, half is sent
-    halved = [value[upper[0], upper[1]] if i in (2, 7) else value for i, value in enumerate(pair.sums)]
+    halved = [value[upper[0], upper[1]] if i in SECOND else value for i, value in enumerate(pair.sums)]
     parts = [counts.to(pair.a.shift), *(value.flatten() for value in halved)]
     buffer = torch.cat(parts)
     dist.all_reduce(buffer)
     counts, *sums = torch.split(buffer, [len(part) for part in parts])
     sums = [value.view(part.shape) for value, part in zip(sums, halved, strict=True)]
-    for i in (2, 7):
+    for i in SECOND:
         second = sums[i].new_zeros(d, d)
         second[upper[0], upper[1]] = sums[i]
         sums[i] = second + second.triu(1).mT
-    a, b, rest = Moments(pair.a.shift, *sums[:5]), Moments(pair.b.shift, *sums[5:10]), sums[11:]
-    cross = None if pair.cross is None else rest.pop(0)
-    return PairMoments(a, b, sums[10], cross, AnchorMoments(*rest) if rest else None), counts
+    return pair.with_sums(sums), counts
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hf_densefeat.objective.anchor import AnchorMoments, Rows, anchor_pullback
 from hf_densefeat.objective.precision import full_precision, rounding_variance
+
+SECOND = (2, 7)  # places of the second moments of both sides, which are symmetric, among `PairMoments.sums`
 
 
 class _Scatter(torch.autograd.Function):
@@ -73,6 +75,9 @@ class Moments:
 
     def about(self, shift: Tensor) -> Moments:
         """The same rows about another shift: y' = y + delta, expanded."""
+        # the same tensor is the usual case, and costs nothing; an equal one would have to be compared
+        if shift is self.shift:
+            return self
         with torch.autocast(shift.device.type, enabled=False):
             # |y + delta|^2 = |y|^2 + 2 y.delta + |delta|^2, summed with each power that a field holds
             n, delta = self.count, self.shift - shift
@@ -98,9 +103,7 @@ class Moments:
             return self.quartic_sum + 4 * mixed + length * (2 * trace + 4 * along + n * length)
 
     def __add__(self, other: Moments) -> Moments:
-        # the same tensor is the usual case, and costs nothing; an equal one would have to be compared
-        if other.shift is not self.shift:
-            other = other.about(self.shift)
+        other = other.about(self.shift)
         return Moments(self.shift, *(x + y for x, y in zip(self.sums, other.sums, strict=True)))
 
     @property
@@ -150,49 +153,6 @@ class Moments:
         # below that many rows the U-statistic has no denominator: all of it is noise
         return torch.where(n >= (4 if center else 2), square - unbiased, square)
 
-    def detached(self, requires_grad: bool = False) -> Moments:
-        """The same values as leaves of a new graph."""
-        return Moments(self.shift, *(x.detach().requires_grad_(requires_grad) for x in self.sums))
-
-
-@dataclass(frozen=True)
-class MomentsGradient:
-    """Gradient of a function with respect to the sums of `Moments` about `shift`, by their names.
-
-    `second` is symmetric: the antisymmetric part of a gradient has no effect on any row. None stands for zeros.
-    """
-
-    shift: Tensor
-    first: Tensor
-    second: Tensor
-    square_weighted_sum: Tensor | None = None
-    quartic_sum: Tensor | None = None
-
-    @classmethod
-    def of(cls, shift: Tensor, sums: Sequence[Tensor | None]) -> MomentsGradient:
-        """From autograd's gradients by `Moments.sums`, None for a sum that the function does not see."""
-        _, first, second, square_weighted, quartic = sums
-        first = torch.zeros_like(shift) if first is None else first
-        second = shift.new_zeros(len(shift), len(shift)) if second is None else (second + second.mT) / 2
-        return cls(shift, first, second, square_weighted, quartic)
-
-    @torch.no_grad()
-    def pullback(self, z: Tensor) -> Tensor:
-        """Gradient (N, d) with respect to rows `z`, any share of the rows behind the moments.
-
-        Moments are sums over rows, so with G held constant the gradient of <G, moments> at a row y = z - shift is
-        G_first + 2 G_second y + |y|^2 G_w + 2 (G_w . y) y + 4 G_q |y|^2 y, with G_w and G_q those of the last two
-        fields: exact for any cut of the batch.
-        """
-        with torch.autocast(z.device.type, enabled=False):
-            y = full_precision(z.detach()) - self.shift
-            gradient = torch.addmm(self.first, y, self.second, alpha=2)
-            square = y.square().sum(1, keepdim=True)
-            if self.square_weighted_sum is not None:
-                along = (y @ self.square_weighted_sum).unsqueeze(1)
-                gradient = gradient + square * self.square_weighted_sum + 2 * along * y
-            return gradient if self.quartic_sum is None else gradient + 4 * self.quartic_sum * square * y
-
 
 @dataclass(frozen=True)
 class PairMoments:
@@ -225,6 +185,35 @@ class PairMoments:
             anchor = None if start is None else AnchorMoments.of((z_a, z_b), start)
             return cls(a, b, (y_a * y_b).sum(), y_a.mT @ y_b if cross else None, anchor)
 
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """All additive fields: five of a, five of b, `product_sum`, the cross moment and the anchor's, where there are."""
+        cross = () if self.cross is None else (self.cross,)
+        return (*self.a.sums, *self.b.sums, self.product_sum, *cross, *(self.anchor.sums if self.anchor else ()))
+
+    def with_sums(self, sums: Iterable[Tensor]) -> PairMoments:
+        """About the same shifts, other values of `sums`."""
+        values = list(sums)
+        a, b, rest = Moments(self.a.shift, *values[:5]), Moments(self.b.shift, *values[5:10]), values[11:]
+        cross = None if self.cross is None else rest.pop(0)
+        return PairMoments(a, b, values[10], cross, AnchorMoments(*rest) if rest else None)
+
+    def detached(self, requires_grad: bool = False) -> PairMoments:
+        """The same values as leaves of a new graph."""
+        return self.with_sums(x.detach().requires_grad_(requires_grad) for x in self.sums)
+
+    def about(self, shift_a: Tensor, shift_b: Tensor) -> PairMoments:
+        """The same pairs about other shifts: (y_a + delta_a)(y_b + delta_b)^T and its trace, expanded."""
+        if shift_a is self.a.shift and shift_b is self.b.shift:
+            return self
+        delta_a, delta_b = self.a.shift - shift_a, self.b.shift - shift_b
+        moved_b = self.b.first + self.b.count * delta_b
+        product_sum = self.product_sum + self.a.first @ delta_b + delta_a @ moved_b
+        cross = self.cross
+        if cross is not None:
+            cross = torch.addr(torch.addr(cross, self.a.first, delta_b), delta_a, moved_b)
+        return PairMoments(self.a.about(shift_a), self.b.about(shift_b), product_sum, cross, self.anchor)
+
     def __add__(self, other: PairMoments) -> PairMoments:
         # a missing moment is not zero: adding it would be silently wrong
         for name, option in (("cross", "cross"), ("anchor", "start")):
@@ -232,21 +221,8 @@ class PairMoments:
                 raise ValueError(
                     f"Only one of these moments of pairs has `{name}`: pass `{option}` to both or neither."
                 )
-        product_sum, cross = other._products_about(self.a.shift, self.b.shift)
-        both = None if self.cross is None or cross is None else self.cross + cross
-        anchor = None if self.anchor is None or other.anchor is None else self.anchor + other.anchor
-        return PairMoments(self.a + other.a, self.b + other.b, self.product_sum + product_sum, both, anchor)
-
-    def _products_about(self, shift_a: Tensor, shift_b: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`product_sum` and `cross` about other shifts: (y_a + delta_a)(y_b + delta_b)^T and its trace, expanded."""
-        if shift_a is self.a.shift and shift_b is self.b.shift:
-            return self.product_sum, self.cross
-        delta_a, delta_b = self.a.shift - shift_a, self.b.shift - shift_b
-        moved_b = self.b.first + self.b.count * delta_b
-        product_sum = self.product_sum + self.a.first @ delta_b + delta_a @ moved_b
-        if self.cross is None:
-            return product_sum, None
-        return product_sum, torch.addr(torch.addr(self.cross, self.a.first, delta_b), delta_a, moved_b)
+        other = other.about(self.a.shift, self.b.shift)
+        return self.with_sums(x + y for x, y in zip(self.sums, other.sums, strict=True))
 
     def cross_covariance(self, center: bool) -> Tensor:
         """C_ab (d, d): Z_a^T Z_b / N, or about the means of both sides. ValueError without the cross moment."""
@@ -256,49 +232,53 @@ class PairMoments:
         centred = torch.addr(self.cross / n, self.a.first / n, self.b.first / n, alpha=-1)
         return centred if center else torch.addr(centred, self.a.mean, self.b.mean)
 
-    @property
-    def sums(self) -> tuple[Tensor, ...]:
-        """All additive fields: five of a, five of b, `product_sum`, the cross moment and the anchor's, where there are."""
-        cross = () if self.cross is None else (self.cross,)
-        return (*self.a.sums, *self.b.sums, self.product_sum, *cross, *(self.anchor.sums if self.anchor else ()))
-
-    def detached(self, requires_grad: bool = False) -> PairMoments:
-        """The same values as leaves of a new graph."""
-        product_sum = self.product_sum.detach().requires_grad_(requires_grad)
-        cross = None if self.cross is None else self.cross.detach().requires_grad_(requires_grad)
-        anchor = None if self.anchor is None else self.anchor.detached(requires_grad)
-        return PairMoments(self.a.detached(requires_grad), self.b.detached(requires_grad), product_sum, cross, anchor)
-
 
 @dataclass(frozen=True)
 class PairGradient:
-    """Gradient of a function with respect to the sums of `PairMoments`, by their names. None stands for zeros."""
+    """Gradients of a function by `PairMoments.sums`, about the shifts of both sides; None stands for zeros.
 
-    a: MomentsGradient
-    b: MomentsGradient
-    product_sum: Tensor | None = None
-    cross: Tensor | None = None
-    anchor: Sequence[Tensor | None] = ()  # by `AnchorMoments.sums`
+    Moments are sums over rows, so with the gradients held constant that of <gradients, moments> by a row is the gradient of
+    the function by that row: exact for any cut of the batch.
+    """
+
+    shifts: tuple[Tensor, Tensor]
+    sums: tuple[Tensor | None, ...]
+    cross: bool
 
     @classmethod
-    def of(cls, pair: PairMoments, sums: Sequence[Tensor | None]) -> PairGradient:
-        """From autograd's gradients by `PairMoments.sums`."""
-        a, b = MomentsGradient.of(pair.a.shift, sums[:5]), MomentsGradient.of(pair.b.shift, sums[5:10])
-        product_sum, *rest = sums[10:]
-        cross = None if pair.cross is None else rest.pop(0)
-        return cls(a, b, product_sum, cross, rest)
+    def of(cls, pair: PairMoments, gradients: Sequence[Tensor | None]) -> PairGradient:
+        """From autograd's gradients; the antisymmetric part of one by a second moment has no effect on any row."""
+        sums = ((g + g.mT) / 2 if g is not None and i in SECOND else g for i, g in enumerate(gradients))
+        return cls((pair.a.shift, pair.b.shift), tuple(sums), pair.cross is not None)
 
     @torch.no_grad()
     def pullback(self, z_a: Tensor, z_b: Tensor, start: Rows | None = None) -> tuple[Tensor, Tensor]:
-        """Gradients (N, d) with respect to the rows of both sides, any share of the pairs, exact for any cut."""
-        g_a, g_b = self.a.pullback(z_a), self.b.pullback(z_b)
+        """Gradients (N, d) with respect to the rows of both sides, any share of the pairs behind the moments."""
         with torch.autocast(z_a.device.type, enabled=False):
-            y_a, y_b = full_precision(z_a.detach()) - self.a.shift, full_precision(z_b.detach()) - self.b.shift
-            if self.product_sum is not None:
-                g_a, g_b = g_a + self.product_sum * y_b, g_b + self.product_sum * y_a
-            if self.cross is not None:  # <G, sum y_a y_b^T>: y_a sees G y_b, y_b sees G^T y_a
-                g_a, g_b = g_a + y_b @ self.cross.mT, g_b + y_a @ self.cross
-        if start is not None and self.anchor:
-            by_anchor = anchor_pullback(self.anchor, (z_a, z_b), start)
-            g_a, g_b = g_a + by_anchor[0], g_b + by_anchor[1]
+            y_a, y_b = (full_precision(z.detach()) - s for z, s in zip((z_a, z_b), self.shifts, strict=True))
+            g_a, g_b = pullback(self.sums[:5], y_a), pullback(self.sums[5:10], y_b)
+            product_sum, *rest = self.sums[10:]
+            if product_sum is not None:
+                g_a, g_b = g_a + product_sum * y_b, g_b + product_sum * y_a
+            cross = rest.pop(0) if self.cross else None
+            if cross is not None:  # <G, sum y_a y_b^T>: y_a sees G y_b, y_b sees G^T y_a
+                g_a, g_b = g_a + y_b @ cross.mT, g_b + y_a @ cross
+            if start is not None and rest:
+                by_anchor = anchor_pullback(rest, (z_a, z_b), start)
+                g_a, g_b = g_a + by_anchor[0], g_b + by_anchor[1]
         return g_a, g_b
+
+
+def pullback(gradients: Sequence[Tensor | None], y: Tensor) -> Tensor:
+    """Gradient (N, d) by rows y = z - shift of the gradients G by `Moments.sums`.
+
+    G_first + 2 G_second y + |y|^2 G_w + 2 (G_w . y) y + 4 G_q |y|^2 y, with G_w and G_q those of the last two sums and
+    G_second symmetric.
+    """
+    _, first, second, weighted, quartic = gradients
+    first = y.new_zeros(y.shape[1]) if first is None else first
+    gradient = first.expand_as(y) if second is None else torch.addmm(first, y, second, alpha=2)
+    square = y.square().sum(1, keepdim=True)
+    if weighted is not None:
+        gradient = gradient + square * weighted + 2 * (y @ weighted).unsqueeze(1) * y
+    return gradient if quartic is None else gradient + 4 * quartic * square * y

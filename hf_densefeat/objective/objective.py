@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hf_densefeat.objective.anchor import Rows
 from hf_densefeat.objective.base import Objective, check_name, checked_value
-from hf_densefeat.objective.closed_form import ClosedForm, scaled
+from hf_densefeat.objective.closed_form import ClosedForm
 from hf_densefeat.objective.extra_terms import EXTRA_TERMS
 from hf_densefeat.objective.moments import PairGradient, PairMoments
-from hf_densefeat.objective.running import Average, RunningCovariance, Sample
+from hf_densefeat.objective.running import RunningCovariance
 from hf_densefeat.objective.statistics import Side, Statistics, Term
 from hf_densefeat.objective.subspace import (
     Eigenspace,
@@ -114,12 +114,11 @@ class DenseObjective(Objective):
         self.terms: dict[str, Term] = {
             name: (weight, PAPER[name]) for name, weight in zip(PAPER, (1.0, lambda_sub, lambda_orth), strict=True)
         } | {name: _checked_term(name, term) for name, term in (terms or {}).items()}
+        self.settings = {"covariance window": "none" if window is None else window, "centred": center}
         self.running = (RunningCovariance(), RunningCovariance())
         self.running_cross: Tensor | None = None
         self.bases: list[Tensor | None] = [None, None]
-        self.shift: Tensor | None = None
         self._pooled: tuple[Tensor, Tensor] | None = None
-        self._cross: Tensor | None = None
         self._planned: tuple[dict[str, Tensor], PairGradient] | None = None
         self.diagnostics: dict[str, Tensor] = {}
 
@@ -139,9 +138,11 @@ class DenseObjective(Objective):
     def values(self, pair: PairMoments) -> dict[str, Tensor]:
         """The same from the moments of the pairs, differentiable in them; advances the running state by one step."""
         with torch.autocast(pair.a.shift.device.type, enabled=False):
-            form = self._advance(pair)
+            seen = self._advance(pair.detached())
+            form = ClosedForm(seen)
+            self._pooled = form.pooled
             closed = dict(zip(PAPER, form.values(pair), strict=True))
-            statistics = self._statistics(form, pair)
+            statistics = seen.of(pair)
             values = {
                 name: closed[name] if self._is_closed(name) else checked_value(name, function(statistics))
                 for name, (_, function) in self.terms.items()
@@ -192,11 +193,6 @@ class DenseObjective(Objective):
         return pure.values(pair)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The averaging window and centring."""
-        return {"covariance window": "none" if self.window is None else self.window, "centred": self.center}
-
-    @property
     def covariance(self) -> Tensor | None:
         """Mean of the covariances of both sides at the last call (d, d), detached; None before."""
         return None if self._pooled is None else self._pooled[0] * self._pooled[1]
@@ -225,57 +221,45 @@ class DenseObjective(Objective):
         return name not in unlike and PAPER.get(name) is self.terms[name][1]
 
     @torch.no_grad()
-    def _advance(self, pair: PairMoments) -> ClosedForm:
-        """Advance running averages, tracked bases and shift, and say what the paper's terms are computed of."""
+    def _advance(self, pair: PairMoments) -> Statistics:
+        """The statistics of an update, by which running averages, tracked bases and shift move on."""
         k = self.subspace_dim
         check_dimension(k, len(pair.a.shift))
-        seen = Sample(pair.a.detached(), self.center), Sample(pair.b.detached(), self.center)
-        averages, self._cross = self._averages(seen, pair)
-        a, b = (
-            self._eigenspace(i, side, average) for i, (side, average) in enumerate(zip(seen, averages, strict=True))
-        )
-        form = ClosedForm(seen, averages, (a, b), k, self.broadening)
+        a, b = Side(pair.a, self.center), Side(pair.b, self.center)
+        seen = Statistics(a, b, pair, k, self.center, self.unbiased, self.broadening)
+        if self.window is not None:
+            self._average(seen, float(seen.dimension if self.window == "auto" else self.window))
+        for i, side in enumerate((a, b)):
+            side.eigenspace = self._eigenspace(i, side)
         self.diagnostics = {
-            "trace": (seen[0].trace + seen[1].trace) / 2,  # of the batch
-            "gap": torch.minimum(a.gap(k), b.gap(k)),
-            "subspace_rank": torch.minimum(a.leading(k).sum(), b.leading(k).sum()),
+            "trace": (a.trace + b.trace) / 2,  # of the batch
+            "gap": torch.minimum(a.eigenspace.gap(k), b.eigenspace.gap(k)),
+            "subspace_rank": torch.minimum(a.eigenspace.leading(k).sum(), b.eigenspace.leading(k).sum()),
         }
-        self._remember_mean(pair)
-        self._pooled = form.pooled
-        return form
+        # the next step's shift: near the mean, the same on all ranks, and finite
+        mean = (pair.a.mean + pair.b.mean) / 2
+        if self.shift is None:
+            self.shift = torch.where(pair.a.shift.isfinite().all(), pair.a.shift, 0)
+        self.shift = torch.where(mean.isfinite().all() & (pair.a.count > 0), mean, self.shift)
+        return seen
 
-    def _statistics(self, form: ClosedForm, pair: PairMoments) -> Statistics:
-        """What the functions of terms get."""
-        a, b = (
-            Side(m, self.center, space, average)
-            for m, space, average in zip((pair.a, pair.b), form.spaces, form.averages, strict=True)
-        )
-        return Statistics(a, b, pair, self.subspace_dim, self.center, self.unbiased, self.broadening, self._cross)
-
-    @torch.no_grad()
-    def _averages(
-        self, seen: tuple[Sample, Sample], pair: PairMoments
-    ) -> tuple[tuple[Average | None, Average | None], Tensor | None]:
+    def _average(self, seen: Statistics, averaging_window: float) -> None:
         """Running averages of both sides, and of the normalised cross covariance if there is a cross moment."""
-        if self.window is None:
-            return (None, None), None
-        averaging_window = float(len(pair.a.shift) if self.window == "auto" else self.window)
-        a, b = self.running
-        if pair.cross is None:
-            return (a.average(seen[0], averaging_window), b.average(seen[1], averaging_window)), None
-        # one gain for all, so that the joint covariance is a convex sum of joint covariances
-        (gain_a, drift_a), (gain_b, drift_b) = a.gain(seen[0], averaging_window), b.gain(seen[1], averaging_window)
-        gain = torch.maximum(gain_a, gain_b)
-        normalised = pair.cross_covariance(self.center) / (seen[0].scale * seen[1].scale).sqrt()
-        usable = seen[0].varies & seen[1].varies & seen[0].batch_purity.isfinite() & seen[1].batch_purity.isfinite()
-        past = torch.zeros_like(normalised) if self.running_cross is None else self.running_cross
-        cross = past.lerp(normalised, gain)
-        self.running_cross = torch.where(usable, cross, past)
-        return (a.advance(seen[0], gain, drift_a, usable), b.advance(seen[1], gain, drift_b, usable)), cross
+        sides = seen.a, seen.b
+        steps = [running.gain(side, averaging_window) for running, side in zip(self.running, sides, strict=True)]
+        gains, usable = [gain for gain, _ in steps], [side.usable for side in sides]
+        if seen.pair.cross is not None:
+            # one gain for all, so that the joint covariance is a convex sum of joint covariances
+            gains, usable = [torch.maximum(*gains)] * 2, [usable[0] & usable[1]] * 2
+            normalised = seen.batch_cross_covariance / seen.cross_scale
+            past = torch.zeros_like(normalised) if self.running_cross is None else self.running_cross
+            seen.average_cross = past.lerp(normalised, gains[0])
+            self.running_cross = torch.where(usable[0], seen.average_cross, past)
+        for i, side in enumerate(sides):
+            side.average = self.running[i].advance(side, gains[i], steps[i][1], usable[i])
 
-    @torch.no_grad()
-    def _eigenspace(self, i: int, side: Sample, average: Average | None) -> Eigenspace:
-        covariance, scale = scaled(side, average)
+    def _eigenspace(self, i: int, side: Side) -> Eigenspace:
+        covariance, scale = side.scaled
         if self.power_iterations is None:
             # LAPACK raises on NaN, where the loss can say NaN and be skipped
             space = eigenspace(torch.where(covariance.trace().isfinite(), covariance, 0))
@@ -292,14 +276,6 @@ class DenseObjective(Objective):
             self.bases[i] = space.basis if usable else basis
         # rounding noise has no directions
         return space.of_multiple(torch.where(side.varies, scale, 0))
-
-    @torch.no_grad()
-    def _remember_mean(self, pair: PairMoments) -> None:
-        """The next step's shift: near the mean, the same on all ranks, and finite."""
-        mean = (pair.a.mean + pair.b.mean) / 2
-        if self.shift is None:
-            self.shift = torch.where(pair.a.shift.isfinite().all(), pair.a.shift, 0)
-        self.shift = torch.where(mean.isfinite().all() & (pair.a.count > 0), mean, self.shift)
 
 
 def _checked_term(name: str, term: Any) -> Term:

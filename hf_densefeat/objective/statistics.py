@@ -3,29 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hf_densefeat.objective.moments import Moments, PairMoments
-from hf_densefeat.objective.running import Average, Sample
 from hf_densefeat.objective.subspace import Eigenspace
 
 
-class Side(Sample):
-    """One side as the functions of terms see it: what `Sample` has, and the averages of the objective.
+@dataclass(frozen=True)
+class Average:
+    """Running average of Sigma / tr Sigma (d, d), the noise in it, and the weight of this update's, as numbers."""
+
+    covariance: Tensor
+    noise: Tensor
+    gain: Tensor
+
+
+class Side:
+    """One side of the pairs in one update, each number computed when it is first asked for, differentiable in the moments.
 
     Where the objective has an averaging window, `covariance` is the running average of trace-normalised covariances,
     scaled by this update's trace; its gradient is that of this update's covariance at full strength. Otherwise it is
-    `batch_covariance`. `eigenspace` holds the leading eigenvectors and eigenvalues of `covariance`, without gradient,
-    exact or tracked as the objective is told: see `subspace.subspace_distance_squared`.
+    `batch_covariance`. What follows from `resolution` has no gradient.
+
+    Attributes:
+        average: None without an averaging window.
+        eigenspace: leading eigenvectors and eigenvalues of `covariance`, without gradient, exact or tracked as the
+            objective is told: see `subspace.subspace_distance_squared`.
     """
 
-    def __init__(self, moments: Moments, center: bool, eigenspace: Eigenspace, average: Average | None = None):
-        super().__init__(moments, center)
-        self.eigenspace, self.average = eigenspace, average
+    eigenspace: Eigenspace
+
+    def __init__(self, moments: Moments, center: bool, average: Average | None = None):
+        self.moments, self.center, self.average = moments, center, average
+
+    @cached_property
+    def count(self) -> Tensor:
+        """N, the rows of this update, at least 1, ()."""
+        return self.moments.count.clamp(min=1)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean row of this update, (d,); also where covariances are centred."""
+        return self.moments.mean
+
+    @cached_property
+    def batch_covariance(self) -> Tensor:
+        """Sigma of this update alone (d, d), about the mean if `center`."""
+        return self.moments.covariance(self.center)
+
+    @cached_property
+    def trace(self) -> Tensor:
+        """Trace of `batch_covariance`, ()."""
+        return self.batch_covariance.trace()
+
+    @cached_property
+    def resolution(self) -> Tensor:
+        """Variance of each column that is rounding, (d,), without gradient."""
+        return self.moments.resolution(self.center)
+
+    @cached_property
+    def varies(self) -> Tensor:
+        """Whether the trace is more than rounding, (): a side that does not vary has no spectrum."""
+        return self.trace > self.resolution.sum()
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The trace, or 1 where nothing varies, ()."""
+        return torch.where(self.varies, self.trace, 1)
+
+    @cached_property
+    def batch_normalised(self) -> Tensor:
+        """`batch_covariance` over its trace, (d, d)."""
+        return self.batch_covariance / self.scale
+
+    @cached_property
+    def batch_purity(self) -> Tensor:
+        """||`batch_normalised`||_F^2, (); not finite if an entry is not."""
+        return inner(self.batch_normalised, self.batch_normalised)
+
+    @cached_property
+    def batch_noise(self) -> Tensor:
+        """Squared Frobenius norm of the sampling error of `batch_normalised`, estimated, (): see `noise_of_purity`."""
+        square = self.batch_purity * self.scale * self.scale
+        return self.moments.noise_of_purity(square, self.trace, self.center) / self.scale / self.scale
+
+    @property
+    def usable(self) -> Tensor:
+        """Whether it may enter a running average, (): it varies, and every entry is finite."""
+        return self.varies & self.batch_purity.isfinite()
+
+    @property
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """`covariance` as numbers: a matrix (d, d), and the scalar that multiplies it."""
+        if self.average is None:
+            return self.batch_covariance, torch.ones_like(self.trace)
+        return self.average.covariance, self.trace
 
     @cached_property
     def covariance(self) -> Tensor:
@@ -67,6 +143,12 @@ class Statistics:
     broadening: float
     average_cross: Tensor | None = None
 
+    def of(self, pair: PairMoments) -> Statistics:
+        """Of other moments, with the averages and eigenspaces of these."""
+        a, b = Side(pair.a, self.center, self.a.average), Side(pair.b, self.center, self.b.average)
+        a.eigenspace, b.eigenspace = self.a.eigenspace, self.b.eigenspace
+        return replace(self, a=a, b=b, pair=pair)
+
     @property
     def dimension(self) -> int:
         """The width d of the embedding."""
@@ -104,11 +186,14 @@ class Statistics:
         """
         if self.average_cross is None:
             return self.batch_cross_covariance
-        # the geometric mean: what the joint covariance of both normalised sides has off its diagonal
-        scale = (self.a.scale * self.b.scale).sqrt()
-        batch = self.batch_cross_covariance / scale
+        batch = self.batch_cross_covariance / self.cross_scale
         # the value of the average, the gradient of this update at full strength
-        return (self.average_cross + (batch - batch.detach())) * scale
+        return (self.average_cross + (batch - batch.detach())) * self.cross_scale
+
+    @property
+    def cross_scale(self) -> Tensor:
+        """Geometric mean of both traces: the joint covariance of both normalised sides has C_ab over it off its diagonal."""
+        return (self.a.scale * self.b.scale).sqrt()
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """Centred covariance (d, d) and resolution (d,) of all 2N rows of this update.
@@ -131,3 +216,8 @@ def sees_pairing(function: TermFunction) -> TermFunction:
     """Mark a term that needs the cross covariance of the pairs, which is then summed and reduced with the moments."""
     function.needs_cross_moment = True  # type: ignore[attr-defined]
     return function
+
+
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """<X, Y>, the sum of products of entries, ()."""
+    return torch.dot(x.flatten(), y.flatten())

@@ -30,7 +30,7 @@ class DenseTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the weights of the dense terms.
 
     loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth + lambda_pair L_pair + lambda_anchor
-    L_anchor), L_pair the share of variance that the notes of a pair do not share (`UnsharedVariance`), L_anchor how far
+    L_anchor), L_pair the share of variance that the notes of a pair do not share (`unshared_variance`), L_anchor how far
     cosines of unrelated notes have moved from those of the frozen start (`Anchor`; a copy of the model is kept for it).
 
     Batch sizes count pairs: a forward sees 2 x `per_device_train_batch_size` notes. Different from the stock defaults:

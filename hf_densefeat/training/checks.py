@@ -126,7 +126,7 @@ def check_run(trainer: Any) -> None:
     if streamed:
         check_stream(args, trainer.processor)
         args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint left it
-    objective.to(args.device)
+    objective.module.to(args.device)
     if trainer.train_dataset is not None and args.dense_weight:
         pairs = math.inf if streamed else len(trainer.train_dataset)
         check_subspace(pairs, trainer.get_total_train_batch_size(args), model.embedding_dimension, objective)

@@ -195,7 +195,7 @@ class DenseTrainer(ResumableTrainer):
         """Also remember the update's micro-batches: `compute_loss` needs all of them before the first backward."""
         self._micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._update, self._awaited = None, len(self._micro_batches)
-        self.objective.zero_grad()  # the stock Trainer zeroes the gradients of the model alone
+        self.objective.module.zero_grad()  # the stock Trainer zeroes the gradients of the model alone
         for batch in self._micro_batches:
             if self.stream is not None:
                 self.stream.position = batch.pop("stream")
@@ -316,7 +316,7 @@ class DenseTrainer(ResumableTrainer):
         else:
             self.update_log.skip(self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
-            self.objective.zero_grad()
+            self.objective.module.zero_grad()
         return grad_norm
 
     # ---- Logs ----
@@ -409,7 +409,7 @@ class DenseTrainer(ResumableTrainer):
         """Terms of the whole evaluation set, from its moments, so that they do not depend on the batch size."""
         model = evaluation_model(self)
         model.eval()
-        self.objective.train(False)
+        self.objective.module.train(False)
 
         def prepared():
             for inputs in dataloader:
@@ -423,7 +423,7 @@ class DenseTrainer(ResumableTrainer):
             mlm_weight=self.args.mlm_weight,
             dense_weight=self.args.dense_weight,
         )
-        self.objective.train()
+        self.objective.module.train()
         if self.evaluator is not None:
             metrics |= evaluated(self.evaluator, self.dense_model, self.processing_class)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

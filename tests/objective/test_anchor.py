@@ -38,8 +38,8 @@ def test_edges():
     assert AnchorMoments.of(tuple(3 * x for x in z), z).value().item() == pytest.approx(0, abs=1e-14)
     one = AnchorMoments.of(rows(0, n=1), rows(1, n=1))
     assert one.value().item() == 0
-    parts = [AnchorMoments.of(rows(0, n=n), rows(1, n=n)) for n in (0, 1)]
-    assert (parts[0] + parts[1]).value().item() == 0
+    none, one = (PairMoments.of(*rows(0, n=n), start=rows(1, n=n)) for n in (0, 1))
+    assert (none + one).anchor.value().item() == 0
 
 
 @pytest.mark.parametrize("cuts", [[7], [3, 3, 1], [0, 5, 2]])

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from hf_densefeat import DenseObjective, effective_rank
-from hf_densefeat.objective.extra_terms import EXTRA_TERMS, RankDeficit
+from hf_densefeat.objective.extra_terms import EXTRA_TERMS, rank_deficit
 from hf_densefeat.objective.moments import PairMoments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -136,14 +136,14 @@ def test_rank_deficit_is_the_log_of_what_the_effective_rank_lacks():
     """log d - H by SciPy's entropy of NumPy's eigenvalues; the evaluation's effective rank; 0 where all are equal."""
     z_a, z_b = pairs(50)
     values = np.linalg.eigvalsh(pooled(z_a, z_b))
-    found = float(value(RankDeficit(), z_a, z_b))
+    found = float(value(rank_deficit, z_a, z_b))
     assert found == pytest.approx(math.log(D) - scipy.stats.entropy(values), rel=1e-10)
     both = torch.cat([z_a - z_a.mean(0), z_b - z_b.mean(0)])
     assert math.exp(-found) * D == pytest.approx(float(effective_rank(both)), rel=1e-6)
     isotropic = torch.cat([torch.eye(D), -torch.eye(D)]).double()
-    assert float(value(RankDeficit(), isotropic, isotropic)) == pytest.approx(0, abs=1e-12)
+    assert float(value(rank_deficit, isotropic, isotropic)) == pytest.approx(0, abs=1e-12)
     flat = torch.cat([z_a[:, :1].expand(50, D), z_b[:, :1].expand(50, D)])
-    assert float(value(RankDeficit(), flat, flat)) == pytest.approx(math.log(D), abs=1e-10)
+    assert float(value(rank_deficit, flat, flat)) == pytest.approx(math.log(D), abs=1e-10)
 
 
 def test_bounded_rank_is_l_spec_up_to_the_rank():
@@ -186,7 +186,7 @@ FIXED = {
     "sphericity": Sphericity(epsilon=0.2),
     "target_spectrum": TargetSpectrum(epsilon=0.2),
     "bounded_rank": BoundedRank(rank=4.5),
-    "rank_deficit": RankDeficit(),
+    "rank_deficit": rank_deficit,
 }
 
 

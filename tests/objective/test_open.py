@@ -219,10 +219,10 @@ def test_a_batch_loss_answers_as_an_objective():
     batches = [loss.of_batch(rows(), rows(seed=seed)) for seed in (1, 2)]
     assert float(loss.evaluate(pair, batches)["mse"]) == pytest.approx(float(sum(b["mse"] for b in batches)) / 2)
     trained = BatchLoss(module)
-    trained.train(False)
+    trained.module.train(False)
     assert not module.training
     trained.parameters()[0].grad = torch.full_like(trained.parameters()[0], torch.nan)
-    trained.zero_grad()
+    trained.module.zero_grad()
     assert trained.parameters()[0].grad is None
     assert (DenseObjective().adds_up, trained.adds_up) == (True, False)
 
