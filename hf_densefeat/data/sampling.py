@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -31,7 +30,8 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         ranks: Number of ranks.
         rank: This rank.
         accumulation: Micro-batches per optimiser step.
-        pairs_per_patient: Up to so many pairs of a patient that follow each other stay in one step batch.
+        pairs_per_patient: Up to so many pairs of a patient that follow each other stay in one step batch, unless its
+            border falls among them.
         spread_patients: Have each patient once in a step batch, as estimators need whose rows are to be independent;
             needs `shuffle` and `pairs_per_patient` 1. Pairs are drawn at random into buckets of up to 50 step batches:
             a patient with more pairs in one than it has step batches comes as evenly as can be, and the last, short
@@ -50,35 +50,44 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         accumulation: int = 1,
         pairs_per_patient: int = 1,
+        *,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
         spread_patients: bool = False,
     ):
-        lengths = np.asarray(lengths, dtype=np.int64)
-        _check(batch_size, ranks, rank, accumulation, pairs_per_patient)
-        if len(lengths) != pairs.num_notes:
+        for name, value in {"batch_size": batch_size, "ranks": ranks, "accumulation": accumulation}.items():
+            if value < 1:
+                raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"Expected `rank` in [0, {ranks}), got {rank}.")
+        self.step_size = batch_size * ranks * accumulation
+        if not 1 <= pairs_per_patient <= self.step_size:
             raise ValueError(
-                f"Expected one length per note, {pairs.num_notes:,}, got {len(lengths):,}. Pass the `length` column of "
-                "the tokenised notes the pairs were made from."
+                f"Expected `pairs_per_patient` between 1 and the {self.step_size} pairs of an optimiser step, got "
+                f"{pairs_per_patient}. Lower it, or raise `batch_size` or `accumulation`."
             )
-        self.length = np.maximum(lengths[pairs.earlier], lengths[pairs.later])
-        self.patient = pairs.patient
-        self.batch_size, self.ranks, self.rank, self.accumulation = batch_size, ranks, rank, accumulation
-        self.pairs_per_patient, self.seed, self.shuffle, self.drop_last = pairs_per_patient, seed, shuffle, drop_last
-        self.spread_patients = spread_patients
         if spread_patients and (pairs_per_patient > 1 or not shuffle):
             raise ValueError(
                 "`spread_patients` keeps a patient's pairs apart, so it needs `shuffle` and `pairs_per_patient=1`, got "
                 f"shuffle={shuffle} and pairs_per_patient={pairs_per_patient}."
             )
-        self.step_size = batch_size * ranks * accumulation
-        self.epoch = 0
         if drop_last and len(pairs) < self.step_size:
             raise ValueError(
                 f"Expected at least the {self.step_size:,} pairs of one optimiser step, got {len(pairs):,}, and "
                 "`drop_last` leaves none. Lower `batch_size` or `accumulation`, or keep the last batch."
             )
+        if len(lengths) != pairs.num_notes:
+            raise ValueError(
+                f"Expected one length per note, {pairs.num_notes:,}, got {len(lengths):,}. Pass the `length` column of "
+                "the tokenised notes the pairs were made from."
+            )
+        lengths = np.asarray(lengths, dtype=np.int64)
+        self.length, self.patient = np.maximum(lengths[pairs.earlier], lengths[pairs.later]), pairs.patient
+        self.batch_size, self.ranks, self.rank, self.accumulation = batch_size, ranks, rank, accumulation
+        self.pairs_per_patient, self.seed, self.shuffle = pairs_per_patient, seed, shuffle
+        self.drop_last, self.spread_patients = drop_last, spread_patients
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
@@ -92,35 +101,30 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
     def step_batches(self) -> list[np.ndarray]:
         """Return the pairs of each optimiser step of the epoch, in order, longest pair first within each."""
         n, size = len(self.length), self.step_size
-        full, rest = n // size * size, n % size
+        full = n // size * size
         if self.shuffle:
             rng = np.random.default_rng((self.seed, self.epoch))
             # whole runs are shuffled, so that what is to stay together does
-            start, count = _runs(self.patient, self.pairs_per_patient)
-            order = rng.permutation(len(start))
+            run = _runs(self.patient, self.pairs_per_patient)
+            order = np.argsort(np.argsort(rng.permutation(run.max(initial=-1) + 1))[run], kind="stable")
+            longest = np.zeros(n, dtype=np.int64)
+            np.maximum.at(longest, run, self.length)
+            batches: list[np.ndarray] = []
             # A bucket holds a quarter of the pairs at most: a small data set too has other batches every epoch.
             bucket = size * int(np.clip(n // (4 * size), 1, 50))
-            capacities = [bucket] * (full // bucket) + [full % bucket] * (full % bucket > 0)
-            start, count = _pack(start[order], count[order], capacities + [rest] * (rest > 0))
-            ends = np.cumsum(count)
-            # within a bucket, runs of like length share a step batch: little is padded
-            longest = np.maximum.reduceat(self.length[_expand(start, count)], ends - count)
-            batches, pieces = [], np.searchsorted(ends, np.cumsum(capacities, dtype=np.int64)) + 1
-            for piece in np.split(np.arange(len(start)), pieces):
-                piece = piece[np.argsort(-longest[piece], kind="stable")]
-                inside = int(count[piece].sum())
-                filled = _expand(*_pack(start[piece], count[piece], [size] * (inside // size)))
+            for mixed in np.split(order[:full], range(bucket, full, bucket)):
+                # within a bucket, runs of like length share a step batch: little is padded
+                filled = mixed[np.argsort(-longest[run[mixed]], kind="stable")]
                 if self.spread_patients:
                     filled = _spread(filled, self.patient[filled], size)
-                batches += [filled[cut : cut + size] for cut in range(0, inside, size)]
+                batches += np.split(filled, range(size, len(filled), size))
             # the step batches in random order, or the longest would come first in every bucket
-            order = rng.permutation(full // size)
-            batches = [batches[i] for i in order] + batches[full // size :]
+            batches = [batches[i] for i in rng.permutation(full // size)] + [order[full:]]
         else:
             longest_first = np.argsort(-self.length, kind="stable")
-            batches = [longest_first[cut : cut + size] for cut in range(0, n, size)]
-        if self.drop_last and rest:
-            batches.pop()
+            batches = np.split(longest_first, range(size, full + 1, size))
+        if self.drop_last or full == n:
+            batches.pop()  # the short one
         # longest first, ties by number: a step batch does not depend on how it was filled
         return [batch[np.lexsort((batch, -self.length[batch]))] for batch in batches]
 
@@ -137,62 +141,12 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
                 yield list(zip(mine.tolist(), mask_seeds[mine].tolist(), strict=True))
 
 
-def _check(batch_size: int, ranks: int, rank: int, accumulation: int, pairs_per_patient: int) -> None:
-    """ValueError for numbers that cut no step batch."""
-    for name, value in {"batch_size": batch_size, "ranks": ranks, "accumulation": accumulation}.items():
-        if value < 1:
-            raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
-    if not 0 <= rank < ranks:
-        raise ValueError(f"Expected `rank` in [0, {ranks}), got {rank}.")
-    if pairs_per_patient < 1 or pairs_per_patient > batch_size * ranks * accumulation:
-        raise ValueError(
-            f"Expected `pairs_per_patient` between 1 and the {batch_size * ranks * accumulation} pairs of an "
-            f"optimiser step, got {pairs_per_patient}. Lower it, or raise `batch_size` or `accumulation`."
-        )
-
-
-def _runs(patient: np.ndarray, maximum: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut each patient's consecutive pairs into runs of up to `maximum`: first pair and size of every run."""
-    # pairs of a patient stand together, because pairs are sorted by patient
-    begins = np.flatnonzero(np.r_[True, patient[1:] != patient[:-1]])
+def _runs(patient: np.ndarray, maximum: int) -> np.ndarray:
+    """The number of each pair's run: up to `maximum` pairs of a patient that follow each other."""
+    begins = np.flatnonzero(np.diff(patient, prepend=-1))
     place = np.arange(len(patient)) - np.repeat(begins, np.diff(np.r_[begins, len(patient)]))
-    start = np.flatnonzero(place % maximum == 0)
-    return start, np.diff(np.r_[start, len(patient)])
-
-
-def _expand(start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Return the pairs of all runs, run after run."""
-    expanded: np.ndarray = np.arange(count.sum()) + np.repeat(start - (np.cumsum(count) - count), count)
-    return expanded
-
-
-def _pack(start: np.ndarray, count: np.ndarray, capacities: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder runs so that they fill the capacities exactly, one after the other; what is left comes last.
-
-    Greedy: the first run in the given order that still fits goes in; only where none fits is one cut in two.
-    """
-    # every capacity ends where a run ends, as with runs of one: nothing to do
-    if np.isin(np.cumsum(capacities), np.cumsum(count)).all():
-        return start, count
-    waiting: dict[int, deque[tuple[int, int]]] = {size: deque() for size in range(1, int(count.max()) + 1)}
-    for rank, (first, size) in enumerate(zip(start.tolist(), count.tolist(), strict=True)):
-        waiting[size].append((rank, first))
-    packed = []
-    for capacity in [*capacities, int(count.sum()) - sum(capacities)]:
-        while capacity > 0:
-            # of the runs that fit, the one that comes first in the given order
-            size = min((s for s in waiting if s <= capacity and waiting[s]), key=lambda s: waiting[s][0], default=0)
-            if size == 0:
-                size = min((s for s in waiting if waiting[s]), key=lambda s: waiting[s][0])
-                rank, first = waiting[size].popleft()
-                # the rest of the cut run keeps its place in the order
-                waiting[size - capacity].appendleft((rank, first + capacity))
-                packed.append((first, capacity))
-                break
-            packed.append((waiting[size].popleft()[1], size))
-            capacity -= size
-    start, count = np.array(packed, dtype=np.int64).T
-    return start, count
+    run: np.ndarray = np.cumsum(place % maximum == 0) - 1
+    return run
 
 
 def _spread(pairs: np.ndarray, patient: np.ndarray, size: int) -> np.ndarray:

@@ -6,16 +6,16 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from itertools import count, islice
+from itertools import chain, count, islice, repeat
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from torch.utils.data import IterableDataset
 
+from hf_densefeat.data.inputs import Batch, paired, rows_of
 from hf_densefeat.data.pairs import NotePairs, check_kinds, spans_of
 from hf_densefeat.data.sampling import PairBatchSampler
-from hf_densefeat.data.tokens import pair_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class _Note(NamedTuple):
     position: dict[str, Any]
 
 
-class PairStream(IterableDataset[dict[str, Any]]):
+class PairStream(IterableDataset[Batch]):
     """The micro-batches of one rank, without end: after the last note the stream is read again.
 
     Notes of a patient follow each other, in the order of time; shards are read one after another, so that pairs
@@ -50,16 +50,13 @@ class PairStream(IterableDataset[dict[str, Any]]):
         notes: A stream with `patient_id`, `time` (timestamps, dates, or numbers of days) and `text`.
         tokenize: Texts to columns, as `tokenize_texts` does.
         collate: Pairs of tokenised notes to a batch, such as a `DensePairCollator`.
-        batch_size: Pairs per rank and micro-batch.
-        ranks: Number of ranks.
-        rank: This rank.
-        accumulation: Micro-batches per optimiser step.
-        pairs_per_patient: As for `PairBatchSampler`.
-        spread_patients: As for `PairBatchSampler`.
+        batch_size: As for `PairBatchSampler`.
+        ranks: As for `PairBatchSampler`.
+        accumulation: As for `PairBatchSampler`.
         kinds: Kinds of pairs, as for `pair_notes`.
         max_gap: Largest time between the two notes of a pair, in days; pairs further apart are left out.
-        seed: Seed of everything random here.
         buffer: Pairs held, and mixed; rounded down to whole step batches, at least one.
+        sampling: What else `PairBatchSampler` takes: `rank`, `pairs_per_patient`, `spread_patients`, `seed`.
 
     Raises:
         ValueError: If a column is missing.
@@ -69,34 +66,22 @@ class PairStream(IterableDataset[dict[str, Any]]):
         self,
         notes: datasets.IterableDataset,
         tokenize: Callable[[list[str]], dict[str, list[Any]]],
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        collate: Callable[[list[dict[str, Any]]], Batch],
         batch_size: int,
+        *,
         ranks: int = 1,
-        rank: int = 0,
         accumulation: int = 1,
-        pairs_per_patient: int = 1,
-        spread_patients: bool = False,
         kinds: str | Sequence[str] = "adjacent",
         max_gap: float | None = None,
-        seed: int = 0,
         buffer: int = 8192,
+        **sampling: Any,
     ):
         names = ["patient_id", "time", "text"]
         if missing := [name for name in names if name not in (notes.column_names or names)]:
             raise ValueError(f"The stream lacks the columns {missing}. Rename yours: `notes.rename_columns(...)`.")
         self.notes, self.tokenize, self.collate = notes.select_columns(names), tokenize, collate
-        self.cut: dict[str, Any] = {
-            "batch_size": batch_size,
-            "ranks": ranks,
-            "rank": rank,
-            "accumulation": accumulation,
-        }
-        self.grouping: dict[str, Any] = {
-            "pairs_per_patient": pairs_per_patient,
-            "spread_patients": spread_patients,
-            "seed": seed,
-        }
-        self.kinds, self.max_gap = check_kinds(kinds), max_gap
+        self.sampling = {"batch_size": batch_size, "ranks": ranks, "accumulation": accumulation, **sampling}
+        self.kinds, self.max_gap, self.accumulation = check_kinds(kinds), max_gap, accumulation
         self.step_size = batch_size * ranks * accumulation
         self.buffer = max(1, buffer // self.step_size) * self.step_size
         self.start = {"row": 0, "notes": self.notes.state_dict()}
@@ -108,40 +93,37 @@ class PairStream(IterableDataset[dict[str, Any]]):
         """Go on after the batch that brought this `stream`."""
         self.state, self.position = json.loads(state), state
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield batches."""
         position, number, done = self.state["position"], self.state["number"], self.state["steps"]
-        size, over = self.state.get("size", self.buffer), list[Any]()
-        pairs = self._pairs(position, fewer_than=0 if "size" in self.state else self.buffer)
+        runs = count()
+        first = self._pass(position, runs)
+        # a stream that ends before its first buffer is full has a smaller one: no buffer may hold a pair twice
+        read = [] if "size" in self.state else list(islice(first, self.buffer))
+        size = self.state.get("size") or len(read) // self.step_size * self.step_size
+        if not size:
+            raise ValueError(
+                f"The stream has {len(read):,} pairs, fewer than the {self.step_size:,} of one update, which would hold "
+                "copies of a pair. Lower the batch size or accumulation, or bring more notes."
+            )
+        pairs = chain(read, first, chain.from_iterable(self._pass(start, runs) for start in repeat(self.start)))
         while True:
-            held = over + list(islice(pairs, max(0, size - len(over))))
-            if None in held:  # the stream ended before its first buffer was full: no buffer may hold a pair twice
-                found = held.index(None)
-                held.pop(found)
-                size = found // self.step_size * self.step_size
-                if not size:
-                    raise ValueError(
-                        f"The stream has {found:,} pairs, fewer than the {self.step_size:,} of one update, which "
-                        "would hold copies of a pair. Lower the batch size or accumulation, or bring more notes."
-                    )
-            held, over = held[:size], held[size:]
-            earlier, later = zip(*held, strict=True)
-            rows, texts = np.arange(2 * len(held)), [note.text for note in (*earlier, *later)]
-            runs = np.array([note.run for note in earlier])
-            indices = NotePairs(rows[: len(held)], rows[len(held) :], runs, len(rows), len(np.unique(runs)))
-            lengths = [len(text) for text in texts]
-            sampler = PairBatchSampler(indices, lengths, **self.cut, **self.grouping)
+            earlier, later = zip(*islice(pairs, size), strict=True)
+            rows, texts = np.arange(2 * size), [note.text for note in (*earlier, *later)]
+            patient = np.array([note.run for note in earlier])
+            indices = NotePairs(rows[:size], rows[size:], patient, len(rows), len(np.unique(patient)))
+            sampler = PairBatchSampler(indices, [len(text) for text in texts], **self.sampling)
             # the number of the buffer stands for the epoch: each is mixed in its own way
             sampler.set_epoch(number)
             for micro_step, items in enumerate(sampler):
-                steps, rest = divmod(micro_step + 1, self.cut["accumulation"])
+                steps, rest = divmod(micro_step + 1, self.accumulation)
                 # what was trained on before the checkpoint is drawn again, and left out
                 if steps + (rest > 0) > done:
                     state = {"position": position, "number": number, "steps": steps, "size": size}
                     yield self._batch(items, texts) | {"stream": json.dumps(state)}
             position, number, done = later[-1].position, number + 1, 0
 
-    def _batch(self, items: list[tuple[int, int]], texts: list[str]) -> dict[str, Any]:
+    def _batch(self, items: list[tuple[int, int]], texts: list[str]) -> Batch:
         """Tokenise and collate one micro-batch."""
         if not items:
             return self.collate([])
@@ -150,36 +132,29 @@ class PairStream(IterableDataset[dict[str, Any]]):
         if any(columns["cut"]) and not self.said_cut:
             self.said_cut = True
             logger.warning("The stream has notes longer than the limit on tokens: they are cut, and not counted.")
-        return self.collate(pair_tokens(columns, [mask_seed for _, mask_seed in items]))
+        return self.collate(paired(rows_of(columns), [mask_seed for _, mask_seed in items]))
 
-    def _pairs(self, position: dict[str, Any], fewer_than: int) -> Iterator[tuple[_Note, _Note] | None]:
-        """Yield the pairs from a position on, one pass after another: of a note and the one before, then those inside it.
+    def _pass(self, position: dict[str, Any], runs: Iterator[int]) -> Iterator[tuple[_Note, _Note]]:
+        """Yield the pairs from a position to the end: of a note and the one before, then those inside the note.
 
-        A position within a note has `done`, how many of the pairs inside it were yielded before. None follows the first
-        pass if that had fewer pairs than this.
+        A position within a note has `done`, how many of the pairs inside it were yielded before.
         """
-        runs = count()
-        while True:
-            found, done = 0, position.get("done", 0)
-            before: _Note | None = None
-            for note in self._read(position, runs):
-                if before and "adjacent" in self.kinds and before.run == note.run and self._near(before, note):
-                    found += 1
-                    yield before, note
-                for place, (first, second) in enumerate(spans_of(note.text, self.kinds)[done:], done + 1):
-                    found += 1
-                    after = note._replace(text=second, position=note.position | {"done": place})
-                    yield note._replace(text=first), after
-                before, done = note, 0
-            if not found and position is self.start:
-                gap = f", at most {self.max_gap} days apart" if self.max_gap is not None else ""
-                raise ValueError(
-                    f"The stream has no pair of {' or '.join(self.kinds)} notes: expected patients with at least two notes in "
-                    f"a row{gap}, or notes that can be cut."
-                )
-            if found < fewer_than:
-                yield None
-            position, fewer_than = self.start, 0
+        found, done = False, position.get("done", 0)
+        before: _Note | None = None
+        for note in self._read(position, runs):
+            if before and "adjacent" in self.kinds and before.run == note.run and self._near(before, note):
+                found = True
+                yield before, note
+            for place, (first, second) in enumerate(spans_of(note.text, self.kinds)[done:], done + 1):
+                found = True
+                yield note._replace(text=first), note._replace(text=second, position=note.position | {"done": place})
+            before, done = note, 0
+        if not found and position is self.start:
+            gap = f", at most {self.max_gap} days apart" if self.max_gap is not None else ""
+            raise ValueError(
+                f"The stream has no pair of {' or '.join(self.kinds)} notes: expected patients with at least two notes in "
+                f"a row{gap}, or notes that can be cut."
+            )
 
     def _near(self, earlier: _Note, later: _Note) -> bool:
         if self.max_gap is None:

@@ -37,23 +37,15 @@ class TextProcessor:
         prompt: str = "",
         num_proc: int | None = None,
     ):
-        self.tokenizer, self.chunk, self.num_proc = tokenizer, chunk, num_proc
-        self.whole_words, self.predict_marks, self.prompt = whole_words, predict_marks, prompt
+        self.tokenizer, self.chunk, self.whole_words, self.num_proc = tokenizer, chunk, whole_words, num_proc
+        self.options: dict[str, Any] = {"chunk": chunk, "word_ids": whole_words, "marks": not predict_marks}
+        self.options["prompt"] = prompt
 
     def pairs(
         self, notes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
     ) -> tuple[TokenPairs, TokenStats]:
         """See `PairProcessor`; notes are tokenised once, and `datasets` caches the tokens."""
-        tokens, stats = tokenize_notes(
-            notes,
-            self.tokenizer,
-            max_length=max_length,
-            num_proc=self.num_proc,
-            word_ids=self.whole_words,
-            chunk=self.chunk,
-            marks=not self.predict_marks,
-            prompt=self.prompt,
-        )
+        tokens, stats = tokenize_notes(notes, self.tokenizer, max_length, num_proc=self.num_proc, **self.options)
         if not stats.marks and "marked" in tokens.column_names:
             tokens = tokens.remove_columns("marked")  # nothing to be left out: no column to be read with every batch
         return TokenPairs(tokens, pairs), stats
@@ -79,15 +71,7 @@ class TextProcessor:
 
     def columns(self, texts: list[str], *, max_length: int | None = None) -> dict[str, list[Any]]:
         """See `StreamProcessor`: `input_ids`, `length`, `cut`, `marks`, and what masks need of `word_ids` and `marked`."""
-        return tokenize_texts(
-            texts,
-            self.tokenizer,
-            max_length=max_length,
-            word_ids=self.whole_words,
-            chunk=self.chunk,
-            marks=not self.predict_marks,
-            prompt=self.prompt,
-        )
+        return tokenize_texts(texts, self.tokenizer, max_length, **self.options)
 
     def save_pretrained(self, save_directory: str | Path) -> Any:
         """Save the tokenizer."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hf_densefeat.data.columns import column
-from hf_densefeat.data.inputs import PairDataset
+from hf_densefeat.data.inputs import PairDataset, Row, rows_of
 from hf_densefeat.data.marks import marked_tokens
 from hf_densefeat.data.pairs import NotePairs
 
 logger = logging.getLogger(__name__)
-
-KEPT = ("word_ids", "marked")  # what masks may need of each token
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,9 @@ def tokenize_notes(
     notes: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
+    *,
     num_proc: int | None = None,
-    word_ids: bool = False,
-    chunk: bool = False,
-    marks: bool = False,
-    prompt: str = "",
+    **options: Any,
 ) -> tuple[datasets.Dataset, TokenStats]:
     """Tokenise every note once, memory-mapped and cached by `datasets`; row i of the result is note i.
 
@@ -100,26 +95,20 @@ def tokenize_notes(
 
     Args:
         notes: What `load_notes` returns.
-        tokenizer: The model's tokenizer; a fast one where `word_ids` is set.
-        max_length: Keep so many tokens of a note, special tokens included; None for the tokenizer's own limit.
+        tokenizer: The model's tokenizer.
+        max_length: As for `tokenize_texts`; None for the tokenizer's own limit.
         num_proc: Number of processes.
-        word_ids: Also keep which word each token belongs to, for whole-word masking.
-        chunk: Keep all of a longer note, as chunks of `max_length` tokens one after another, each with its special
-            tokens; for a `DensePairCollator` with that `chunk_length`.
-        marks: Also keep which tokens are part of a de-identification mark, so that none of them is masked. A slow
-            tokenizer does not say where in the text a token stands: none is marked then, with a warning.
-        prompt: What stands before every text.
+        options: What else `tokenize_texts` takes.
 
     Returns:
-        A dataset with `input_ids`, `length` and, if asked for, `word_ids` (−1 for special tokens) and `marked` (1 for
-        tokens of marks); and the counts.
+        A dataset with `input_ids`, `length` and, if asked for, `word_ids` and `marked`; and the counts.
 
     Raises:
         ValueError: If `max_length` leaves no room beside the special tokens, or word ids need a fast tokenizer.
     """
-    if word_ids and not tokenizer.is_fast:
+    if options.get("word_ids") and not tokenizer.is_fast:
         raise ValueError("Whole-word masking needs a fast tokenizer, got a slow one. Load it with AutoTokenizer.")
-    if marks and not tokenizer.is_fast:
+    if options.get("marks") and not tokenizer.is_fast:
         logger.warning("The tokenizer is a slow one: de-identification marks are masked like other tokens.")
     # tokenizers without a limit say 10^30
     if max_length is None and tokenizer.model_max_length < 10**9:
@@ -139,26 +128,41 @@ def tokenize_notes(
         batched=True,
         input_columns="text",
         remove_columns=notes.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length}
-        | {"word_ids": word_ids, "chunk": chunk, "marks": marks, "prompt": prompt},
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, **options},
         num_proc=num_proc,
         desc="Tokenising notes",
     )
-    return tokens.remove_columns(["cut", "marks"]), TokenStats.of(tokens, max_length, chunk)
+    stats = TokenStats.of(tokens, max_length, options.get("chunk", False))
+    return tokens.remove_columns(["cut", "marks"]), stats
 
 
 def tokenize_texts(
     texts: list[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
-    word_ids: bool,
-    chunk: bool,
+    *,
+    word_ids: bool = False,
+    chunk: bool = False,
     marks: bool = False,
     prompt: str = "",
 ) -> dict[str, list[Any]]:
     """Tokenise without a limit and cut afterwards: what a limit cuts is to be counted, in one pass.
 
     A tokenizer that truncates also changes its own state, and with it the key under which `datasets` caches.
+
+    Args:
+        texts: Notes.
+        tokenizer: The model's tokenizer; a fast one where `word_ids` is set.
+        max_length: Keep so many tokens of a note, special tokens included; None for all.
+        word_ids: Also keep which word each token belongs to (−1 for special tokens), for whole-word masking.
+        chunk: Keep all of a longer note, as chunks of `max_length` tokens one after another, each with its special
+            tokens; for a `DensePairCollator` with that `chunk_length`.
+        marks: Also keep, as `marked`, which tokens are part of a de-identification mark, so that none of them is masked. A
+            slow tokenizer does not say where in the text a token stands: none is marked then.
+        prompt: What stands before every text.
+
+    Returns:
+        Columns `input_ids`, `length`, `cut` (tokens that were left out), `marks` (tokens of marks) and what was asked for.
     """
     texts = [prompt + text for text in texts] if prompt else texts
     encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
@@ -196,10 +200,7 @@ def tokenize_texts(
 
 
 class TokenPairs(PairDataset):
-    """Map-style dataset of pairs, looked up by `(pair, mask_seed)` or by pair.
-
-    An item is `{"earlier": ids, "later": ids, "mask_seed": mask_seed}`, and what else `tokenize_notes` kept of the tokens:
-    `earlier_word_ids`, `earlier_marked`, and the same of the later note.
+    """Pairs of tokenised notes; a row has `input_ids`, and `word_ids` and `marked` where `tokenize_notes` kept them.
 
     Args:
         tokens: What `tokenize_notes` returns for the notes the pairs were made from; read memory-mapped.
@@ -207,29 +208,9 @@ class TokenPairs(PairDataset):
     """
 
     def __init__(self, tokens: datasets.Dataset, pairs: NotePairs):
-        if len(tokens) != pairs.num_notes:
-            raise ValueError(
-                f"Expected the tokens of the {pairs.num_notes:,} notes the pairs were made from, got {len(tokens):,} rows."
-            )
-        columns = [name for name in ("input_ids", *KEPT) if name in tokens.column_names]
-        self.tokens, self.pairs = tokens.select_columns(columns), pairs
-        self.lengths = column(tokens, "length").to_numpy()
+        super().__init__(pairs, column(tokens, "length").to_numpy())
+        self.tokens = tokens.remove_columns("length")
 
-    def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
-        """Return the pairs of one micro-batch, read in one go; an empty list for an empty list."""
-        if not items:
-            return []
-        chosen, mask_seeds = zip(*(item if isinstance(item, tuple) else (item, 0) for item in items), strict=True)
-        index = np.array(chosen)
-        return pair_tokens(self.tokens[np.r_[self.pairs.earlier[index], self.pairs.later[index]]], mask_seeds)
-
-
-def pair_tokens(columns: dict[str, list[Any]], mask_seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Return one dict a pair, of columns with the earlier notes of all pairs, then the later ones."""
-    n, batch = len(mask_seeds), []
-    for i, mask_seed in enumerate(mask_seeds):
-        pair = {"earlier": columns["input_ids"][i], "later": columns["input_ids"][n + i], "mask_seed": int(mask_seed)}
-        for name in set(KEPT) & set(columns):
-            pair |= {f"earlier_{name}": columns[name][i], f"later_{name}": columns[name][n + i]}
-        batch.append(pair)
-    return batch
+    def read(self, notes: np.ndarray) -> list[Row]:
+        """Return the tokens of these notes."""
+        return rows_of(self.tokens[notes])

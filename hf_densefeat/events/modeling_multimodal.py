@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from hf_densefeat.data.collator import DensePairCollator
 from hf_densefeat.data.columns import column
+from hf_densefeat.data.inputs import Row, pad_rows
 from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.events.modeling_event import EpisodeModel, EventConfig, EventModel, prediction_head, transformer
 from hf_densefeat.events.processing_event import (
@@ -23,7 +24,6 @@ from hf_densefeat.events.processing_event import (
     EpisodePairs,
     EventProcessor,
     EventStats,
-    pad_rows,
 )
 from hf_densefeat.events.records import note_of
 
@@ -135,24 +135,23 @@ class MultimodalPairCollator(EpisodePairCollator):
         self.events = EpisodePairCollator(processor.events, objective, mask_probability)
         self.text = DensePairCollator(processor.tokenizer, objective, mask_probability)
 
-    def row(self, row: dict, seed: tuple[int, int]) -> dict:
+    def row(self, row: Row, seed: tuple[int, int]) -> Row:
         """The row with masked tokens and values, and the labels of both."""
-        mask_seed, side = seed
-        ids, labels = row["input_ids"], np.zeros(0, np.int64)
-        if len(ids):
-            name = ("earlier", "later")[side]
-            ids, labels = self.text._row({name: ids, "mask_seed": mask_seed}, name)
+        note = {"input_ids": row["input_ids"], "labels": np.zeros(0, np.int64)}
+        if len(row["input_ids"]):
+            note = self.text.row({"input_ids": row["input_ids"]}, seed)
         values = {"input_ids": row["event_ids"], "quantiles": row["quantiles"], "hours": row["hours"]}
-        return _joined(ids, labels, self.events.row(values, seed))
+        return note | _events(self.events.row(values, seed))
 
-    def nothing(self) -> dict:
-        """A row for a rank that was left without pairs: one event, no label."""
-        return _joined(np.zeros(0, np.int64), np.zeros(0, np.int64), self.events.nothing())
+    def nothing(self) -> Row:
+        """One event."""
+        none = np.zeros(0, np.int64)
+        return {"input_ids": none, "labels": none} | _events(self.events.nothing())
 
 
-def _joined(ids: np.ndarray, labels: np.ndarray, values: dict) -> dict:
-    events = {"event_ids": values["input_ids"], "event_labels": values["labels"]}
-    return {"input_ids": ids, "labels": labels, "quantiles": values["quantiles"], "hours": values["hours"], **events}
+def _events(row: Row) -> Row:
+    """The columns of events as a row has them that may have a note too."""
+    return {"event_ids": row.pop("input_ids"), "event_labels": row.pop("labels"), **row}
 
 
 class MultimodalConfig(PreTrainedConfig):

@@ -13,7 +13,7 @@ import torch
 from transformers import FeatureExtractionMixin
 
 from hf_densefeat.data.columns import column
-from hf_densefeat.data.inputs import Batch, PairDataset
+from hf_densefeat.data.inputs import Batch, PairCollator, PairDataset, Row, pad_rows
 from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.events.records import events_of, latest_of_each
 
@@ -198,55 +198,24 @@ def _refuse_empty(rows: list[dict]) -> None:
         )
 
 
-def pad_rows(rows: Mapping[str, Sequence[np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Arrays of different lengths to (B, L) tensors, L at least 1, padded on the right: labels with −100, others with 0.
-
-    `attention_mask`, 1 where a row has something, comes with them.
-    """
-    lengths = np.array([len(row) for row in next(iter(rows.values()))])
-    shape = (len(lengths), max(int(lengths.max()), 1))
-    inside = np.arange(shape[1]) < lengths[:, None]
-    batch = {}
-    for name, values in rows.items():
-        padded = np.full(shape, -100 if name == "labels" else 0, dtype=values[0].dtype)
-        padded[inside] = np.concatenate(values)
-        batch[name] = torch.from_numpy(padded)
-    return batch | {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
-
-
-# ------------------------------------------------------------------------------------------------ pairs to a batch
-
-
 class EpisodePairs(PairDataset):
-    """Pairs of episodes that have been read, looked up by `(pair, mask_seed)` or by pair.
+    """Pairs of episodes that have been read."""
 
-    An item is `{"earlier": row, "later": row, "mask_seed": mask_seed}`.
-    """
+    def __init__(self, rows: list[Row], pairs: NotePairs):
+        lengths = [sum(len(values) for name, values in row.items() if name.endswith("ids")) for row in rows]
+        super().__init__(pairs, np.array(lengths))
+        self.rows = rows
 
-    def __init__(self, rows: list[dict], pairs: NotePairs):
-        if len(rows) != pairs.num_notes:
-            raise ValueError(
-                f"Expected the {pairs.num_notes:,} episodes the pairs were made from, got {len(rows):,} rows."
-            )
-        self.rows, self.pairs = rows, pairs
-        self.lengths = np.array([sum(len(row[name]) for name in row if name.endswith("ids")) for row in rows])
-
-    def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> list[dict]:
-        """Return the pairs of one micro-batch; an empty list for an empty list."""
-        found = []
-        for item in items:
-            index, mask_seed = item if isinstance(item, tuple) else (item, 0)
-            earlier, later = self.pairs.earlier[index], self.pairs.later[index]
-            found.append({"earlier": self.rows[earlier], "later": self.rows[later], "mask_seed": int(mask_seed)})
-        return found
+    def read(self, notes: np.ndarray) -> list[Row]:
+        """Return the rows of these episodes."""
+        return [self.rows[i] for i in notes]
 
 
-class EpisodePairCollator:
+class EpisodePairCollator(PairCollator):
     """B pairs of episodes to one batch of 2B rows, earlier episodes first, with a share of the values masked.
 
     The batch holds what the processor's `pad` gives, `labels` (the bin of each masked value's quantile, −100 elsewhere)
-    and `num_pairs`. A masked quantile is replaced by `MASKED`: its value is not in the batch but as a label. Masks are
-    drawn for each row from (mask_seed, side), whatever else is in the batch. An empty list gives two rows without labels.
+    and `num_pairs`. A masked quantile is replaced by `MASKED`: its value is not in the batch but as a label.
 
     Args:
         processor: what the episodes were read with.
@@ -261,15 +230,7 @@ class EpisodePairCollator:
             raise ValueError(f"Expected `mask_probability` in [0, 1], got {mask_probability}.")
         self.processor, self.objective, self.mask_probability = processor, objective, mask_probability
 
-    def __call__(self, pairs: Sequence[dict]) -> Batch:
-        """Return the batch of the pairs that `EpisodePairs` yields."""
-        rows = [self.row(pair["earlier"], (pair["mask_seed"], 0)) for pair in pairs]
-        rows += [self.row(pair["later"], (pair["mask_seed"], 1)) for pair in pairs]
-        rows = rows or [self.nothing()] * 2
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        return self.processor.pad(columns) | {"num_pairs": len(pairs)}
-
-    def row(self, row: dict, seed: tuple[int, int]) -> dict:
+    def row(self, row: Row, seed: tuple[int, int]) -> Row:
         """The row with masked values, and its labels."""
         if self.objective is None:
             return row | {"labels": np.full(len(row["input_ids"]), -100)}
@@ -278,7 +239,11 @@ class EpisodePairCollator:
         quantiles = np.where(masked, np.float32(MASKED), row["quantiles"])
         return row | {"quantiles": quantiles, "labels": np.where(masked, bins, -100)}
 
-    def nothing(self) -> dict:
-        """A row for a rank that was left without pairs: one event, no label."""
+    def nothing(self) -> Row:
+        """One event."""
         zero = np.zeros(1, np.float32)
         return {"input_ids": np.ones(1, np.int64), "quantiles": zero, "hours": zero, "labels": np.full(1, -100)}
+
+    def batch(self, rows: list[Row]) -> Batch:
+        """The rows as the processor pads them."""
+        return self.processor.pad({name: [row[name] for row in rows] for name in rows[0]})

@@ -18,7 +18,7 @@ def make_pair(rng, tokenizer, draw):
     def ids():
         return [tokenizer.cls_token_id, *rng.integers(5, len(tokenizer), rng.integers(3, 39)), tokenizer.sep_token_id]
 
-    return {"earlier": ids(), "later": ids(), "mask_seed": draw}
+    return {"earlier": {"input_ids": ids()}, "later": {"input_ids": ids()}, "mask_seed": draw}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def pairs(tokenizer):
 def test_rows_padding_and_labels(tokenizer, pairs):
     """Earlier notes first, padded on the right to the longest; labels are the tokens that were there."""
     batch = DensePairCollator(tokenizer)(pairs[:7])
-    rows = [pair["earlier"] for pair in pairs[:7]] + [pair["later"] for pair in pairs[:7]]
+    rows = [pair[side]["input_ids"] for side in ("earlier", "later") for pair in pairs[:7]]
     longest = max(map(len, rows))
     assert set(batch) == {"input_ids", "attention_mask", "labels", "lengths", "num_pairs"}
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape == (14, longest)
@@ -44,14 +44,17 @@ def test_rows_padding_and_labels(tokenizer, pairs):
         assert restored[: len(row)].tolist() == row
         assert (restored[len(row) :] == tokenizer.pad_token_id).all()
         assert not predicted[[0, *range(len(row) - 1, longest)]].any()
-    assert DensePairCollator(tokenizer, pad_to_multiple_of=8)(pairs[:7])["input_ids"].shape[1] == -(-longest // 8) * 8
 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_masks_belong_to_the_row(tokenizer, pairs, whole):
     """A row's masks follow from its draw and side, whatever stands beside it, and differ between draws and sides."""
     pairs = [
-        pair | {f"{side}_word_ids": [-1, *np.arange(len(pair[side]) - 2) // 2, -1] for side in ("earlier", "later")}
+        pair
+        | {
+            side: pair[side] | {"word_ids": [-1, *np.arange(len(pair[side]["input_ids"]) - 2) // 2, -1]}
+            for side in ("earlier", "later")
+        }
         for pair in pairs
     ]
     collator = DensePairCollator(tokenizer, whole_word_mask=whole)
@@ -63,7 +66,7 @@ def test_masks_belong_to_the_row(tokenizer, pairs, whole):
         rows = [*range(start, start + len(some)), *range(8 + start, 8 + start + len(some))]
         for name in ("input_ids", "labels"):
             assert torch.equal(both[name][rows, :width], part[name])
-    twin = pairs[0] | {"later": pairs[0]["earlier"], "later_word_ids": pairs[0]["earlier_word_ids"]}
+    twin = pairs[0] | {"later": pairs[0]["earlier"]}
     labels = collator([twin, twin | {"mask_seed": 10**9}])["labels"]
     assert len({tuple(row.tolist()) for row in labels}) == 4
 
@@ -89,7 +92,8 @@ def test_whole_words_are_masked_whole(tokenizer):
     """All tokens of a word are masked or none, 30 % of the words, always by the mask token; specials never."""
     words = [-1, *np.repeat(np.arange(300), 3), -1]
     ids = [tokenizer.cls_token_id, *([7, 8, 9] * 300), tokenizer.sep_token_id]
-    pair = {"earlier": ids, "later": ids, "earlier_word_ids": words, "later_word_ids": words, "mask_seed": 4}
+    row = {"input_ids": ids, "word_ids": words}
+    pair = {"earlier": row, "later": row, "mask_seed": 4}
     batch = DensePairCollator(tokenizer, whole_word_mask=True)([pair])
     predicted = (batch["labels"] != -100)[:, 1:-1].reshape(2, 300, 3)
     assert (predicted.all(-1) == predicted.any(-1)).all()
@@ -100,7 +104,7 @@ def test_whole_words_are_masked_whole(tokenizer):
 def test_causal_labels_are_the_next_tokens(tokenizer, pairs):
     """Position t is to predict token t + 1; nothing is masked; the last token and the padding predict nothing."""
     batch = DensePairCollator(tokenizer, objective="causal")(pairs[:2])
-    for i, row in enumerate([pairs[0]["earlier"], pairs[1]["earlier"], pairs[0]["later"], pairs[1]["later"]]):
+    for i, row in enumerate(pair[side]["input_ids"] for side in ("earlier", "later") for pair in pairs[:2]):
         assert batch["input_ids"][i, : len(row)].tolist() == row
         assert batch["labels"][i, : len(row)].tolist() == [*row[1:], -100]
         assert (batch["labels"][i, len(row) :] == -100).all()

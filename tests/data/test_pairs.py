@@ -305,7 +305,7 @@ def test_loading_skips_and_reads_empty_slices():
     )
     data = TokenPairs(tokens, pairs)
     assert len(data) == 5
-    assert data[4] == {"earlier": [5] * 6, "later": [6] * 7, "mask_seed": 0}
+    assert data[4] == {"earlier": {"input_ids": [5] * 6}, "later": {"input_ids": [6] * 7}, "mask_seed": 0}
     assert data[(4, 9)]["mask_seed"] == 9
     sampler = PairBatchSampler(pairs, tokens["length"][:], 1, ranks=3, rank=2)
     loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=list)

@@ -28,7 +28,11 @@ def tokenize(texts):
 
 
 def collate(pairs):
-    return {"pairs": [(pair["earlier"][0], pair["later"][0], pair["mask_seed"]) for pair in pairs]}
+    return {
+        "pairs": [
+            (pair["earlier"]["input_ids"][0], pair["later"]["input_ids"][0], pair["mask_seed"]) for pair in pairs
+        ]
+    }
 
 
 def table(counts, day=1):
@@ -253,7 +257,9 @@ def test_spans_of_a_stream_go_on_within_a_note():
         stream = PairStream(
             datasets.Dataset.from_dict(rows).to_iterable_dataset(),
             lambda texts: {"input_ids": [[text] for text in texts], "cut": [0] * len(texts)},
-            lambda pairs: {"pairs": [(pair["earlier"][0], pair["later"][0]) for pair in pairs]},
+            lambda pairs: {
+                "pairs": [tuple(pair[side]["input_ids"][0] for side in ("earlier", "later")) for pair in pairs]
+            },
             batch_size=1,
             buffer=1,
             kinds=kinds,

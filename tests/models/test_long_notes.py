@@ -70,7 +70,7 @@ def test_batch_of_chunks(tokenizer, objective):
     collator = DensePairCollator(tokenizer, objective=objective, chunk_length=WINDOW)
     drawn = [pairs[(i, 0)] for i in range(5)]
     batch = collator(drawn)
-    notes_of = [pair[side] for side in ("earlier", "later") for pair in drawn]
+    notes_of = [pair[side]["input_ids"] for side in ("earlier", "later") for pair in drawn]
     assert batch["input_ids"].shape[1] <= WINDOW
     assert batch["chunk_to_note"].tolist() == sorted(batch["chunk_to_note"].tolist())
     assert np.bincount(batch["chunk_to_note"], batch["attention_mask"].sum(1)).tolist() == [

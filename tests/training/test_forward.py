@@ -18,7 +18,9 @@ def make_batch(tokenizer, pairs=9, chunk_length=None, objective="mlm"):
         return [2, *rng.integers(5, len(tokenizer), rng.integers(1, 39)).tolist(), 3]
 
     collator = DensePairCollator(tokenizer, objective=objective, chunk_length=chunk_length)
-    return collator([{"earlier": ids(), "later": ids(), "mask_seed": i} for i in range(pairs)])
+    return collator(
+        [{"earlier": {"input_ids": ids()}, "later": {"input_ids": ids()}, "mask_seed": i} for i in range(pairs)]
+    )
 
 
 def plain(model, batch):
