@@ -161,9 +161,8 @@ OVERRIDDEN = {
     # what a module of `evaluate` is made of
     "evaluation.geometry_metrics.GeometryMetrics": {"_compute", "_info"},
     # how a model of another input kind reads: the mixin's own contract for its subclasses
-    "events.modeling_event.EpisodeModel": {"_padded", "_rows"},
-    "events.modeling_event.EventPreTrainedModel": {"_default_tokenizer", "_init_weights"},
-    "events.modeling_multimodal.MultimodalPreTrainedModel": {"_default_tokenizer"},
+    "events.modeling_event.EpisodeModel": {"_default_tokenizer", "_padded", "_rows"},
+    "events.modeling_event.EventPreTrainedModel": {"_init_weights"},
 }
 
 

@@ -131,6 +131,7 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
     main_input_name = "input_ids"
     card_kind = "An encoder for episodes of labs and vital signs"
     has_input_layer = False
+    processor_class: type
 
     def card_use(self) -> str:
         """How to use the model, for its card: code that runs as printed, with two codes that the processor knows."""
@@ -140,6 +141,11 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
     def language_modeling(self) -> str | None:
         """What the head predicts: "mlm", what is masked; None for a model without a head."""
         return None if self.base_model is self else "mlm"
+
+    def _default_tokenizer(self) -> Any:
+        if getattr(self, "_densefeat_tokenizer", None) is None:
+            self._densefeat_tokenizer = self.processor_class.from_pretrained(str(self.name_or_path))
+        return self._densefeat_tokenizer
 
     def _rows(self, texts: list[str], tokenizer, max_length: int | None) -> Rows:
         return Rows(tokenizer.rows(texts, max_length))
@@ -167,6 +173,7 @@ class EventPreTrainedModel(EpisodeModel):
 
     config_class = EventConfig
     base_model_prefix = "encoder"
+    processor_class = EventProcessor
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -176,11 +183,6 @@ class EventPreTrainedModel(EpisodeModel):
             initialization.normal_(module.weight)
         elif isinstance(module, _Features):
             initialization.normal_(module.weight, std=module.std)
-
-    def _default_tokenizer(self) -> EventProcessor:
-        if getattr(self, "_densefeat_tokenizer", None) is None:
-            self._densefeat_tokenizer = EventProcessor.from_pretrained(str(self.name_or_path))
-        return self._densefeat_tokenizer
 
 
 class EventModel(EventPreTrainedModel):
@@ -218,16 +220,9 @@ class EventModelForMaskedValues(EventPreTrainedModel):
 
 def transformer(config: EventConfig, layers: int) -> nn.TransformerEncoder:
     """Torch's encoder: pre-norm, GELU, a last norm."""
-    d = config.hidden_size
-    layer = nn.TransformerEncoderLayer(
-        d,
-        config.num_attention_heads,
-        config.intermediate_size,
-        config.dropout,
-        activation="gelu",
-        batch_first=True,
-        norm_first=True,
-    )
+    d, heads, wide = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    kind: dict[str, Any] = {"activation": "gelu", "batch_first": True, "norm_first": True}
+    layer = nn.TransformerEncoderLayer(d, heads, wide, config.dropout, **kind)
     layer.self_attn.dropout = layer.dropout.p = 0.0
     return nn.TransformerEncoder(layer, layers, nn.LayerNorm(d), enable_nested_tensor=False)
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,23 +14,23 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from hf_densefeat.data.collator import DensePairCollator
-from hf_densefeat.data.columns import column
 from hf_densefeat.data.inputs import Row, pad_rows
-from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.events.modeling_event import EpisodeModel, EventConfig, EventModel, prediction_head, transformer
 from hf_densefeat.events.processing_event import (
     EpisodePairCollator,
-    EpisodePairs,
+    EpisodeProcessor,
     EventProcessor,
     EventStats,
 )
 from hf_densefeat.events.records import note_of
 
 
-class MultimodalProcessor:
+class MultimodalProcessor(EpisodeProcessor):
     """A tokenizer for an episode's note and an `EventProcessor` for its values, in one folder.
 
     It stands where a tokenizer stands. An episode is JSON as `pack_episodes` makes it, with `text`, with events, or with both.
+    A row has `input_ids` of the note, and `event_ids`, `quantiles` and `hours` of the events; empty arrays stand for a side
+    that is missing.
 
     Args:
         tokenizer: of the text encoder.
@@ -75,18 +74,13 @@ class MultimodalProcessor:
         """What embeddings depend on: equal processors, equal text."""
         return f"{type(self).__name__}({self.tokenizer!r}, {self.events!r})"
 
-    def rows(self, episodes: Sequence[str], max_length: int | None = None) -> dict[str, list]:
-        """`input_ids` of the note, `event_ids`, `quantiles` and `hours` of the events, not padded; an empty list for nothing.
+    def read(self, episodes: Sequence[str], max_length: int | None = None) -> tuple[list[Row], EventStats]:
+        """One row an episode, and the counts of events.
 
         Raises:
             ValueError: For an episode that cannot be read, or that has neither a note nor a known event.
         """
-        rows, _ = self.read(episodes, max_length)
-        return {name: [row[name] for row in rows] for name in self.model_input_names[:-1]}
-
-    def read(self, episodes: Sequence[str], max_length: int | None = None) -> tuple[list[dict], EventStats]:
-        """One dict an episode, as `rows` describes, and the counts of events."""
-        rows, stats = self.events.read(episodes)
+        rows, stats = self.events.read(episodes, empty=True)
         notes = [note_of(episode) for episode in episodes]
         written = [note for note in notes if note]
         length = min(max_length or self.model_max_length, self.model_max_length)
@@ -116,13 +110,6 @@ class MultimodalProcessor:
     ) -> MultimodalPairCollator:
         """See `PairProcessor`; `mlm_probability` is the share of tokens, and of values, to predict."""
         return MultimodalPairCollator(self, "mlm" if objective else None, mlm_probability)
-
-    def pairs(
-        self, episodes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
-    ) -> tuple[EpisodePairs, EventStats]:
-        """The episodes of pairs, read; and the counts."""
-        rows, stats = self.read(column(episodes, "text").to_pylist(), max_length)
-        return EpisodePairs(rows, pairs), stats
 
 
 class MultimodalPairCollator(EpisodePairCollator):
@@ -190,12 +177,8 @@ class MultimodalPreTrainedModel(EpisodeModel):
 
     config_class = MultimodalConfig
     base_model_prefix = "encoder"
+    processor_class = MultimodalProcessor
     card_kind = "An encoder for clinical notes with labs and vital signs of the same time"
-
-    def _default_tokenizer(self) -> MultimodalProcessor:
-        if getattr(self, "_densefeat_tokenizer", None) is None:
-            self._densefeat_tokenizer = MultimodalProcessor.from_pretrained(str(self.name_or_path))
-        return self._densefeat_tokenizer
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the tokens."""

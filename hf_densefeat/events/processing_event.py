@@ -9,18 +9,17 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
+from torch import Tensor
 from transformers import FeatureExtractionMixin
 
 from hf_densefeat.data.columns import column
-from hf_densefeat.data.inputs import Batch, PairCollator, PairDataset, Row, pad_rows
+from hf_densefeat.data.inputs import Batch, PairCollator, PairDataset, Row, pad_rows, rows_of
 from hf_densefeat.data.pairs import NotePairs
 from hf_densefeat.events.records import events_of, latest_of_each
 
 logger = logging.getLogger(__name__)
 
 MASKED = -1.0  # in place of a quantile that is to be predicted
-EMPTY = {"input_ids": np.zeros(0, np.int64), "quantiles": np.zeros(0, np.float32), "hours": np.zeros(0, np.float32)}
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,38 @@ class EventStats:
         )
 
 
-class EventProcessor(FeatureExtractionMixin):
+class EpisodeProcessor:
+    """What the processors of episodes have in common as `PairProcessor`s: a subclass reads episodes.
+
+    Attributes:
+        model_input_names: the columns of a row, and `attention_mask`.
+    """
+
+    model_input_names: tuple[str, ...]
+
+    def read(self, episodes: Sequence[str], max_length: int | None = None) -> tuple[list[Row], EventStats]:
+        """One row an episode, and the counts; ValueError for one that cannot be read or has nothing that can be embedded."""
+        raise NotImplementedError
+
+    def rows(self, episodes: Sequence[str], max_length: int | None = None) -> dict[str, list[np.ndarray]]:
+        """The columns of all rows, not padded; `pad` makes tensors of them."""
+        rows, stats = self.read(episodes, max_length)
+        if stats.unknown:
+            logger.warning("Codes that the processor does not know are dropped: %s.", stats)
+        return {name: [row[name] for row in rows] for name in self.model_input_names[:-1]}
+
+    def pairs(
+        self, episodes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
+    ) -> tuple[EpisodePairs, EventStats]:
+        """The episodes of pairs, read; and the counts."""
+        rows, stats = self.read(column(episodes, "text").to_pylist(), max_length)
+        return EpisodePairs(rows, pairs), stats
+
+
+class EventProcessor(EpisodeProcessor, FeatureExtractionMixin):
     """Episodes to tensors: codes as numbers, values as quantiles of the training values of their code.
 
-    A `PairProcessor`: it stands where a tokenizer stands, and an event is a token.
+    It stands where a tokenizer stands, and an event is a token.
     Codes unknown to it are dropped, with a warning that counts them. Of an episode with more than `max_events` the latest
     of each code are kept first, then the latest but one, and so on: a morning's only lactate outlives the tenth heart rate.
 
@@ -117,23 +144,18 @@ class EventProcessor(FeatureExtractionMixin):
         """Code to number."""
         return {code: number for number, code in enumerate(self.codes, 1)}
 
-    def rows(self, episodes: Sequence[str], max_length: int | None = None) -> dict[str, list[np.ndarray]]:
-        """`input_ids`, `quantiles` and `hours` of each episode, not padded; `pad` makes tensors of them.
+    def read(
+        self, episodes: Sequence[str], max_length: int | None = None, *, empty: bool = False
+    ) -> tuple[list[Row], EventStats]:
+        """One row an episode, `input_ids`, `quantiles` and `hours`, and the counts.
+
+        Args:
+            episodes: JSON.
+            max_length: events kept of an episode, of `max_events` at most.
+            empty: read an episode in which no event is left.
 
         Raises:
             ValueError: For an episode that cannot be read, or in which no event is left.
-        """
-        rows, stats = self.read(episodes, max_length)
-        if stats.unknown:
-            logger.warning("Codes that the processor does not know are dropped: %s.", stats)
-        _refuse_empty(rows)
-        return {name: [row[name] for row in rows] for name in EMPTY}
-
-    def read(self, episodes: Sequence[str], max_length: int | None = None) -> tuple[list[dict], EventStats]:
-        """One dict of `input_ids`, `quantiles` and `hours` an episode, some of them empty, and the counts.
-
-        Raises:
-            ValueError: For an episode that cannot be read.
         """
         limit = min(max_length or self.max_events, self.max_events)
         episode, names, value, hours = events_of(episodes)
@@ -154,8 +176,13 @@ class EventProcessor(FeatureExtractionMixin):
         }
         # an episode without events is an empty slice between two equal cuts
         cuts = np.searchsorted(episode, np.arange(1, len(episodes)))
-        split = {name: np.split(column, cuts) for name, column in columns.items()}
-        rows = [{name: split[name][i] for name in split} for i in range(len(episodes))]
+        rows = rows_of({name: np.split(values, cuts) for name, values in columns.items()})
+        nothing = next((i for i, row in enumerate(rows) if not len(row["input_ids"])), None)
+        if nothing is not None and not empty:
+            raise ValueError(
+                f"Episode {nothing} has no event of a known code, so there is nothing to embed. Leave such episodes out, or "
+                "use the multimodal encoder, which takes a note alone."
+            )
         stats = EventStats(len(episodes), len(number), int((~known).sum()), int(known.sum() - len(number)), limit)
         return rows, stats
 
@@ -166,7 +193,7 @@ class EventProcessor(FeatureExtractionMixin):
             quantiles[rows] = np.interp(value[rows], self.values[i], self.levels[i])
         return quantiles
 
-    def pad(self, rows: Mapping[str, Sequence[np.ndarray]]) -> dict[str, torch.Tensor]:
+    def pad(self, rows: Mapping[str, Sequence[np.ndarray]]) -> dict[str, Tensor]:
         """One batch, padded on the right to the longest row: (B, L) each, and `attention_mask`."""
         return pad_rows(rows)
 
@@ -175,27 +202,6 @@ class EventProcessor(FeatureExtractionMixin):
     ) -> EpisodePairCollator:
         """See `PairProcessor`; `mlm_probability` is the share of values to predict."""
         return EpisodePairCollator(self, objective, mlm_probability)
-
-    def pairs(
-        self, episodes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
-    ) -> tuple[EpisodePairs, EventStats]:
-        """The episodes of pairs, read; and the counts.
-
-        Raises:
-            ValueError: For episodes that cannot be read or are empty.
-        """
-        rows, stats = self.read(column(episodes, "text").to_pylist(), max_length)
-        _refuse_empty(rows)
-        return EpisodePairs(rows, pairs), stats
-
-
-def _refuse_empty(rows: list[dict]) -> None:
-    empty = next((i for i, row in enumerate(rows) if not len(row["input_ids"])), None)
-    if empty is not None:
-        raise ValueError(
-            f"Episode {empty} has no event of a known code, so there is nothing to embed. Leave such episodes out, or use the "
-            "multimodal encoder, which takes a note alone."
-        )
 
 
 class EpisodePairs(PairDataset):

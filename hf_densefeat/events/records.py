@@ -63,14 +63,8 @@ def pack_episodes(episode, code, value, hours, texts: Sequence[str | None] | int
 def latest_of_each(episode: np.ndarray, code: np.ndarray, hours: np.ndarray, limit: int) -> np.ndarray:
     """Which events an episode of at most `limit` keeps: the latest of each code, then the latest but one, and so on.
 
-    Args:
-        episode: (E,) episodes.
-        code: (E,) numbers or strings.
-        hours: (E,) hours.
-        limit: events kept of an episode.
-
     Returns:
-        Indices into the events. Among events of one rank the later come first.
+        Indices into the events (E,). Among events of one rank the later come first.
     """
     order = np.lexsort((-hours, code, episode))
     rank = np.empty(len(episode), dtype=np.int64)
@@ -118,32 +112,30 @@ def events_of(episodes: Sequence[str]) -> tuple[np.ndarray, list[str], np.ndarra
     """All events of all episodes: episode (E,), codes, value (E,) and hours (E,); ValueError for what is not an episode."""
     if isinstance(episodes, str):
         raise ValueError("Expected a list of episodes but got one string: wrap it in a list.")
-    found = []
+    codes: list[str] = []
+    numbers, counts = [np.zeros((2, 0))], []
     for i, episode in enumerate(episodes):
         try:
-            found.append(json.loads(episode).get("events", []))
+            events = json.loads(episode).get("events", [])
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f'Episode {i}: expected JSON such as {{"events": [["HR", 88.0, 1.5]]}}, got something else. '
                 "`pack_episodes` and `event_episodes` make it from a table."
             ) from error
-    events = [event for events in found for event in events]
-    number = np.repeat(np.arange(len(found)), [len(events) for events in found])
-    try:
-        code, *numbers = zip(*events, strict=True) if events else ((), (), ())
-        value, hours = (np.array(column, np.float64) for column in numbers)
-    except (TypeError, ValueError) as error:
-        # numpy does not say which event it could not take
-        bad = next(i for i, event in zip(number, events, strict=True) if not _is_event(event))
-        message = f"Episode {bad}: expected events of code, value and hours, the last two numbers, got another."
-        raise ValueError(message) from error
-    finite = np.isfinite(value) & np.isfinite(hours)
-    if not finite.all():
-        raise ValueError(
-            f"Episode {number[np.argmin(finite)]} has an event whose value or hours are not finite. A missing value is "
-            "no event: leave it out."
-        )
-    return number, list(code), value, hours
+        try:
+            code, value, hours = zip(*events, strict=True) if events else ((), (), ())
+            numbers.append(np.array([value, hours], np.float64))
+        except (TypeError, ValueError) as error:
+            message = f"Episode {i}: expected events of code, value and hours, the last two numbers, got another."
+            raise ValueError(message) from error
+        if not np.isfinite(numbers[-1]).all():
+            raise ValueError(
+                f"Episode {i} has an event whose value or hours are not finite. A missing value is no event: leave it out."
+            )
+        codes += code
+        counts.append(len(code))
+    value, hours = np.concatenate(numbers, axis=1)
+    return np.repeat(np.arange(len(counts)), counts), codes, value, hours
 
 
 def note_of(episode: str) -> str | None:
@@ -152,12 +144,9 @@ def note_of(episode: str) -> str | None:
     return note if note and note.strip() else None
 
 
-def _is_event(event) -> bool:
-    return isinstance(event, list) and len(event) == 3 and all(isinstance(x, int | float) for x in event[1:])
-
-
 def _place(*keys: np.ndarray) -> np.ndarray:
     """0, 1, … within each run of equal keys."""
     index = np.arange(len(keys[0]))
-    new = np.any([np.r_[True, key[1:] != key[:-1]] for key in keys], axis=0) if len(index) else index
-    return index - np.maximum.accumulate(np.where(new, index, 0)) if len(index) else index
+    same = np.logical_and.reduce([key[1:] == key[:-1] for key in keys])
+    index[1:] -= np.maximum.accumulate(np.where(same, 0, index[1:]))
+    return index
