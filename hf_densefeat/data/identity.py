@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -63,3 +65,14 @@ def id_keys(ids: pa.ChunkedArray | Sequence[Any]) -> list[str]:
     texts = pc.utf8_lower(identities(ids).cast(pa.string())).fill_null("")
     keys: list[str] = pc.replace_substring_regex(texts, r"^0+(\d)", r"\1").to_pylist()
     return keys
+
+
+def id_hashes(ids: Sequence[Any], salt: str = "", *, key: bytes = b"") -> np.ndarray:
+    """A 64-bit hash of the salt and each id, (n,) uint64."""
+    found = [hashlib.blake2b(f"{salt}{one}".encode(), digest_size=8, key=key).digest() for one in id_keys(ids)]
+    return np.array(found, dtype="S8").view(">u8").astype(np.uint64)
+
+
+def id_places(ids: Sequence[Any], seed: int) -> np.ndarray:
+    """Where the hash of (seed, id) stands in its range, in [0, 1), (n,)."""
+    return id_hashes(ids, f"{seed}:").astype(np.float64) / 2.0**64

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from hf_densefeat.data.columns import column, dense_codes
-from hf_densefeat.data.identity import ID_RULE, id_keys
+from hf_densefeat.data.identity import ID_RULE, id_hashes, id_places
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +38,8 @@ class UnknownTrainingPatients(ValueError):
 class HashRule:
     """A split by a hash of (seed, patient id): it says of any patient, of any table, where he was, and names none.
 
-    Attributes:
-        seed: of the hash, whose place in its range is in [0, 1).
-        shares: of patients for train, validation and, if three are given, test.
-        cuts: the places at which validation ends, test (if any) ends, and train begins.
+    A patient's place is his hash as a share of its range. Validation ends at the first of `cuts`, test at the second if
+    there are three `shares`, and train has the rest.
     """
 
     seed: int
@@ -52,7 +49,7 @@ class HashRule:
     def parts_of(self, ids: Sequence[Hashable]) -> np.ndarray:
         """0 (train), 1 (validation) or 2 (test) of each patient id, (n,)."""
         order = (*range(1, len(self.shares)), 0)
-        return np.array(order)[np.searchsorted(self.cuts, _places(ids, self.seed), side="right")]
+        return np.array(order)[np.searchsorted(self.cuts, id_places(ids, self.seed), side="right")]
 
 
 @dataclass(frozen=True)
@@ -60,14 +57,9 @@ class SplitRecord:
     """Who a model was trained on, as its folder says it: the config holds the rules, and a file beside it the rest.
 
     A patient was trained on if any rule says so or he is listed. Lists are needed where a table brought its own splits.
-    They hold a keyed hash of each training patient's id, with a random key: whoever has an id can ask for it. So they
-    are patient data, and stand in a file for the user alone, which no push takes along.
-
-    Attributes:
-        rules: splits by hash.
-        lists: (key, sorted hashes) of the training patients of tables with splits of their own; None if the file that
-            should have them is not there.
-        ids: how ids are brought to one form before they are hashed.
+    They are pairs of a random key and the hashes of the training patients' ids with it: whoever has an id can ask for it.
+    So they are patient data, and stand in a file for the user alone, which no push takes along; None if it is not there.
+    `ids` says how ids were brought to one form before they were hashed.
     """
 
     rules: tuple[HashRule, ...] = ()
@@ -76,26 +68,17 @@ class SplitRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """What the config keeps under `densefeat["split"]`; JSON, and no patient."""
-        rules = [
-            {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(one).items()} for one in self.rules
-        ]
+        rules = [{"seed": one.seed, "shares": list(one.shares), "cuts": list(one.cuts)} for one in self.rules]
         return {"rules": rules, "listed": self.lists != (), "ids": self.ids}
 
     @classmethod
     def from_dict(cls, block: dict[str, Any], folder: str | os.PathLike[str] | None = None) -> SplitRecord:
         """From what `to_dict` gave, with the lists that `save` wrote to the folder or to the one that it is in."""
-        if "rules" not in block:
-            return cls((), None, "an older one")
         rules = [HashRule(int(one["seed"]), tuple(one["shares"]), tuple(one["cuts"])) for one in block["rules"]]
         lists: tuple[tuple[bytes, np.ndarray], ...] | None = ()
         if block["listed"]:
-            places = [] if not folder else [Path(folder) / LISTED, Path(folder).absolute().parent / LISTED]
-            found = next((load_file(place) for place in places if place.exists()), None)
-            lists = (
-                None
-                if found is None
-                else tuple((found[f"{i}.key"].tobytes(), found[f"{i}.hashes"]) for i in range(len(found) // 2))
-            )
+            places = [Path(folder) / LISTED, Path(folder).absolute().parent / LISTED] if folder else []
+            lists = next((_read_lists(place) for place in places if place.exists()), None)
         return cls(tuple(rules), lists, str(block["ids"]))
 
     @classmethod
@@ -103,11 +86,10 @@ class SplitRecord:
         """The record of a model, also inside what wraps it (DDP, PEFT, SentenceTransformer); None if it has none."""
         for one in model.modules() if hasattr(model, "modules") else [model]:
             block = getattr(getattr(one, "config", None), "densefeat", None)
+            if block and hasattr(one, "split_record"):
+                return one.split_record
             if block:
-                known = getattr(one, "split_record", None)
-                return known or (
-                    cls.from_dict(block["split"], getattr(one, "name_or_path", "")) if block.get("split") else None
-                )
+                return cls.from_dict(block["split"], getattr(one, "name_or_path", "")) if block.get("split") else None
         return None
 
     def write_to(self, model: Any) -> None:
@@ -121,11 +103,9 @@ class SplitRecord:
         path.unlink(missing_ok=True)
         if self.lists:
             path.parent.mkdir(parents=True, exist_ok=True)
-            arrays: dict[str, np.ndarray] = {}
-            for i, (key, hashes) in enumerate(self.lists):
-                arrays |= {f"{i}.key": np.frombuffer(key, np.uint8), f"{i}.hashes": hashes}
             path.touch(mode=0o600)
-            save_file(arrays, path)
+            keys = {f"{i}.key": np.frombuffer(key, np.uint8) for i, (key, _) in enumerate(self.lists)}
+            save_file(keys | {f"{i}.hashes": hashes for i, (_, hashes) in enumerate(self.lists)}, path)
             path.chmod(0o600)
 
     def __or__(self, other: SplitRecord | None) -> SplitRecord:
@@ -152,17 +132,17 @@ class SplitRecord:
         for rule in self.rules:
             found |= rule.parts_of(ids) == 0
         for key, hashes in self.lists:
-            found |= np.isin(_digests(id_keys(ids), key), hashes)
+            found |= np.isin(id_hashes(ids, key=key), hashes)
         return found
 
 
-def refuse_trained(ids: Sequence[Hashable], model: Any, what: str) -> None:
-    """Refuse to test a model on patients that it was trained on, as far as its record says.
+def _read_lists(file: Path) -> tuple[tuple[bytes, np.ndarray], ...]:
+    found = load_file(file)
+    return tuple((found[f"{i}.key"].tobytes(), found[f"{i}.hashes"]) for i in range(len(found) // 2))
 
-    Raises:
-        UnknownTrainingPatients: if the record cannot say.
-        ValueError: with their number.
-    """
+
+def refuse_trained(ids: Sequence[Hashable], model: Any, what: str) -> None:
+    """ValueError, with their number, for test patients that the model was trained on, and where its record cannot say."""
     record = SplitRecord.of(model)
     trained = 0 if record is None else int(record.trained_on(ids).sum())
     if trained:
@@ -171,17 +151,6 @@ def refuse_trained(ids: Sequence[Hashable], model: Any, what: str) -> None:
             "does (record=SplitRecord.of(model)); or, if these are other patients with the same ids or you want it so, "
             "allow it (allow_trained=True)."
         )
-
-
-def _digests(texts: Sequence[str], key: bytes = b"") -> np.ndarray:
-    """A 64-bit hash of each text, (n,) uint64."""
-    found = [hashlib.blake2b(text.encode(), digest_size=8, key=key).digest() for text in texts]
-    return np.array(found, dtype="S8").view(">u8").astype(np.uint64)
-
-
-def _places(ids: Sequence[Hashable], seed: int) -> np.ndarray:
-    """Where each patient stands, in [0, 1)."""
-    return _digests([f"{seed}:{one}" for one in id_keys(ids)]).astype(np.float64) / 2.0**64
 
 
 def split_patients(ids: Sequence[Hashable], shares: Sequence[float] = SHARES, seed: int = 0) -> HashRule:
@@ -203,7 +172,7 @@ def split_patients(ids: Sequence[Hashable], shares: Sequence[float] = SHARES, se
     sizes = [max(1, round(len(ids) * share)) for share in shares[1:]]
     while sum(sizes) >= len(ids):
         sizes[int(np.argmax(sizes))] -= 1
-    ranked, ends = np.sort(_places(ids, seed)), np.cumsum(sizes)
+    ranked, ends = np.sort(id_places(ids, seed)), np.cumsum(sizes)
     # Between two patients, so that a record names the place of neither.
     cuts = (ranked[ends - 1] + ranked[ends]) / 2
     return HashRule(seed, tuple(float(share) for share in shares), tuple(float(cut) for cut in cuts))
@@ -228,7 +197,7 @@ def parts_of_patients(
     Args:
         ids: different patients.
         given: the parts that the table brings, (n,).
-        shares: of patients for train, validation and, if three are given, test; without a rule of the record.
+        shares: `fractions` of `split_by_patient`; without a rule of the record.
         seed: of the split; without a rule of the record.
         record: of the model, or of several (`a | b`): who was trained on by any of them.
         allow_trained: keep parts that hold out patients who were trained on.
@@ -236,8 +205,7 @@ def parts_of_patients(
         table: the name in errors.
 
     Raises:
-        UnknownTrainingPatients: if the record cannot say.
-        ValueError: if the table's parts hold out patients who were trained on, or too few patients were not.
+        ValueError: as `split_by_patient`, and if the record cannot say who was trained on.
     """
     trained = np.zeros(len(ids), dtype=bool)
     if record is not None and not allow_trained:
@@ -251,21 +219,19 @@ def parts_of_patients(
                 "it (allow_trained=True)."
             )
         return given
-    if stratum is None and record is not None and record.rules:
-        parts = record.rules[0].parts_of(ids)
-    elif stratum is None and not trained.any():
-        return split_patients(ids, shares, seed).parts_of(ids)
+    rule = record.rules[0] if record is not None and record.rules else None
+    if rule is None and not trained.any() and stratum is None:
+        rule = split_patients(ids, shares, seed)
+    if rule is not None and stratum is None:
+        parts = rule.parts_of(ids)
     else:
-        free = np.flatnonzero(~trained)
-        wanted = np.array(shares[1:]) * len(ids)
-        held = np.minimum(1, len(free) / wanted.sum()) * wanted / max(1, len(free))
-        place = _places([ids[int(i)] for i in free], seed)
         parts = np.zeros(len(ids), dtype=np.int64)
-        parts[free] = _stratified(
-            place,
-            (max(0.0, 1 - held.sum()), *held),
-            np.zeros(len(free)) if stratum is None else np.asarray(stratum)[free],
-        )
+        free = np.flatnonzero(~trained)
+        # as many are held out as of all patients would be, as far as there are so many
+        held = np.array(shares[1:]) * len(ids)
+        held *= min(1, len(free) / held.sum()) / max(1, len(free))
+        strata = np.zeros(len(free)) if stratum is None else np.asarray(stratum)[free]
+        parts[free] = _stratified(id_places([ids[i] for i in free], seed), (1 - held.sum(), *held), strata)
     if moved := int((trained & (parts > 0)).sum()):
         logger.warning("%s: %s patients were trained on by another model, and are not held out.", table, f"{moved:,}")
         parts = np.where(trained, 0, parts)
@@ -273,8 +239,7 @@ def parts_of_patients(
     if missing and trained.any():
         raise ValueError(
             f"{int(trained.sum()):,} of the {len(ids):,} patients of {table} were trained on, by the record of the model: "
-            f"nobody is left for {' and '.join(missing)}. Bring other patients, or allow it "
-            "(allow_trained=True)."
+            f"nobody is left for {' and '.join(missing)}. Bring other patients, or allow it (allow_trained=True)."
         )
     return parts
 
@@ -282,47 +247,42 @@ def parts_of_patients(
 def _stratified(place: np.ndarray, shares: Sequence[float], stratum: np.ndarray) -> np.ndarray:
     """Along places sorted within strata, each run of 20 patients is cut in the given shares."""
     label = np.unique(stratum, return_inverse=True)[1]
-    order = np.lexsort((place, label))
     block = np.searchsorted(np.cumsum(shares)[:-1], (np.arange(20) + 0.5) / 20)
     # Spread over the block, so that a stratum smaller than a block reaches every part.
     block = block[np.argsort((np.arange(20) * 0.6180339887) % 1, kind="stable")]
     parts = np.empty(len(place), dtype=np.int64)
-    parts[order] = np.resize(block, len(place))
+    parts[np.lexsort((place, label))] = np.resize(block, len(place))
     return parts
 
 
-def split_codes(names: Sequence[Any], what: str) -> np.ndarray:
-    """0 (train), 1 (validation), 2 (test) of the names that a table gives its parts, (n,).
+def parts_in_table(names: Sequence[Any], rows: np.ndarray, patient: np.ndarray, what: str) -> np.ndarray:
+    """0 (train), 1 (validation) or 2 (test) of each patient, by the names that a table gives its parts.
+
+    Args:
+        names: the part of each row of the table.
+        rows: (n,) those of which a patient is asked for.
+        patient: (n,) dense codes of their patients.
+        what: the table, in errors.
 
     Raises:
-        ValueError: for other names and for none, by their number: a column called split may hold anything.
+        ValueError: for a patient with rows in two parts, and for other names and none, which are counted and not quoted.
     """
     known = {alias: code for code, aliases in enumerate(SPLITS.values()) for alias in aliases}
     codes = np.array([known.get(str(name).strip().lower(), -1) for name in names], dtype=np.int64)
+    anew = "Mend the column, or remove or rename it, and patients are split anew."
     if (codes < 0).any():
         aliases = "; ".join(f"{name}: {', '.join(others)}" for name, others in SPLITS.items())
         raise ValueError(
             f"{what}: {int((codes < 0).sum()):,} of {len(codes):,} rows have no split or one of another name, first row "
-            f"{int(codes.argmin()) + 1:,}. Expected {aliases}. Mend the column, or remove or rename it, and patients are "
-            "split anew."
+            f"{int(codes.argmin()) + 1:,}. Expected {aliases}. {anew}"
         )
-    return codes
-
-
-def one_part_each(parts: np.ndarray, patient: np.ndarray, what: str) -> np.ndarray:
-    """The part of each patient code, from the parts of rows (n,) and their patient codes (n,); all three dense.
-
-    Raises:
-        ValueError: if a patient has rows in two parts.
-    """
     seen = np.zeros((int(patient.max()) + 1, len(SPLITS)), dtype=bool)
-    seen[patient, parts] = True
+    seen[patient, codes[rows]] = True
     shared = seen.sum(1) > 1
     if shared.any():
-        row = int(np.flatnonzero(shared[patient])[0])
         raise ValueError(
-            f"{what}: {int(shared.sum()):,} patients have rows in more than one split, first row {row + 1:,}: what is "
-            "learnt there would leak. Mend the column, or remove or rename it, and patients are split anew."
+            f"{what}: {int(shared.sum()):,} patients have rows in more than one split, first row "
+            f"{int(rows[shared[patient].argmax()]) + 1:,}: what is learnt there would leak. {anew}"
         )
     found: np.ndarray = seen.argmax(1)
     return found
@@ -340,44 +300,36 @@ def hold_out(
 ) -> tuple[datasets.DatasetDict, SplitRecord]:
     """Notes by part, and the record of a model that is then trained on `train`, beside what it was trained on before.
 
-    `parts_of_patients` decides, with the arguments of `split_by_patient`; `need` names parts without which the caller
-    cannot go on.
-
-    Raises:
-        ValueError: as `split_by_patient`, and if a part that is needed is empty.
+    As `split_by_patient`, and ValueError if a part that the caller needs is empty.
     """
     ids = sorted(column(notes, "patient_id").unique().to_pylist())
     patient = dense_codes(notes, "patient_id")
-    own = split_column is not None and split_column in notes.column_names
-    what = f"column `{split_column}`"
-    given = None
-    if own:
-        given = one_part_each(split_codes(column(notes, str(split_column)).to_pylist(), what), patient, what)
-    options: dict[str, Any] = {"record": record, "allow_trained": allow_trained}
-    codes = parts_of_patients(ids, given, shares=fractions, seed=seed, table="the table of notes", **options)
+    given, what = None, f"column `{split_column}`"
+    if split_column in notes.column_names:
+        own = column(notes, str(split_column)).to_pylist()
+        given = parts_in_table(own, np.arange(len(notes)), patient, what)
+    how: dict[str, Any] = {"record": record, "allow_trained": allow_trained, "table": "the table of notes"}
+    codes = parts_of_patients(ids, given, shares=fractions, seed=seed, **how)
     names = [name for code, name in enumerate(SPLITS) if (codes == code).any()]
     if missing := [name for name in need if name not in names]:
-        where = f"{what} names patients for {' and '.join(names)} alone" if own else f"{len(ids):,} patients give none"
-        raise ValueError(
-            f"Nobody is in {' and '.join(missing)}, which this command needs: {where}. "
-            + (
-                "Name patients for it there, or remove or rename the column, and patients are split by 70, 15 and 15 %."
-                if own
-                else "Bring more patients, or a column `split` of your own."
+        why = f"{len(ids):,} patients give none. Bring more patients, or a column `split` of your own."
+        if given is not None:
+            why = (
+                f"{what} names patients for {' and '.join(names)} alone. Name patients for it there, or remove or rename the "
+                "column, and patients are split by 70, 15 and 15 %."
             )
-        )
+        raise ValueError(f"Nobody is in {' and '.join(missing)}, which this command needs: {why}")
     parts = {name: notes.select(np.flatnonzero(codes[patient] == list(SPLITS).index(name))) for name in names}
-    trained = [ids[i] for i in np.flatnonzero(codes == 0)]
-    if record is None and not own:
+    if record is None and given is None:
         return datasets.DatasetDict(parts), SplitRecord((split_patients(ids, fractions, seed),))
-    record = record or SplitRecord()
+    record, trained = record or SplitRecord(), [ids[i] for i in np.flatnonzero(codes == 0)]
     try:
         listed = [one for one, known in zip(trained, record.trained_on(trained), strict=True) if not known]
     except UnknownTrainingPatients:  # and allowed: the list stays lost
         listed = []
     if listed:
         key = os.urandom(16)
-        record = record | SplitRecord((), ((key, np.sort(_digests(id_keys(listed), key))),))
+        record = record | SplitRecord((), ((key, np.sort(id_hashes(listed, key=key))),))
     return datasets.DatasetDict(parts), record
 
 

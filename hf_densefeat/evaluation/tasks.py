@@ -8,7 +8,7 @@ import numpy as np
 
 from hf_densefeat.data.columns import shown
 from hf_densefeat.data.identity import identities
-from hf_densefeat.data.splits import SplitRecord, one_part_each, parts_of_patients, split_codes
+from hf_densefeat.data.splits import SplitRecord, parts_in_table, parts_of_patients
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def task_rows(
             "Probe %s: its table has no patients, so nobody can say whom the model was trained on.", task.name
         )
     if splits:
-        of_patient = parts_of_patients(ids, one_part_each(split_codes(splits, what)[chosen], patient, what), **options)
+        of_patient = parts_of_patients(ids, parts_in_table(splits, chosen, patient, what), **options)
         train = np.flatnonzero(of_patient == 0)
         if len(train) and not (of_patient == 1).any():
             stratum = _largest_label(patient, y, task)[train]
