@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -21,33 +21,63 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from hf_densefeat.commands.encode import Settings
-from hf_densefeat.commands.measuring import loading, quiet
+from hf_densefeat.commands.measuring import load, quiet
 from hf_densefeat.data.slices import NoteTable
 from hf_densefeat.evaluation.embeddings import encoder_key
 from hf_densefeat.evaluation.ranking import coded
-from hf_densefeat.models.dense import AutoDenseModel
-from hf_densefeat.models.tokenizers import load_tokenizer
 from hf_densefeat.training.checkpoints import entries_of, sync_folder
 
 CALIBRATED = 2000  # notes whose values say the range of int8
 MANIFEST = "_manifest.json"  # pyarrow and Spark take names with an underscore for no part of a table
 UNFINISHED = ".unfinished"  # files are written here, and renamed when they are whole
-LINE_SECONDS = 30  # between two lines of progress, where there is no terminal
+
+
+def encode_table(settings: Settings) -> None:
+    """Read what the command names, and encode the shards that are not there yet."""
+    quiet()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes of a CPU would not find each other
+    output, size = Path(settings.output), settings.shard_size
+    if size < 1 or settings.batch_size < 1:
+        raise ValueError("Expected --shard_size and --batch_size of 1 or more.")
+    told: list[Any] = [None, None]
+    try:
+        encoding = Encoding(settings, state.device)
+        if state.is_main_process:
+            table = NoteTable(settings.notes, settings.columns())
+            told[0] = begun(output, encoding, table)
+    except (ValueError, OSError) as error:
+        told[1] = error
+    run, wrong = broadcast_object_list(told)  # of the first process
+    if wrong is not None:
+        if state.is_main_process:
+            raise wrong
+        sys.exit(1)
+    if not state.is_main_process:
+        table = NoteTable(settings.notes, settings.columns())  # maps what the first one has converted
+    count = -(-len(table) // size)
+    shards = {
+        output / f"vectors-{i:05}-of-{count:05}.parquet": range(len(table))[i * size :][:size] for i in range(count)
+    }
+    missing = [path for path in shards if not path.exists()]
+    state.wait_for_everyone()  # nobody writes before all have seen what is missing
+    if state.is_main_process and len(missing) < count:
+        print(f"resumed    {count - len(missing):,} of {count:,} files are there")
+    mine = missing[state.process_index :: state.num_processes]
+    with progress(encoding.model, sum(len(shards[path]) for path in mine), state) as done:
+        for path in mine:
+            write_shard(path, shards[path], encoding, table, run["ranges"])
+            done(len(shards[path]))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(output, list(shards), run)
+    state.destroy_process_group()
 
 
 class Encoding:
-    """One encoder and the options of its vectors.
-
-    Args:
-        settings: of the command.
-        device: of this process.
-    """
+    """One encoder and the options of its vectors, those of the command."""
 
     def __init__(self, settings: Settings, device: torch.device):
-        with loading(settings.model):
-            self.model = AutoDenseModel.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
-            self.tokenizer = load_tokenizer(settings.model)
-        self.model.to(device).eval()
+        self.model, self.tokenizer = load(settings.model, device, dtype=getattr(torch, settings.dtype))
         self.settings = settings
         self.options: dict[str, Any] = {"batch_size": settings.batch_size, "max_length": settings.max_length}
         if settings.view is not None:
@@ -72,46 +102,6 @@ class Encoding:
         } | {name: getattr(self.settings, name) for name in names}
 
 
-def encode_table(settings: Settings) -> None:
-    """Read what the command names, and encode the shards that are not there yet."""
-    quiet()
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes of a CPU would not find each other
-    output = Path(settings.output)
-    if settings.shard_size < 1 or settings.batch_size < 1:
-        raise ValueError("Expected --shard_size and --batch_size of 1 or more.")
-    told: list[Any] = [None, None]
-    try:
-        encoding = Encoding(settings, state.device)
-        if state.is_main_process:
-            table = NoteTable(settings.notes, settings.columns())
-            told[0] = begun(output, encoding, table)
-    except (ValueError, OSError) as error:
-        told[1] = error
-    run, wrong = broadcast_object_list(told)  # of the first process
-    if wrong is not None:
-        if state.is_main_process:
-            raise wrong
-        sys.exit(1)
-    if not state.is_main_process:
-        table = NoteTable(settings.notes, settings.columns())  # maps what the first one has converted
-    count = -(-len(table) // settings.shard_size)
-    shards = {output / f"vectors-{i:05}-of-{count:05}.parquet": i * settings.shard_size for i in range(count)}
-    missing = [path for path in shards if not path.exists()]
-    state.wait_for_everyone()  # nobody writes before all have seen what is missing
-    if state.is_main_process and len(missing) < count:
-        print(f"resumed    {count - len(missing):,} of {count:,} files are there")
-    mine = missing[state.process_index :: state.num_processes]
-    rows = sum(min(settings.shard_size, len(table) - shards[path]) for path in mine)
-    with progress(encoding.model, rows, state) as done:
-        for path in mine:
-            write_shard(path, shards[path], encoding, table, run["ranges"])
-            done(min(settings.shard_size, len(table) - shards[path]))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finish(output, list(shards), run)
-    state.destroy_process_group()
-
-
 def begun(output: Path, encoding: Encoding, table: NoteTable) -> dict[str, Any]:
     """The run that the folder is of: begun here, or before with the same model, notes and options."""
     asked, manifest = encoding.described(table), output / MANIFEST
@@ -127,7 +117,8 @@ def begun(output: Path, encoding: Encoding, table: NoteTable) -> dict[str, Any]:
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty, and no folder of vectors: name another with --output.")
     output.mkdir(mode=0o700, parents=True, exist_ok=True)
-    texts = (text for row in spread_rows(len(table)) for text in table.slice(row, row + 1)[1])
+    spread = np.unique(np.linspace(0, len(table) - 1, min(len(table), CALIBRATED)).astype(int)).tolist()
+    texts = (text for row in spread for text in table.slice(row, row + 1)[1])
     some = list(islice(texts, CALIBRATED if encoding.settings.precision == "int8" else 1))
     if not some:
         raise ValueError("No row has a text: which column holds the text?")
@@ -143,17 +134,11 @@ def write_manifest(output: Path, run: dict[str, Any], files: dict[str, Any]) -> 
     write_whole(output / MANIFEST, lambda path: path.write_text(text))
 
 
-def spread_rows(rows: int) -> list[int]:
-    """At most `CALIBRATED` rows, evenly spread."""
-    return np.unique(np.linspace(0, rows - 1, min(rows, CALIBRATED)).astype(int)).tolist()
-
-
-def write_shard(path: Path, start: int, encoding: Encoding, table: NoteTable, ranges: list | None) -> None:
-    """Encode the rows from `start`, and give the file its name when it is whole."""
-    found, texts = table.slice(start, start + encoding.settings.shard_size)
+def write_shard(path: Path, rows: range, encoding: Encoding, table: NoteTable, ranges: list | None) -> None:
+    """Encode these rows, and give the file its name when it is whole."""
+    found, texts = table.slice(rows.start, rows.stop)
     z, cut = encoding(texts or ["."])
-    z = z[: len(texts)]
-    values = packed(z, encoding.settings.precision, ranges)
+    values = packed(z[: len(texts)], encoding.settings.precision, ranges)
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     found = found.append_column("vector", column).replace_schema_metadata({"cut": str(cut)})
     write_whole(path, lambda place: pq.write_table(found, place))
@@ -172,7 +157,7 @@ def packed(z: torch.Tensor, precision: str, ranges: list | None) -> np.ndarray:
     return z.numpy().astype(precision)
 
 
-def write_whole(path: Path, write: Any) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a private file beside, and rename it: it is there whole or not at all, also after a loss of power."""
     place = path.parent / UNFINISHED / f"{path.name}.{os.getpid()}"
     place.parent.mkdir(mode=0o700, exist_ok=True)
@@ -184,33 +169,33 @@ def write_whole(path: Path, write: Any) -> None:
     sync_folder(path.parent)
 
 
+class _Lines:
+    """Where a bar is drawn as lines, for a log file."""
+
+    def write(self, text: str) -> None:
+        """Each state of the bar is a line."""
+        print(text.strip(), end="\n" if text.strip() else "", flush=True)
+
+    def flush(self) -> None:
+        """`write` has done it."""
+
+
 @contextmanager
-def progress(model: Any, rows: int, state: PartialState) -> Iterator[Any]:
-    """A bar of this process's notes with tokens a second, or a line now and then where there is no terminal.
+def progress(model: Any, rows: int, state: PartialState) -> Iterator[Callable[[int], None]]:
+    """A bar of the first process's notes, or a line of it now and then where there is no terminal.
 
     Gives a function that is told how many rows of a shard are done.
     """
-    began = said = time.monotonic()
     tokens: Any = 0
-    seen = 0
+    began, seen = time.monotonic(), 0
     several = f" (1 of {state.num_processes} processes)" if state.num_processes > 1 else ""
-    terminal = state.is_main_process and sys.stderr.isatty()
-    bar = tqdm(total=rows, desc=f"Encoding{several}", unit=" notes", disable=not terminal)
+    shown: dict[str, Any] = {} if sys.stderr.isatty() else {"file": _Lines(), "mininterval": 30, "maxinterval": 60}
+    bar = tqdm(total=rows, desc=f"encoded{several}", unit=" notes", disable=not state.is_main_process, **shown)
 
     def forward(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal tokens, said
-        tokens = (
-            tokens + kwargs["attention_mask"].sum()
-        )  # on the device, and read now and then: a GPU is not waited for
+        nonlocal tokens
+        tokens = tokens + kwargs["attention_mask"].sum()  # on the device: a GPU is not waited for
         bar.update(min(len(kwargs["attention_mask"]), rows - bar.n))
-        now = time.monotonic()
-        if now - said > (1 if terminal else LINE_SECONDS) and state.is_main_process:
-            said, rate = now, f"{int(tokens) / (now - began):,.0f} tokens/s"
-            bar.set_postfix_str(rate, refresh=False)
-            if not terminal and seen:
-                left = (rows - seen) * (now - began) / seen / 60
-                rate = f"{seen / (now - began):,.0f} notes/s, {rate}, {left:,.0f} min left"
-                print(f"encoded    {seen:,} of {rows:,} rows{several}, {rate}", flush=True)
 
     def done(count: int) -> None:
         nonlocal seen
@@ -238,7 +223,5 @@ def finish(output: Path, shards: list[Path], run: dict[str, Any]) -> None:
     cut = sum(int(pq.read_schema(path).metadata[b"cut"]) for path in shards)
     if cut:
         print(f"           {cut:,} notes are longer than the encoder sees: they were cut")
-    if vectors < run["rows"]:
-        print(
-            f"           {run['rows'] - vectors:,} rows of the table are no notes: they have no text, or are marked as errors"
-        )
+    if left := run["rows"] - vectors:
+        print(f"           {left:,} rows of the table are no notes: they have no text, or are marked as errors")

@@ -4,83 +4,119 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from hf_densefeat.commands.measuring import (
-    Encoded,
-    Measurement,
-    default_similarity,
-    loading,
-    quiet,
-    sample,
-    words_of,
-)
+from hf_densefeat.commands.measuring import Encoded, Measurement, load, quiet, sample, words_of
 from hf_densefeat.commands.settings import writable
+from hf_densefeat.commands.vectors import numbered_notes, read_vectors
 from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
+from hf_densefeat.evaluation.words import Words
 from hf_densefeat.models.choosing import Choice, Sides, choose_content, fit_form
-from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.head import DenseHead
-from hf_densefeat.models.tokenizers import load_tokenizer
 from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.reporting.tables import before_after_table, terminal
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("adjacent", "halves")  # of pairs by which views are fitted and chosen
 FEW_PAIRS = 50  # the mean of so many ranks in [0, 1] has a standard error of up to .5 / sqrt(50) = .07
 PAIRED = {"train": 5000, "validation": 2000}  # notes of whole patients: thousands of pairs are plenty for d^2 numbers
 
 
-def loaded(settings: Any) -> Any:
-    """The encoder that the command names."""
+def opened(settings: Any) -> tuple[Any, Any]:
+    """The encoder of `densefeat head` or `interpolate` and its tokenizer, once the options are checked."""
+    check(settings)
+    return load(settings.model, pooling=settings.pooling, max_length=settings.max_length)
+
+
+def check(settings: Any) -> None:
+    """ValueError for what can be refused before anything is read."""
     quiet()
-    with loading(settings.model):
-        return AutoDenseModel.from_pretrained(settings.model, pooling=settings.pooling, max_length=settings.max_length)
+    epsilon_of(settings.epsilon)
+    similarity_tasks(settings.similarity or [], None)
+    writable(settings.output, "output")
 
 
-def fit_and_save(model: Any, settings: Any, record: SplitRecord | None = None) -> None:
-    """Read the notes, encode, fit, save, measure.
+def fit_model(model: Any, tokenizer: Any, settings: Any, record: SplitRecord | None = None) -> None:
+    """Fit the views of an encoder, save it with them, and measure; `record` is of another model in its weights, if any."""
+    own = SplitRecord.of(model)
+    encode = below(model, tokenizer, batch_size=settings.batch_size, show_progress_bar=True)
+    encoder = Encoded(encode, width=model.embedding_dimension)
+
+    def save(views: dict[str, DenseHead], record: SplitRecord) -> None:
+        model.views = views
+        try:
+            record.write_to(model)  # the patients whose notes fit the head were trained on too
+            model.save_pretrained(settings.output)
+            record.save(settings.output)
+            tokenizer.save_pretrained(settings.output)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{settings.output} could not be written: {error}") from error
+
+    words = partial(words_of, model=model, tokenizer=tokenizer)
+    fit_and_measure(encoder, settings.read(), settings, words, save, record=own | record if own else record)
+    print(f"Saved to {settings.output}.\n{how_to_use(settings.output, model.views)}")
+
+
+def fit_vectors(settings: Any) -> None:
+    """Fit the views of vectors that are there already, save each for sentence-transformers and for NumPy, and measure."""
+    check(settings)
+    notes, folder = numbered_notes(settings), Path(settings.output)
+    found, z = read_vectors(settings.vectors, notes, settings.id_column)
+    notes = notes.select(found)
+
+    def save(views: dict[str, DenseHead], record: SplitRecord) -> None:
+        for name, head in views.items():
+            head.module().save(folder / name)
+            np.savez(folder / f"{name}.npz", mean=head.mean.numpy(), matrix=head.matrix.numpy())
+
+    encoder, kinds = Encoded.of(notes["text"][:], z), ("adjacent",)  # the halves of a note have no vectors
+    fit_and_measure(encoder, notes, settings, lambda part: Words.fit(part["text"][:]), save, kinds=kinds)
+    print(f"Saved to {folder}: each view a Dense module of sentence-transformers and a file for NumPy.")
+
+
+def fit_and_measure(
+    encoder: Encoded,
+    notes: Any,
+    settings: Any,
+    words: Callable[[Any], Words],
+    save: Callable[[dict[str, DenseHead], SplitRecord], None],
+    *,
+    record: SplitRecord | None = None,
+    kinds: Sequence[str] = KINDS,
+) -> None:
+    """Fit views on training patients' notes, save them, and print what held-out patients' notes look like under each.
 
     Args:
-        model: the encoder.
+        encoder: as it is.
+        notes: of all patients.
         settings: of the command.
-        record: of whom another model was trained on that is in the encoder's weights.
+        words: training notes -> the words that are measured beside the encoder.
+        save: of the views, with the record of who is held out from now on.
+        record: of whom the encoder was trained on.
+        kinds: of pairs that are tried.
     """
-    similarity_tasks(settings.similarity or [], None)  # words alone: before the notes are read
-    writable(settings.output, "output")
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(settings.model)
-    notes = settings.read()
     print(f"notes      {describe_notes(notes)}")
-    own = SplitRecord.of(model)
-    record = own | record if own else record
     how: dict[str, Any] = {"seed": settings.seed, "record": record, "allow_trained": settings.allow_trained}
     parts, record = hold_out(notes, need=("train", "test"), **how)
-    held_out = parts["test"]
-    asked = settings.similarity or default_similarity(held_out)
-    words = partial(words_of, parts["train"], model, tokenizer)
-    measure = Measurement(held_out, similarity=asked, seed=settings.seed, words=words)
-    if measure.uses and any(rows.queries for rows in measure.uses.rows.values()):
+    asked: dict[str, Any] = {"similarity": settings.similarity, "words": partial(words, parts["train"])}
+    measure = Measurement(parts["test"], seed=settings.seed, **asked)
+    if measure.others:
         raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
-    encode = below(model, tokenizer, batch_size=settings.batch_size, show_progress_bar=True)
-    model.views, tried = fit_views(encode, parts, width=model.embedding_dimension, epsilon=settings.epsilon)
-    try:
-        record.write_to(model)  # the patients whose notes fit the head were trained on too
-        model.save_pretrained(settings.output)
-        record.save(settings.output)
-        tokenizer.save_pretrained(settings.output)
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"{settings.output} could not be written: {error}") from error
-    print(described(model.views, tried))
-    encoder = Encoded(encode, width=model.embedding_dimension)
-    start, after = measure("as it is", encoder), measured_views(measure, encoder, model.views)
+    options: dict[str, Any] = {"epsilon": settings.epsilon, "seed": settings.seed, "kinds": kinds}
+    views, tried = fit_views(encoder.below, parts, width=encoder.width, **options)
+    save(views, record)
+    print(described(views, tried))
+    start, after = measure("as it is", encoder), measured_views(measure, encoder, views)
     print(f"\n{terminal(before_after_table([start, *measure.beside(), *after]))}\n")
-    print(f"Saved to {settings.output}.\n{how_to_use(settings.output, model.views)}")
 
 
 def measured_views(measure: Measurement, encoder: Encoded, views: Mapping[str, DenseHead]) -> list[Measured]:
@@ -100,7 +136,7 @@ def fit_views(
     width: int,
     epsilon: str = "auto",
     seed: int = 0,
-    kinds: Sequence[str] = ("adjacent", "halves"),
+    kinds: Sequence[str] = KINDS,
 ) -> tuple[dict[str, DenseHead], list[Choice]]:
     """The views of unmasked training notes, and what was tried for the content view.
 

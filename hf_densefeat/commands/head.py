@@ -50,13 +50,11 @@ def run(settings: Settings) -> None:
     Raises:
         ValueError: for notes, a model or an epsilon that cannot be used.
     """
-    from hf_densefeat.commands.fitting import epsilon_of, fit_and_save, loaded
-    from hf_densefeat.commands.vectors import fit_vectors
+    from hf_densefeat.commands.fitting import fit_model, fit_vectors, opened
 
-    epsilon_of(settings.epsilon)  # refused before anything is read
     if bool(settings.model) == bool(settings.vectors):
         raise ValueError("expected either --model, a folder or Hub name, or --vectors, a table.")
     if settings.vectors:
         fit_vectors(settings)
     else:
-        fit_and_save(loaded(settings), settings)
+        fit_model(*opened(settings), settings)

@@ -27,14 +27,13 @@ def run(settings: Settings) -> None:
     Raises:
         ValueError: for models that are not of one training, and for a share, notes or an epsilon that cannot be used.
     """
-    from hf_densefeat.commands.fitting import epsilon_of, fit_and_save, loaded
+    from hf_densefeat.commands.fitting import fit_model, opened
     from hf_densefeat.commands.measuring import loading
     from hf_densefeat.data.splits import SplitRecord
     from hf_densefeat.models.dense import AutoDenseModel
     from hf_densefeat.models.interpolation import interpolate_weights
 
-    epsilon_of(settings.epsilon)  # refused before anything is read
-    model = loaded(settings)
+    model, tokenizer = opened(settings)
     with loading(settings.start):
         start, info = AutoDenseModel.from_pretrained(settings.start, output_loading_info=True)
     if type(start) is not type(model):
@@ -42,5 +41,5 @@ def run(settings: Settings) -> None:
             f"{settings.start!r} is a {type(start).__name__} and {settings.model!r} a {type(model).__name__}: expected "
             "the start that the model was trained from."
         )
-    interpolate_weights(model, start, settings.share, new=info["missing_keys"])
-    fit_and_save(model, settings, SplitRecord.of(start))
+    interpolate_weights(model, start.to(model.device), settings.share, new=info["missing_keys"])
+    fit_model(model, tokenizer, settings, SplitRecord.of(start))

@@ -1,8 +1,9 @@
-"""What the commands share: models by name, uses and probes by the words of the command line, one encoder's numbers."""
+"""What the commands share: models by name, probes by the words of the command line, and one encoder's numbers."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,23 +12,28 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
+from hf_densefeat.data.layouts import Layout
 from hf_densefeat.data.pairs import NotePairs, adjacent_pairs, pair_notes
+from hf_densefeat.data.readers import read_files
 from hf_densefeat.data.splits import SplitRecord
-from hf_densefeat.evaluation.evaluator import Evaluator
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
 from hf_densefeat.evaluation.metrics import rows_of_some_patients
 from hf_densefeat.evaluation.probes import ProbeEvaluator
 from hf_densefeat.evaluation.similarity import SimilarityEvaluator
 from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
-from hf_densefeat.evaluation.tasks import Kind, ProbeTask
+from hf_densefeat.evaluation.tasks import PROBE_KINDS, Kind, ProbeTask
 from hf_densefeat.evaluation.words import NAME as WORDS
 from hf_densefeat.evaluation.words import WordRows, Words
+from hf_densefeat.models.dense import AutoDenseModel
+from hf_densefeat.models.tokenizers import load_tokenizer
 from hf_densefeat.reporting.comparison import Both, Measured, measured_of
 
 
-def quiet() -> None:
-    """Warnings alone, and one progress bar: that of encoding."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+def quiet(level: int = logging.WARNING) -> None:
+    """Our own lines from this level on, and one progress bar: that of encoding."""
+    logging.basicConfig(level=level, format="%(message)s")
+    for name in ("sentence_transformers", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -44,9 +50,18 @@ def loading(source: str) -> Iterator[None]:
         raise ValueError(f"the model {source!r} cannot be loaded. {where}: {reason}.") from error
 
 
-def default_similarity(notes: Any) -> list[str]:
-    """What is measured without words: a patient's own notes, where any patient has two."""
-    return ["same_patient"] if len(pairs_if_any(notes)) else []
+def load(source: str, device: Any = None, **options: Any) -> tuple[Any, Any]:
+    """The encoder, on the device or on the GPU where there is one, and its tokenizer."""
+    with loading(source):
+        model, tokenizer = AutoDenseModel.from_pretrained(source, **options), load_tokenizer(source)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def sample(notes: Any, maximum: int, seed: int) -> Any:
+    """Notes of whole patients, drawn at random, until there are `maximum`."""
+    if len(notes) <= maximum:
+        return notes
+    return notes.select(rows_of_some_patients(np.asarray(notes["patient_id"]), maximum, seed))
 
 
 def pairs_if_any(notes: Any) -> NotePairs:
@@ -58,107 +73,39 @@ def pairs_if_any(notes: Any) -> NotePairs:
     return NotePairs(none, none, none, len(notes), patients)
 
 
-def probes_of(words: Sequence[str], parts: Mapping) -> list[ProbeTask]:
-    """Linear probes of the words `label:kind`, on notes by split."""
-    return [ProbeTask(label, parts, label, cast(Kind, kind)) for label, kind in (word.split(":") for word in words)]
+def check_probes(words: Sequence[str], option: str) -> None:
+    """ValueError for a word that is no `label:kind` or `label:kind:table`."""
+    for word in words:
+        if [*word.split(":"), ""][1] not in PROBE_KINDS:
+            raise ValueError(
+                f"Expected --{option} label:kind or label:kind:table, kind one of {', '.join(PROBE_KINDS)}, got {word!r}."
+            )
 
 
-class Encoded:
-    """An encoder that reads each text once, under one map of its embeddings after another.
-
-    Args:
-        encode: texts -> embeddings (N, D) below the map.
-        head: the map, of the first columns; None for the first `width` columns as they are.
-        width: of the embedding.
-    """
-
-    def __init__(self, encode: Any, *, width: int, head: Any = None, rows: dict[str, Any] | None = None) -> None:
-        self.below, self.width, self.head, self.rows = encode, width, head, {} if rows is None else rows
-
-    @classmethod
-    def of(cls, texts: Sequence[str], z: Any) -> "Encoded":
-        """Embeddings that are already there."""
-        return cls(None, width=z.shape[1], rows=dict(zip(texts, torch.as_tensor(z), strict=True)))
-
-    def under(self, head: Any) -> "Encoded":
-        """The same encoder under another map."""
-        return Encoded(self.below, width=self.width, head=head, rows=self.rows)
-
-    def encode(self, texts: Sequence[str], tokenizer: Any = None, **_: Any) -> Any:
-        """Embeddings (N, d) of the texts."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.rows]
-        self.rows.update(zip(new, self.below(new), strict=True) if new else ())
-        z = torch.stack([self.rows[text] for text in texts])
-        return z[:, : self.width] if self.head is None else self.head(z[:, : len(self.head.mean)])
+def parse_tasks(words: Sequence[str], notes: Any) -> list[ProbeTask]:
+    """`label:kind` for a column of the notes (a table, or one a split), `label:kind:table` for a table of its own."""
+    tasks = []
+    for word in words:
+        label, kind, table = (*word.split(":", 2), "")[:3]
+        task = ProbeTask(label, notes, label, cast(Kind, kind))
+        if table:
+            data = read_table(table)
+            patient = next((name for name in ("patient_id", "subject_id") if name in data.column_names), None)
+            task = replace(task, name=f"{Path(table).stem} {label}", dataset=data, patient=patient)
+        tasks.append(task)
+    names = [task.name for task in tasks]
+    # one column may be both predicted and clustered
+    return [task if names.count(task.name) == 1 else replace(task, name=f"{task.name} {task.kind}") for task in tasks]
 
 
-class Measurement:
-    """Geometry and similarity of notes, and linear probes, of one frozen encoder after another.
+def read_table(path: str) -> datasets.Dataset:
+    """A table of texts and labels, in any format that notes may have; `patient_id` is the column of that name, if any."""
 
-    Args:
-        notes: of patients that are held out.
-        similarity: uses by cosine of these, as words.
-        pairs: how these are paired for the geometry.
-        probes: with notes of their own.
-        k: subspace dimension.
-        seed: of few labels and the bootstrap.
-        record: of whom the encoders were trained on, as for `ProbeEvaluator`.
-        allow_trained: measure on those too.
-        words: gives the words that are measured beside the encoders, once; None for none.
-    """
+    def layout(names: Sequence[str], meds: bool) -> Layout:
+        wanted = [name for name in ("text", "patient_id", "subject_id") if name in names]
+        return Layout("a probe's table", {name: name for name in wanted})
 
-    def __init__(
-        self,
-        notes: Any,
-        *,
-        similarity: Sequence[str],
-        pairs: Sequence[str] = ("adjacent",),
-        probes: Sequence[ProbeTask] = (),
-        k: int = 20,
-        seed: int = 0,
-        record: SplitRecord | None = None,
-        allow_trained: bool = False,
-        words: Callable[[], Words] | None = None,
-    ) -> None:
-        texts, self.pairs = (notes, pairs_if_any(notes)) if tuple(pairs) == ("adjacent",) else pair_notes(notes, pairs)
-        self.texts, self.k = list(texts["text"]), k
-        tasks = similarity_tasks(similarity, notes)
-        how: dict[str, Any] = {"cache": False, "seed": seed, "allow_trained": allow_trained}
-        self.probes = ProbeEvaluator(probes, record=record, **how) if probes else None
-        self.uses = SimilarityEvaluator(tasks, codes=("float",), divisors=(1,), **how) if tasks else None
-        self.others = other_texts(self.texts, self.probes, self.uses)
-        self.fit_words = words
-        self.words: WordRows | None = None
-        self.first: Both | None = None
-        self.of_words: Both | None = None
-
-    def __call__(self, name: str, model: Any, tokenizer: Any = None) -> Measured:
-        """Numbers by name: geometry, similarity and probes with intervals, differences to the first call and to words."""
-        for evaluator in (self.probes, self.uses):
-            if evaluator:
-                evaluator.refuse_trained(model)
-        texts = self.texts + self.others
-        found = torch.as_tensor(model.encode(texts, tokenizer, show_progress_bar=True))
-        z, known = found[: len(self.texts)], Encoded.of(texts, found)
-        if self.fit_words and self.words is None:
-            self.words = self.fit_words().known(texts)
-            self.of_words = self._results(self.words)
-        earlier, later = (z[self.pairs.earlier], z[self.pairs.later]) if len(self.pairs) else (z, None)
-        groups = torch.from_numpy(self.pairs.patient) if len(self.pairs) else None
-        results = self._results(known, self.words)
-        geometry = geometry_report(earlier, later, k=self.k, groups=groups)
-        base, self.first = self.first, self.first or results
-        return measured_of(name, geometry, spectrum(z, center=True), results, base=base, words=self.of_words)
-
-    def _results(self, known: Any, words: WordRows | None = None) -> Both:
-        uses = self.uses.evaluate(known, words=words) if self.uses else {}
-        return uses, self.probes.evaluate(known) if self.probes else {}
-
-    def beside(self) -> list[Measured]:
-        """What words give, compared with the first encoder, for the list of encoders; empty where nothing is asked of them."""
-        if self.of_words is None or not any(self.of_words):
-            return []
-        return [measured_of(WORDS, {}, [], self.of_words, base=self.first)]
+    return read_files(Path(path), layout).data
 
 
 def words_of(notes: Any, model: Any, tokenizer: Any) -> Words:
@@ -168,13 +115,124 @@ def words_of(notes: Any, model: Any, tokenizer: Any) -> Words:
     return Words.fit(notes["text"][:], tokenizer, read)
 
 
-def other_texts(texts: Sequence[str], *evaluators: Evaluator | None) -> list[str]:
-    """What these ask of an encoder beside the texts, each once: so that no text is encoded twice."""
-    return sorted({text for one in evaluators if one for text in one.texts()} - set(texts))
+class Encoded:
+    """An encoder that reads each text once, under one map of its embeddings after another.
+
+    Args:
+        encode: texts -> embeddings (N, D) below the map; None where the rows of all texts are given.
+        width: d of the embedding, the first columns of those below the map.
+        head: the map; None for the embedding as it is.
+        rows: text to its row below the map, where it is known already.
+    """
+
+    def __init__(self, encode: Any, *, width: int, head: Any = None, rows: dict[str, Any] | None = None) -> None:
+        self.read, self.width, self.head, self.rows = encode, width, head, {} if rows is None else rows
+
+    @classmethod
+    def of(cls, texts: Sequence[str], z: Any) -> "Encoded":
+        """Embeddings that are already there."""
+        return cls(None, width=z.shape[1], rows=dict(zip(texts, torch.as_tensor(z), strict=True)))
+
+    def under(self, head: Any) -> "Encoded":
+        """The same encoder under another map."""
+        return Encoded(self.read, width=self.width, head=head, rows=self.rows)
+
+    def below(self, texts: Sequence[str]) -> Any:
+        """Embeddings (N, D) below the map."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.rows]
+        self.rows.update(zip(new, self.read(new), strict=True) if new else ())
+        return torch.stack([self.rows[text] for text in texts])
+
+    def encode(self, texts: Sequence[str], tokenizer: Any = None, **_: Any) -> Any:
+        """Embeddings (N, d)."""
+        z = self.below(texts)
+        return z[:, : self.width] if self.head is None else self.head(z[:, : len(self.head.mean)])
 
 
-def sample(notes: Any, maximum: int, seed: int) -> Any:
-    """Notes of whole patients, drawn at random, until there are `maximum`."""
-    if len(notes) <= maximum:
-        return notes
-    return notes.select(rows_of_some_patients(np.asarray(notes["patient_id"]), maximum, seed))
+class Measurement:
+    """Similarity of held-out notes, linear probes and geometry, of words and of one frozen encoder after another.
+
+    Args:
+        notes: of patients that are held out.
+        kinds: how these are paired for the geometry.
+        similarity: uses by cosine, as words; None for a patient's own notes, where any patient has two.
+        asked_of: the notes for these uses, where they are not the same.
+        tasks: linear probes, with notes of their own.
+        shots: few-shot sizes of these.
+        words: gives the words that are measured beside the encoders, once; None for none.
+        record: of whom the encoders were trained on, as for `ProbeEvaluator`.
+        allow_trained: measure on those too.
+        k: subspace dimension.
+        seed: of few labels and the bootstrap.
+        bootstraps: redraws of the patients.
+        variants: similarity of codes and of fewer dimensions too.
+    """
+
+    def __init__(
+        self,
+        notes: Any,
+        *,
+        kinds: Sequence[str] = ("adjacent",),
+        similarity: Sequence[str] | None = None,
+        asked_of: Any = None,
+        tasks: Sequence[ProbeTask] = (),
+        shots: Sequence[int] = (),
+        words: Callable[[], Words] | None = None,
+        record: SplitRecord | None = None,
+        allow_trained: bool = False,
+        k: int = 20,
+        seed: int = 0,
+        bootstraps: int = 1000,
+        variants: bool = False,
+    ) -> None:
+        asked_of = notes if asked_of is None else asked_of
+        table, self.pairs = (notes, pairs_if_any(notes)) if tuple(kinds) == ("adjacent",) else pair_notes(notes, kinds)
+        self.texts, self.k = list(table["text"]), k
+        if similarity is None:
+            similarity = ["same_patient"] if len(pairs_if_any(asked_of)) else []
+        wanted = similarity_tasks(similarity, asked_of)
+        how: dict[str, Any] = {"cache": False, "seed": seed, "allow_trained": allow_trained, "bootstraps": bootstraps}
+        plain: dict[str, Any] = {} if variants else {"codes": ("float",), "divisors": (1,)}
+        self.similarity = SimilarityEvaluator(wanted, **how, **plain) if wanted else None
+        self.probes = ProbeEvaluator(tasks, record=record, shots=shots, **how) if tasks else None
+        self.evaluators = [one for one in (self.similarity, self.probes) if one]
+        asked = {text for one in self.evaluators for text in one.texts()}
+        self.others = sorted(asked - set(self.texts))  # so that no text is encoded twice
+        self.fit_words = words
+        self.words: WordRows | None = None
+        self.of_words: Both | None = None
+        self.first: Both | None = None
+
+    def refuse_trained(self, model: Any) -> None:
+        """ValueError for tested patients that the model was trained on."""
+        for one in self.evaluators:
+            one.refuse_trained(model)
+
+    def results(self, known: Any) -> Both:
+        """Similarity and probes of an encoder, with words beside it, which are measured before the first one."""
+        if self.fit_words and self.evaluators and self.words is None:
+            self.words = self.fit_words().known(self.texts + self.others)
+            self.of_words = self._results(self.words, None)
+        return self._results(known, self.words)
+
+    def _results(self, known: Any, words: WordRows | None) -> Both:
+        uses = self.similarity.evaluate(known, words=words) if self.similarity else {}
+        return uses, self.probes.evaluate(known) if self.probes else {}
+
+    def __call__(self, name: str, model: Any, tokenizer: Any = None) -> Measured:
+        """Numbers by name: geometry, similarity and probes with intervals, differences to the first call and to words."""
+        self.refuse_trained(model)
+        texts = self.texts + self.others
+        found = torch.as_tensor(model.encode(texts, tokenizer, show_progress_bar=True))
+        z, results = found[: len(self.texts)], self.results(Encoded.of(texts, found))
+        earlier, later, groups = z, None, None
+        if len(self.pairs):
+            earlier, later = z[self.pairs.earlier], z[self.pairs.later]
+            groups = torch.from_numpy(self.pairs.patient)
+        geometry = geometry_report(earlier, later, k=self.k, groups=groups)
+        base, self.first = self.first, self.first or results
+        return measured_of(name, geometry, spectrum(z, center=True), results, base=base, words=self.of_words)
+
+    def beside(self) -> list[Measured]:
+        """What words give, compared with the first encoder, for the list of encoders; empty where nothing is asked of them."""
+        return [measured_of(WORDS, {}, [], self.of_words, base=self.first)] if self.of_words else []

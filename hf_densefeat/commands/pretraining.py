@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_densefeat.commands.contrastive import go_share, take_defaults, trained_for_similarity
 from hf_densefeat.commands.fitting import below, described, fit_views, how_to_use, measured_views
-from hf_densefeat.commands.measuring import Encoded, Measurement, loading, probes_of, sample, words_of
+from hf_densefeat.commands.measuring import Encoded, Measurement, check_probes, loading, parse_tasks, sample, words_of
 from hf_densefeat.commands.pretrain import Settings, written_options
 from hf_densefeat.commands.progress import line, show
 from hf_densefeat.commands.settings import error_line, writable
@@ -143,6 +143,7 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     """
     place = where_to(args)
     similarity_tasks(settings.similarity, None)  # words alone
+    check_probes(settings.probe, "probe")
     if args.push_to_hub:
         validate_repo_id(Path(str(args.output_dir)).name if args.hub_model_id is None else args.hub_model_id)
         if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -176,11 +177,9 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     seed, most = args.seed, settings.max_measured_notes
     probed = {name: sample(part, most // 3, seed) for name, part in parts.items()}
     held_out = sample(parts["test"], most // 2, seed)
-    how: dict[str, Any] = {"pairs": args.pairs, "k": args.subspace_dim, "seed": seed}
-    probes = probes_of(settings.probe, probed)
-    how |= {"record": record, "allow_trained": allow}
-    how["words"] = partial(words_of, parts["train"], model, tokenizer)
-    measure = Measurement(held_out, similarity=settings.similarity, probes=probes, **how)
+    how: dict[str, Any] = {"kinds": args.pairs, "k": args.subspace_dim, "seed": seed}
+    how |= {"record": record, "allow_trained": allow, "words": partial(words_of, parts["train"], model, tokenizer)}
+    measure = Measurement(held_out, similarity=settings.similarity, tasks=parse_tasks(settings.probe, probed), **how)
     validation = parts["validation"] if args.eval_strategy != "no" else None
     trainer = DenseTrainer(
         model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer

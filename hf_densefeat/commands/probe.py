@@ -57,8 +57,8 @@ def run(settings: Settings) -> dict:
     from hf_densefeat.commands.examine import examine_all
     from hf_densefeat.commands.probe_report import show, write_predictions, write_report
 
-    reading, found, words = examine_all(settings)
-    report = write_report(found, words, reading, settings)
+    reading, found = examine_all(settings)
+    report = write_report(found, reading, settings)
     show(report, found, settings.output)
     if settings.meds:
         write_predictions(settings.meds, reading, found)

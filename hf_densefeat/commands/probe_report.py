@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from hf_densefeat.commands.examine import Found, FoundWords, Reading
+from hf_densefeat.commands.examine import Found, Reading
 from hf_densefeat.commands.probe import Settings
 from hf_densefeat.data.notes import copied
 from hf_densefeat.evaluation.probes import ProbeResult, meds_predictions
 from hf_densefeat.evaluation.words import NAME as WORDS
-from hf_densefeat.reporting.comparison import Measured, measured_of, plain_numbers, verdict
+from hf_densefeat.reporting.comparison import Both, Measured, measured_of, plain_numbers, verdict
 from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
 from hf_densefeat.reporting.plots import Picture, plot_projection
 from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
@@ -34,31 +34,23 @@ def draw_projection(found: dict[str, Found], reading: Reading, settings: Setting
     return plot_projection(sets, rows.y[some], rows.classes, label=task.label, path=place)
 
 
-def measured_beside(found: dict[str, Found], words: FoundWords | None) -> list[Measured]:
+def measured_beside(found: dict[str, Found], beside: Both | None) -> list[Measured]:
     """The encoders, and words after the first one; a single encoder is compared with words, which then come first."""
-    beside = None if words is None else words.results
     first = next(iter(found.values())).results if len(found) > 1 or beside is None else beside
-    measured = [
-        measured_of(
-            name,
-            one.geometry,
-            one.spectrum,
-            one.results,
-            base=None if one.results is first else first,
-            words=beside,
-        )
-        for name, one in found.items()
-    ]
+    measured = []
+    for name, one in found.items():
+        base = None if one.results is first else first
+        measured.append(measured_of(name, one.geometry, one.spectrum, one.results, base=base, words=beside))
     if beside is not None:
         own = measured_of(WORDS, {}, [], beside, base=None if beside is first else first)
         measured.insert(0 if beside is first else 1, own)
     return measured
 
 
-def write_report(found: dict[str, Found], words: FoundWords | None, reading: Reading, settings: Settings) -> dict:
+def write_report(found: dict[str, Found], reading: Reading, settings: Settings) -> dict:
     """Page, Markdown, JSON and pictures; returns what the JSON holds."""
     output, base = Path(settings.output), next(iter(found.values()))
-    measured = measured_beside(found, words)
+    measured = measured_beside(found, reading.of_words)
     others = [one for one in measured[1:] if one["name"] != WORDS] or measured
     # The newest encoder first: that is what the reader asks about.
     verdicts = {one["name"]: verdict(one, measured[0] if measured[1:] else None) for one in reversed(others)}
@@ -76,7 +68,7 @@ def write_report(found: dict[str, Found], words: FoundWords | None, reading: Rea
     counts = {"notes": len(reading.notes), "notes_left_out": reading.left_out}
     counts |= {"patients": reading.pairs.num_patients, "pairs": len(reading.pairs), "copied": copied(reading.notes)}
     how = {
-        "facts": facts_of(found, words, counts, reading, settings),
+        "facts": facts_of(found, counts, reading, settings),
         "method": METHOD.format(bootstraps=f"{settings.bootstraps:,}"),
     }
     report = {
@@ -97,9 +89,7 @@ def write_report(found: dict[str, Found], words: FoundWords | None, reading: Rea
     return report
 
 
-def facts_of(
-    found: dict[str, Found], words: FoundWords | None, counts: dict[str, int], reading: Reading, settings: Settings
-) -> str:
+def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, settings: Settings) -> str:
     """When, with what, on what and with which options, in a paragraph."""
     encoders = "; ".join(
         f"{name}: {one.known.width} dimensions, "
@@ -110,7 +100,7 @@ def facts_of(
         )
         for name, one in found.items()
     )
-    encoders += f"; {words.fitted}" if words else ""
+    encoders += f"; {reading.fitted}" if reading.fitted else ""
     whose = " of patients that no model was trained on" if reading.record else ""
     copies = (
         ""

@@ -1,6 +1,5 @@
 """Vectors that are there already, of an API or of `densefeat encode`, joined to the notes that they are of."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import dataset as arrow
 
-from hf_densefeat.commands.fitting import described, fit_views, measured_views
-from hf_densefeat.commands.measuring import Encoded, Measurement, default_similarity, quiet
-from hf_densefeat.commands.settings import NotesTable, writable
-from hf_densefeat.data.notes import describe_notes
+from hf_densefeat.commands.settings import NotesTable
 from hf_densefeat.data.sources import open_source
-from hf_densefeat.data.splits import hold_out
-from hf_densefeat.evaluation.words import Words
-from hf_densefeat.reporting.tables import before_after_table, terminal
 
 IDS = ("note_id", "row")
 
@@ -91,35 +84,3 @@ def _matrix(table: pa.Table) -> np.ndarray:
     if not np.isfinite(z).all():
         raise ValueError(f"--vectors: {int((~np.isfinite(z)).any(1).sum())} vectors are not finite.")
     return z.astype(np.float32)
-
-
-def fit_vectors(settings: Any) -> None:
-    """Fit the views of vectors, save each for sentence-transformers and for NumPy, and measure held-out patients' notes.
-
-    Args:
-        settings: of `densefeat head`.
-
-    Raises:
-        ValueError: as `read_vectors`, and for notes that cannot be paired or held out.
-    """
-    quiet()
-    folder = writable(settings.output, "output")
-    notes = numbered_notes(settings)
-    found, z = read_vectors(settings.vectors, notes, settings.id_column)
-    notes = notes.select(found)
-    print(f"notes      {describe_notes(notes)}")
-    parts, _ = hold_out(notes, seed=settings.seed, need=("train", "validation", "test"))
-    known, asked = Encoded.of(notes["text"][:], z), settings.similarity or default_similarity(parts["test"])
-    words = partial(Words.fit, parts["train"]["text"][:])
-    measure = Measurement(parts["test"], similarity=asked, seed=settings.seed, words=words)
-    if measure.others:
-        raise ValueError("--similarity column:query needs texts that have no vector.")
-    how: dict[str, Any] = {"epsilon": settings.epsilon, "seed": settings.seed, "kinds": ("adjacent",)}
-    views, tried = fit_views(known.encode, parts, width=known.width, **how)  # the halves of a note have no vectors
-    for name, head in views.items():
-        head.module().save(folder / name)
-        np.savez(folder / f"{name}.npz", mean=head.mean.numpy(), matrix=head.matrix.numpy())
-    print(described(views, tried))
-    start, after = measure("as it is", known), measured_views(measure, known, views)
-    print(f"\n{terminal(before_after_table([start, *measure.beside(), *after]))}\n")
-    print(f"Saved to {folder}: {', '.join(views)}, each a Dense module of sentence-transformers and a file for NumPy.")

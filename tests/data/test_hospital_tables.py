@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_densefeat.commands.examine import parse_tasks
+from hf_densefeat.commands.measuring import parse_tasks
 from hf_densefeat.data.identity import NONE_WORDS
 from hf_densefeat.data.notes import SPACE, load_notes
 from hf_densefeat.data.pairs import adjacent_pairs

@@ -22,7 +22,7 @@ from hf_densefeat import (
     load_notes,
     split_by_patient,
 )
-from hf_densefeat.commands.examine import read_table
+from hf_densefeat.commands.measuring import read_table
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain.py"
 NOTE, PATIENT = "Qzxsentinelofanote", "Qzxsentinelofapatient"
