@@ -219,7 +219,7 @@ def _is_share(word: str) -> bool:
 
 
 def _typed(value: Any) -> Any:
-    """A YAML mapping of words with its numbers as numbers: `terms: {sphericity: 1e-1}`."""
+    """A YAML mapping of words with its numbers as numbers: `terms: {rank_deficit: 1e-1}`."""
     if isinstance(value, dict):
         return {key: _typed(inner) for key, inner in value.items()}
     try:

@@ -121,7 +121,7 @@ def test_yaml_values_get_the_options_types_and_the_command_line_wins(recipe, tmp
     config = tmp_path / "c.yaml"
     config.write_text(
         "notes: ./notes.csv\nmodel_name_or_path: m\nlearning_rate: 1e-4\nsave_strategy: no\nmax_steps: 7\n"
-        "bf16: false\nprobe: [died:binary, age:regression]\nmax_gap: null\nterms: {sphericity: 1e-1}\n"
+        "bf16: false\nprobe: [died:binary, age:regression]\nmax_gap: null\nterms: {rank_deficit: 1e-1}\n"
     )
     parsed, args = recipe.parse(["--config", str(config), "--max_steps", "9", "--use_cpu"])
     assert args.learning_rate == 1e-4
@@ -131,7 +131,7 @@ def test_yaml_values_get_the_options_types_and_the_command_line_wins(recipe, tmp
     assert args.max_gap is None
     assert parsed.notes == str(tmp_path / "notes.csv")
     assert parsed.probe == ["died:binary", "age:regression"]
-    assert args.terms == {"sphericity": 0.1}
+    assert args.terms == {"rank_deficit": 0.1}
 
 
 def test_without_arguments_the_bundled_cohort_and_encoder_are_used(recipe):
