@@ -10,47 +10,21 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
-from hf_densefeat.models.capture import capturing
-from hf_densefeat.models.encoding import Rows, evaluating, pooled_texts, token_rows
-from hf_densefeat.models.families import check_family, language_modeling_of, positions_of
+from hf_densefeat.models.encoding import Rows, capturing, evaluating, pooled_texts, token_rows
+from hf_densefeat.models.families import auto_class, check_family, language_modeling_of, positions_of
 from hf_densefeat.models.head import DenseHead
 from hf_densefeat.models.modules import SentenceModule, through
 from hf_densefeat.models.pooling import POOLINGS, pool, without_prompt
-from hf_densefeat.models.sentence_transformers import (
-    SentenceFolder,
-    SentenceSettings,
-    episode_views,
-    fetcher,
-    placed_modules,
-    read_folder,
-    write_folder,
-)
+from hf_densefeat.models.sentence_transformers import SentenceSettings, placed_modules, read_folder, write_folder
 from hf_densefeat.models.tokenizers import ABSENT, NO_LIMIT, check_vocabulary, load_tokenizer
 from hf_densefeat.models.views import VIEWS
 
 Native: Any = PreTrainedModel if TYPE_CHECKING else object  # what the mixin is mixed into
 
-HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 IN_MODULES = ("pooling", "max_length")  # of the config's block, what a folder's modules.json says instead
 
 
@@ -215,7 +189,13 @@ class DenseFeatureMixin(Native):
         """
         if isinstance(texts, str):
             raise ValueError("Expected a list of texts but got one string: wrap it in a list.")
-        found = self._view(view) if head else None
+        view = view if head else None
+        if view not in (None, "content", *self.views):
+            raise ValueError(
+                f"Expected view to be one of {', '.join(self.views) or 'content'} or None, which this encoder has, but got "
+                f"{view!r}: `densefeat head` fits views."
+            )
+        found = self.views.get(view) if view else None
         wide = input_layer if found is None else len(found.mean) > self.embedding_dimension
         with evaluating(self):
             if hasattr(texts, "keys"):
@@ -224,22 +204,16 @@ class DenseFeatureMixin(Native):
                 cut = torch.zeros(len(z), dtype=torch.bool)
             else:
                 tokenizer, prompt = tokenizer or self._default_tokenizer(), self.sentence.prompt(prompt_name)
-                z, cut = pooled_texts(
-                    self,
-                    [prompt + text for text in texts] if prompt else list(texts),
-                    tokenizer,
-                    batch_size=batch_size,
-                    max_length=max_length,
-                    excluded=self.sentence.excluded(prompt, tokenizer),
-                    progress=show_progress_bar,
-                    input_layer=wide,
-                )
+                texts = [prompt + text for text in texts] if prompt else list(texts)
+                how = {"batch_size": batch_size, "max_length": max_length, "progress": show_progress_bar}
+                excluded = self.sentence.excluded(prompt, tokenizer)
+                z, cut = pooled_texts(self, texts, tokenizer, excluded=excluded, input_layer=wide, **how)
         z, *inputs = z.split(self.config.hidden_size, dim=1)
         z = torch.cat([through(self.tail, z), *inputs], 1)
         z = z if found is None else found(z)
         z = torch.nn.functional.normalize(z, dim=1) if normalize_embeddings else z
-        rows = z.numpy() if convert_to_numpy else z
-        return (rows, cut.numpy() if convert_to_numpy else cut) if return_cut else rows
+        z, cut = (z.numpy(), cut.numpy()) if convert_to_numpy else (z, cut)
+        return (z, cut) if return_cut else z
 
     def encode_stream(self, texts: Iterable[str], *, block: int = 10_000, **options: Any) -> Iterator[Any]:
         """What `encode` gives of `block` texts at a time, in order: for texts that do not fit in memory.
@@ -252,14 +226,6 @@ class DenseFeatureMixin(Native):
         remaining = iter(texts)
         while some := list(itertools.islice(remaining, block)):
             yield self.encode(some, **options)
-
-    def _view(self, name: str | None) -> DenseHead | None:
-        if name is not None and name != "content" and name not in self.views:
-            raise ValueError(
-                f"Expected view to be one of {', '.join(self.views) or 'content'} or None, which this encoder has, but got "
-                f"{name!r}: `densefeat head` fits views."
-            )
-        return self.views.get(name) if name else None
 
     def _rows(self, texts: list[str], tokenizer: Any, max_length: int | None) -> Rows:
         limit = max_length or self.max_length or tokenizer.model_max_length
@@ -279,9 +245,10 @@ class DenseFeatureMixin(Native):
         with self.capture_hidden():
             # the base model alone: no logits. Under FSDP2 only the root's forward gathers the parameters
             out = (self if type(self).__name__.startswith("FSDP") else self.base_model)(**tokens, **options)
-            mask = without_prompt(tokens["attention_mask"], prompt_length)
-            z = pool(self._body._densefeat_hidden, mask, self.pooling)
-            z = torch.cat([z, pool(out.hidden_states[0], mask, "mean")], 1) if input_layer else z
+            z = self.pooled(tokens["attention_mask"], prompt_length=prompt_length, tail=False)
+            if input_layer:
+                mask = without_prompt(tokens["attention_mask"], prompt_length)
+                z = torch.cat([z, pool(out.hidden_states[0], mask, "mean")], 1)
             return z.float().cpu()
 
     def _default_tokenizer(self) -> Any:
@@ -306,17 +273,12 @@ class DenseFeatureMixin(Native):
         finally:
             self.config.densefeat = block
         if is_main_process:
-            write_folder(save_directory, *self._sentence_folder())
-
-    def _sentence_folder(self) -> tuple[SentenceFolder, int, int]:
-        layers = getattr(self.config, "num_hidden_layers", 0)
-        folder = SentenceFolder(self.pooling, self.max_length, self.sentence, self.views)
-        return folder, self.config.hidden_size, layers
+            write_folder(save_directory, self)
 
     @property
     def sentence_modules(self) -> dict[str, SentenceModule]:
         """Path to module of what follows the transformer in a saved folder, the content view last but for the form view."""
-        return placed_modules(*self._sentence_folder())
+        return placed_modules(self)
 
 
 @functools.cache
@@ -342,23 +304,17 @@ def as_dense(
         raise ValueError(f"Expected long_notes to be truncate or chunk but got {long_notes!r}.")
     if not isinstance(model, DenseFeatureMixin):
         check_family(model)
-        native: Any = type(model)
-        model.__class__ = _dense_class(native)
-    block = dict(getattr(model.config, "densefeat", None) or {})
-    block = {
-        name: value for name, value in block.items() if name not in ("head", "views")
-    }  # of the folder, not of a run
-    default = "last" if model.language_modeling == "causal" else "mean"
-    block["pooling"] = pooling or block.get("pooling", default)
-    if block["pooling"] == "cls" and model.language_modeling == "causal":
+        model.__class__ = _dense_class(type(model))
+    causal = model.language_modeling == "causal"
+    said = {"pooling": "last" if causal else "mean"} | (getattr(model.config, "densefeat", None) or {})
+    given = {"pooling": pooling, "max_length": max_length, "long_notes": long_notes}
+    block = said | {name: value for name, value in given.items() if value is not None}
+    block.pop("views", None)  # of the folder, not of a run
+    if block["pooling"] == "cls" and causal:
         raise ValueError(
             f"cls pooling takes the first token, which in {type(model).__name__}, a decoder, has seen nothing of the note. "
             "Use last or mean."
         )
-    if max_length is not None:
-        block["max_length"] = max_length
-    if long_notes is not None:
-        block["long_notes"] = long_notes
     model.config.densefeat = block
     return model
 
@@ -377,32 +333,16 @@ class AutoDenseModel:
             kwargs: passed on.
         """
         kwargs.setdefault("dtype", torch.float32)
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
         folder = read_folder(name_or_path, hub)
         config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
-        loaded = _auto_class(config).from_pretrained(name_or_path, **kwargs)
+        loaded = auto_class(config).from_pretrained(name_or_path, **kwargs)
         loaded, *info = loaded if kwargs.get("output_loading_info") else (loaded,)
-        if folder is None:
-            views = episode_views(getattr(config, "densefeat", None) or {}, fetcher(name_or_path, hub))
-            model: Any = as_dense(loaded, pooling, max_length)
-        else:
-            model, views = as_dense(loaded, pooling or folder.pooling, max_length or folder.max_length), folder.views
-            model.sentence = folder.settings
-        model.views = views
+        model: Any = as_dense(loaded, pooling or folder.pooling, max_length or folder.max_length)
+        model.sentence, model.views = folder.settings, folder.views
         return (model, *info) if info else model
 
     @classmethod
     def from_config(cls, config, pooling: str | None = None, max_length: int | None = None, **kwargs):
         """A model with random weights."""
-        return as_dense(_auto_class(config).from_config(config, **kwargs), pooling, max_length)
-
-
-def _auto_class(config: Any) -> Any:
-    # the encoder alone of an encoder-decoder family, as T5EncoderModel saves it
-    encoder = next((name for name in config.architectures or () if name.endswith("EncoderModel")), None)
-    if encoder and not config.is_encoder_decoder and hasattr(transformers, encoder):
-        return getattr(transformers, encoder)
-    # a BERT with is_decoder is a decoder
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        return AutoModelForMaskedLM
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+        return as_dense(auto_class(config).from_config(config, **kwargs), pooling, max_length)

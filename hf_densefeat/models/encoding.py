@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_densefeat.models.batches import batches_by_length, slices_by_length
 from hf_densefeat.models.pooling import over_chunks
+
+SLICE, CHARACTERS = 1000, 4_000_000  # texts, and characters, whose tokens are in memory at once
+CACHED_TOKENS = 2048  # tokens of a batch whose hidden states stay in a processor's cache; by `benchmark.py encode`
 
 
 class Rows(NamedTuple):
@@ -35,17 +37,24 @@ def token_rows(texts: Sequence[str], tokenizer: Any, limit: int | None, *, chunk
     encoded = tokenizer(list(texts), **how)
     tokens = dict(encoded)
     owner = tokens.pop("overflow_to_sample_mapping", None)
-    if chunk:
-        return Rows(tokens, owner, [False] * len(texts))
-    # only a row of the full length can be of a text that was longer
-    full = [i for i, ids in enumerate(tokens["input_ids"]) if len(ids) == limit]
     cut = [False] * len(texts)
-    for i in full:
+    # only a row of the full length can be of a text that was longer
+    for i in [] if chunk else [i for i, ids in enumerate(tokens["input_ids"]) if len(ids) == limit]:
         if tokenizer.is_fast:
             cut[i] = bool(encoded.encodings[i].overflowing)
         else:
             cut[i] = len(tokenizer(texts[i], verbose=False)["input_ids"]) > len(tokens["input_ids"][i])
-    return Rows(tokens, None, cut)
+    return Rows(tokens, owner, cut)
+
+
+def batches_by_length(lengths: Sequence[int], most: int, total: int | None = None) -> Iterator[list[int]]:
+    """Yield places, longest first, at most `most` at once, padded to `total` at most; what is longer is a batch of its own."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        rows = most if total is None else min(most, max(1, total // max(lengths[order[start]], 1)))
+        yield order[start : start + rows]
+        start += rows
 
 
 def pooled_texts(
@@ -57,17 +66,17 @@ def pooled_texts(
     max_length: int | None,
     excluded: int,
     progress: bool,
-    input_layer: bool = False,
+    input_layer: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pooled states (N, d), float32 on the CPU, and whether each text was cut (N,).
 
     Texts are sorted by characters, tokenised 1,000 at a time, and each slice is sorted by tokens: little is padded.
 
     Args:
-        model: with `DenseFeatureMixin`, in evaluation mode.
+        model: with `DenseFeatureMixin`, in evaluation mode; the other arguments are as of its `encode`.
         texts: with their prompt.
         tokenizer: the model's.
-        batch_size: most rows of a forward.
+        batch_size: most rows of a forward; on a CPU a batch has no more than 2,048 positions.
         max_length: tokens kept of a text; None for what the model says.
         excluded: tokens at the beginning of each text that are not pooled.
         progress: show a progress bar.
@@ -75,12 +84,13 @@ def pooled_texts(
     """
     z = torch.empty(len(texts), model.config.hidden_size * (1 + input_layer))
     cut = torch.zeros(len(texts), dtype=torch.bool)
+    positions = CACHED_TOKENS if model.device.type == "cpu" else None
     with tqdm(total=len(texts), desc="Encoding", disable=None if progress else True) as bar:
-        for part in slices_by_length(texts):
+        for part in batches_by_length([len(text) for text in texts], SLICE, CHARACTERS):
             rows = model._rows([texts[i] for i in part], tokenizer, max_length)
             lengths = [len(ids) for ids in rows.tokens["input_ids"]]
             found = torch.empty(len(lengths), z.shape[1])
-            for some in batches_by_length(lengths, batch_size, model.device):
+            for some in batches_by_length(lengths, batch_size, positions):
                 batch = {name: [values[i] for i in some] for name, values in rows.tokens.items()}
                 found[some] = model._embed(model._padded(batch, tokenizer), excluded, input_layer)
                 bar.update(len(some) * len(part) / len(lengths))
@@ -102,3 +112,28 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def capturing(body: Any, chosen: Tensor | None) -> Iterator[None]:
+    """Inside, a forward leaves its last hidden states in `body._densefeat_hidden`; see `DenseFeatureMixin.capture_hidden`."""
+    if not hasattr(body, "_densefeat_hook"):
+        body._densefeat_hook = body.register_forward_hook(_keep_hidden)
+    body._densefeat_capture, body._densefeat_chosen = True, chosen
+    try:
+        yield
+    finally:
+        body._densefeat_capture, body._densefeat_hidden, body._densefeat_chosen = False, None, None
+
+
+def _keep_hidden(module: Any, args: Any, output: Any) -> Any:
+    """Keep the last hidden states for the pooling, and hand on the chosen positions alone where some are chosen."""
+    if not module._densefeat_capture:
+        return None
+    module._densefeat_hidden = output[0]
+    if module._densefeat_chosen is None:
+        return None
+    chosen = output[0][module._densefeat_chosen][None]
+    if isinstance(output, tuple):
+        return (chosen, *output[1:])
+    return type(output)(**(dict(output) | {next(iter(output)): chosen}))

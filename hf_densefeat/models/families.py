@@ -1,9 +1,18 @@
-"""What is refused when a model is loaded: families without an embedding of a text, or whose folder nobody else could open."""
+"""Which class opens a checkpoint, and families that are refused: without an embedding, or whose folder nobody could open."""
 
 import logging
 from typing import Any
 
-from transformers import MODEL_MAPPING, PreTrainedModel
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 logger = logging.getLogger(__name__)
@@ -22,6 +31,18 @@ def language_modeling_of(name: str) -> str | None:
     if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return "mlm"
     return "causal" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class that opens a checkpoint: masked-LM, or else causal, or else of the base model."""
+    # the encoder alone of an encoder-decoder family, as T5EncoderModel saves it
+    encoder = next((name for name in config.architectures or () if name.endswith("EncoderModel")), None)
+    if encoder and not config.is_encoder_decoder and hasattr(transformers, encoder):
+        return getattr(transformers, encoder)
+    # a BERT with is_decoder is a decoder
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return AutoModelForMaskedLM
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
 
 
 def positions_of(model: Any) -> int | None:

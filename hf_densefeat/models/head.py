@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_densefeat.models.modules import SentenceModule
+from hf_densefeat.models.modules import SentenceModule, dense_options
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +95,7 @@ class DenseHead:
 
     def module(self) -> SentenceModule:
         """The map as a `Dense` module of sentence-transformers without activation, z W^T + b; its metadata say the rest."""
-        options = {
-            "in_features": self.matrix.shape[0],
-            "out_features": self.matrix.shape[1],
-            "bias": True,
-            "activation_function": "torch.nn.modules.linear.Identity",
-        }
+        options = dense_options(*self.matrix.shape, bias=True)
         weights = {"linear.weight": self.matrix.mT.float(), "linear.bias": (-self.mean @ self.matrix).float()}
         return SentenceModule("Dense", options, weights, {"epsilon": str(self.epsilon), "pairs": self.pairs})
 

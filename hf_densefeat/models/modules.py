@@ -99,6 +99,12 @@ class SentenceModule:
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"} | self.metadata)
 
 
+def dense_options(inputs: int, outputs: int, *, bias: bool) -> dict[str, Any]:
+    """`config.json` of a Dense module without activation."""
+    identity = "torch.nn.modules.linear.Identity"
+    return {"in_features": inputs, "out_features": outputs, "bias": bias, "activation_function": identity}
+
+
 def _weights(path: str, fetch: Fetch) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and metadata; folders of the first releases have a `pytorch_model.bin`, read without unpickling code."""
     file = fetch(f"{path}/model.safetensors")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import cached_file
 
 from hf_densefeat.models.head import DenseHead
-from hf_densefeat.models.modules import BESIDE, EMBEDDING, Fetch, SentenceModule, read_json, write_json
+from hf_densefeat.models.modules import BESIDE, EMBEDDING, Fetch, SentenceModule, dense_options, read_json, write_json
 from hf_densefeat.models.pooling import POOLINGS
 
 ROUTER, TYPE = "router_config.json", "sentence_transformers.models.{}"
@@ -19,6 +19,8 @@ TOKENIZER = "tokenizer_config.json"
 # by the classes of the first releases
 OLDER = ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+KNOWN = {"max_seq_length", "do_lower_case", "transformer_task", "modality_config"}  # options of a Transformer
+KNOWN |= {"config_args", "module_output_name", "unpad_inputs"}
 OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
@@ -59,21 +61,20 @@ class SentenceSettings:
         return len(ids) - (ids[-1] in tokenizer.all_special_ids)
 
 
-@dataclass(frozen=True)
-class SentenceFolder:
-    """What `modules.json` and the files that it names say of a folder: the one record of how it embeds a text.
+class SentenceFolder(NamedTuple):
+    """What `modules.json` and the files that it names say of how a folder embeds a text.
 
     Attributes:
-        pooling: a name of `POOLINGS`.
+        pooling: a name of `POOLINGS`; None without `modules.json`.
         max_length: tokens that are kept of a text; None for as many as the transformer has positions.
         settings: what comes beside and after pooling.
         views: the last module: a `DenseHead` alone, or one for each route of a `Router`.
     """
 
-    pooling: str
+    pooling: str | None
     max_length: int | None
     settings: SentenceSettings
-    views: dict[str, DenseHead] = field(default_factory=dict)
+    views: dict[str, DenseHead]
 
 
 def fetcher(name_or_path: str, hub: dict[str, Any]) -> Fetch:
@@ -87,8 +88,8 @@ def fetcher(name_or_path: str, hub: dict[str, Any]) -> Fetch:
     return fetch
 
 
-def read_folder(name_or_path: str, hub: dict[str, Any]) -> SentenceFolder | None:
-    """What a folder or Hub repository says, in the layout of any release from 2 to 6; None without `modules.json`.
+def read_folder(name_or_path: str, hub: dict[str, Any]) -> SentenceFolder:
+    """What a folder or Hub repository says, in the layout of any release from 2 to 6.
 
     Args:
         name_or_path: folder or Hub name.
@@ -99,8 +100,11 @@ def read_folder(name_or_path: str, hub: dict[str, Any]) -> SentenceFolder | None
         OSError: if there is no such folder or repository.
     """
     fetch = fetcher(name_or_path, hub)
-    if fetch(MODULES) is None:
-        return None
+    if fetch(MODULES) is None:  # without what is for texts: an encoder of episodes has its views in its config's block
+        names = (read_json(fetch("config.json")).get("densefeat") or {}).get("views", ())
+        modules = {name: SentenceModule.load("Dense", f"{name}_Dense", fetch) for name in names}
+        views = {name: DenseHead.of_module(module) for name, module in modules.items()}
+        return SentenceFolder(None, None, SentenceSettings(), views)
     try:
         return _read(fetch)
     except ValueError as error:
@@ -123,16 +127,7 @@ def _read(fetch: Fetch) -> SentenceFolder:
     modality = transformer.get("modality_config", {"text": OUTPUT})
     if modality.get("text") != OUTPUT or "message" in modality:
         raise ValueError(f"its Transformer takes {', '.join(modality)}, or not the last hidden state")
-    known = (
-        "max_seq_length",
-        "do_lower_case",
-        "transformer_task",
-        "modality_config",
-        "config_args",
-        "module_output_name",
-        "unpad_inputs",
-    )
-    unknown = [name for name, value in transformer.items() if value and name not in known]
+    unknown = [name for name, value in transformer.items() if value and name not in KNOWN]
     unknown += ["truncate_dim"] if settings.get("truncate_dim") else []
     if unknown:
         raise ValueError(f"it sets {', '.join(unknown)}")
@@ -177,14 +172,6 @@ def _read_views(paths: list[tuple[str, str]], fetch: Fetch) -> tuple[list[tuple[
     return before, {name: DenseHead.of_module(module) for name, module in modules.items()}
 
 
-def episode_views(block: dict[str, Any], fetch: Fetch) -> dict[str, DenseHead]:
-    """The views of a folder without `modules.json`, by the names in the config's block; once there was a head alone."""
-    paths = {name: f"{name}_Dense" for name in block.get("views", ())} or (
-        {"content": "2_Dense"} if "head" in block else {}
-    )
-    return {name: DenseHead.of_module(SentenceModule.load("Dense", path, fetch)) for name, path in paths.items()}
-
-
 def read_transformer(fetch: Fetch) -> dict[str, Any]:
     """The config of the module Transformer; {} where there is none."""
     names = (TRANSFORMER, *(f"sentence_{name}_config.json" for name in OLDER))
@@ -203,23 +190,21 @@ def _read_pooling(config: dict[str, Any]) -> tuple[str, bool]:
     return found[0], config.get("include_prompt", True)
 
 
-def write_folder(target: Path | str, folder: SentenceFolder, width: int, layers: int) -> None:
+def write_folder(target: Path | str, model: Any) -> None:
     """Write the files into a folder that has a transformers model, in the older form, which every release from 2 to 6 reads.
 
     Args:
         target: the model's folder.
-        folder: what is written.
-        width: of the hidden states.
-        layers: of the transformer.
+        model: with `DenseFeatureMixin`.
     """
-    settings, modules = folder.settings, placed_modules(folder, width, layers)
+    settings, modules = model.sentence, placed_modules(model)
     for path, module in modules.items():
         module.save(Path(target) / path)
     entries = list(dict.fromkeys(path.split("/")[0] for path in modules))
     if entries[-1].endswith("Router"):
-        write_json(Path(target) / entries[-1] / ROUTER, _router(list(folder.views)))
+        write_json(Path(target) / entries[-1] / ROUTER, _router(list(model.views)))
     wide = any(module.kind == "WeightedLayerPooling" for module in modules.values())
-    transformer: dict[str, Any] = {"max_seq_length": folder.max_length, "do_lower_case": settings.lower_case}
+    transformer: dict[str, Any] = {"max_seq_length": model.max_length, "do_lower_case": settings.lower_case}
     files: dict[str, Any] = {
         MODULES: [
             {"idx": i, "name": str(i), "path": path, "type": TYPE.format(path.partition("_")[2] or "Transformer")}
@@ -238,44 +223,35 @@ def write_folder(target: Path | str, folder: SentenceFolder, width: int, layers:
         write_json(Path(target) / name, content)
 
 
-def placed_modules(folder: SentenceFolder, width: int, layers: int) -> dict[str, SentenceModule]:
-    """Path in the folder to module, in order, those of the views last; arguments as of `write_folder`."""
-    modules = [_pooling(width, POOLINGS[folder.pooling].mode, folder.settings), *folder.settings.tail]
-    widths = [module.options["out_features"] for module in folder.settings.tail if module.kind == "Dense"]
-    d, views = widths[-1] if widths else width, folder.views
-    if any(len(head.mean) > d for head in views.values()):
-        modules += _beside(d, width, layers, folder.settings)
+def placed_modules(model: Any) -> dict[str, SentenceModule]:
+    """Path in the folder to module of what follows the transformer, in order, those of the views last."""
+    modules = [_pooling(model, POOLINGS[model.pooling].mode), *model.tail]
+    if any(len(head.mean) > model.embedding_dimension for head in model.views.values()):
+        modules += _beside(model)
     found = {f"{place}_{module.kind}": module for place, module in enumerate(modules, start=1)}
-    last = f"{len(modules) + 1}_" + ("Router/{}_0_Dense" if len(views) > 1 else "Dense")
-    return found | {last.format(name): head.module() for name, head in views.items()}
+    last = f"{len(modules) + 1}_" + ("Router/{}_0_Dense" if len(model.views) > 1 else "Dense")
+    return found | {last.format(name): head.module() for name, head in model.views.items()}
 
 
-def _pooling(width: int, mode: str, settings: SentenceSettings, *more: str) -> SentenceModule:
-    flags = {f"pooling_mode_{one}": one in (mode, *more) for one in MODES}
-    return SentenceModule(
-        "Pooling", {"word_embedding_dimension": width, **flags, "include_prompt": settings.include_prompt}
-    )
+def _pooling(model: Any, *modes: str) -> SentenceModule:
+    flags = {f"pooling_mode_{one}": one in modes for one in MODES}
+    options = {"word_embedding_dimension": model.config.hidden_size, **flags}
+    return SentenceModule("Pooling", options | {"include_prompt": model.sentence.include_prompt})
 
 
-def _beside(d: int, width: int, layers: int, settings: SentenceSettings) -> list[SentenceModule]:
+def _beside(model: Any) -> list[SentenceModule]:
     """Modules that append the mean of the input embeddings (N, width) to the embedding (N, d).
 
     The embedding is kept where `Pooling` takes the vector of its mode "cls" from, the input embeddings take the place of the
     last states, and `Pooling` by "cls" and "mean" puts both side by side.
     """
-    copy = {
-        "in_features": d,
-        "out_features": d,
-        "bias": False,
-        "activation_function": "torch.nn.modules.linear.Identity",
-        "module_input_name": EMBEDDING,
-        "module_output_name": BESIDE,
-    }
+    d, width, layers = model.embedding_dimension, model.config.hidden_size, model.config.num_hidden_layers
+    copy = dense_options(d, d, bias=False) | {"module_input_name": EMBEDDING, "module_output_name": BESIDE}
     first = {"word_embedding_dimension": width, "layer_start": 0, "num_hidden_layers": layers}
     return [
         SentenceModule("Dense", copy, {"linear.weight": torch.eye(d)}),
         SentenceModule("WeightedLayerPooling", first, {"layer_weights": torch.eye(layers + 1)[0]}),
-        _pooling(width, "cls_token", settings, "mean_tokens"),
+        _pooling(model, "cls_token", "mean_tokens"),
     ]
 
 
@@ -302,13 +278,11 @@ class _Live(torch.nn.Module):
         self.model, self.tokenizer = model, tokenizer
 
     def preprocess(self, texts: list[str], prompt: str | None = None, **_: Any) -> dict[str, Any]:
-        """Tokens of a batch; `tokenize` is the name before release 6, which gets texts with their prompt."""
+        """Tokens of a batch."""
         length = self.model.max_length or self.tokenizer.model_max_length
         options = {"truncation": True, "max_length": length, "padding": True, "padding_side": "right"}
         tokens = self.tokenizer([(prompt or "") + text for text in texts], return_tensors="pt", **options)
         return dict(tokens) | {"prompt_length": self.model.sentence.excluded(prompt or "", self.tokenizer)}
-
-    tokenize = preprocess
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """The features with the embeddings of `encode`."""
@@ -317,10 +291,8 @@ class _Live(torch.nn.Module):
         return features | {"sentence_embedding": self.model.encode(tokens)}
 
     def get_embedding_dimension(self) -> int:
-        """d; `get_sentence_embedding_dimension` is the name before release 6."""
+        """Width of what `encode` gives."""
         return self.model.output_dimension
-
-    get_sentence_embedding_dimension = get_embedding_dimension
 
 
 def as_sentence_transformer(model: Any, tokenizer: Any) -> Any:

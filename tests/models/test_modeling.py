@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_densefeat import AutoDenseModel, DenseFeatureMixin
-from hf_densefeat.models import batches
+from hf_densefeat.models import encoding
 from hf_densefeat.models.dense import as_dense
 from hf_densefeat.models.pooling import POOLINGS
 
@@ -186,7 +186,7 @@ def test_slices_and_streams_are_the_whole(tokenizer, monkeypatch):
     assert cut.tolist() == [length > model.max_length for length in lengths]
     assert 0 < cut.sum() < len(texts)
     for name, value in (("SLICE", 2), ("CHARACTERS", 40)):
-        monkeypatch.setattr(batches, name, value)
+        monkeypatch.setattr(encoding, name, value)
         found, again = model.encode(texts, tokenizer, return_cut=True)
         torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
         assert torch.equal(again, cut)
