@@ -27,8 +27,6 @@ MATHEMATICS = [
     "models.pooling",
     "evaluation.geometry",
     "evaluation.ranking",
-    "evaluation.spectrum",
-    "evaluation.subspaces",
 ]
 
 

@@ -29,10 +29,15 @@ from hf_densefeat.commands.settings import writable
 from hf_densefeat.commands.vectors import numbered_notes, read_vectors
 from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
-from hf_densefeat.evaluation.geometry import geometry_report, patient_subspaces, principal_angles, spectrum
+from hf_densefeat.evaluation.geometry import (
+    geometry_report,
+    halves_of,
+    patient_subspaces,
+    principal_angles,
+    spectrum,
+)
 from hf_densefeat.evaluation.probes import SHOTS
 from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
-from hf_densefeat.evaluation.subspaces import halves_of
 from hf_densefeat.evaluation.words import Words
 from hf_densefeat.reporting.comparison import Both
 
@@ -215,7 +220,7 @@ def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Te
     `geometry_report`, which lowered ``k`` to what each of them supports. Means over the draws.
     """
     found: tuple[list, list] = ([], [])
-    for first, second in halves_of(len(z), patients, 4, seed):
+    for first, second in halves_of(len(z), patients, seed=seed):
         for angles, other in zip(found, (z_next, z), strict=True):
             angles.append(principal_angles(z[first], other[second], k, center=True).numpy())
     return tuple(np.mean(angles, axis=0) for angles in found)

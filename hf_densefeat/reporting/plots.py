@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from hf_densefeat.evaluation.geometry import CONDITION_FLOOR
 from hf_densefeat.evaluation.metrics import Estimate
-from hf_densefeat.evaluation.spectrum import CONDITION_FLOOR
 from hf_densefeat.reporting.comparison import Measured, comparisons
 from hf_densefeat.reporting.formats import interval, number
 

@@ -23,7 +23,6 @@ from hf_densefeat.evaluation.geometry import (
     principal_angles,
     spectrum,
     subspace_distance,
-    subspace_noise_floor,
     variance_share,
 )
 
@@ -64,7 +63,6 @@ def test_subspace_distance_and_angles_equal_scipy(n, d, center):
     u, v = leading(z, k, center), leading(other, k, center)
     distance = subspace_distance(z, other, k, center)
     assert distance == pytest.approx(np.linalg.norm(u @ u.T - v @ v.T) ** 2, rel=1e-10)
-    assert subspace_distance(z, other, k, center, normalized=True) == pytest.approx(distance / (2 * k))
     angles = principal_angles(z, other, k, center)
     np.testing.assert_allclose(angles.numpy()[::-1], scipy.linalg.subspace_angles(u, v), atol=1e-10)
     assert distance == pytest.approx(2 * float(angles.sin().square().sum()), rel=1e-10)
@@ -164,11 +162,14 @@ def test_excess_sees_a_change_that_the_floor_does_not_explain():
 def test_noise_floor_is_seeded_and_keeps_groups_whole():
     """The same seed gives the same floor; duplicated rows in one group cannot lower it."""
     z = embeddings(60, 10)
-    assert subspace_noise_floor(z, 3, seed=1) == subspace_noise_floor(z, 3, seed=1)
-    assert subspace_noise_floor(z, 3, seed=1) != subspace_noise_floor(z, 3, seed=2)
+
+    def floor(rows, **options):
+        return geometry_report(rows, k=3, **options)["subspace_noise_floor"]
+
+    assert floor(z, seed=1) == floor(z, seed=1)
+    assert floor(z, seed=1) != floor(z, seed=2)
     twins, groups = z.repeat(2, 1), torch.arange(60).repeat(2)
-    apart = subspace_noise_floor(twins, 3, groups=groups, draws=8)
-    assert apart > 1.2 * subspace_noise_floor(twins, 3, draws=8)
+    assert floor(twins, groups=groups) > 1.2 * floor(twins)
 
 
 def test_unsupported_k_is_refused_by_the_function_and_lowered_aloud_by_the_report(caplog):
