@@ -300,6 +300,11 @@ class Metric:
     higher_is_better: bool
     hub_name: str
 
+    @property
+    def sign(self) -> int:
+        """Of a difference, so that more is better."""
+        return 1 if self.higher_is_better else -1
+
 
 METRICS: dict[str, Metric] = {
     "auroc": Metric(class_auroc, "AUROC", True, "roc_auc"),

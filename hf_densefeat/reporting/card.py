@@ -43,6 +43,10 @@ TERMS = {
     "orthogonality": "‖corr(Z) − I‖², correlation between features",
 }
 
+IMPORTS = """from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import cached_file"""
+
 HEAD = """
 # the content view, an affine map fitted on training notes; the two other ways apply it by themselves
 head = load_file(cached_file("{repository}", "{path}/model.safetensors"))
@@ -61,7 +65,7 @@ TRANSFORMERS = """With Transformers:
 
 ```python
 import torch
-{head_imports}from transformers import AutoModel, AutoTokenizer{cached_file}
+{imports}
 
 texts = ["Chest pain on exertion, relieved by rest.", "Follow-up for type 2 diabetes."]
 tokenizer = AutoTokenizer.from_pretrained("{repository}")
@@ -202,31 +206,28 @@ def model_card(
         tags: further tags.
         dataset: Hub name of the notes, if they may be named.
     """
-    other_input, base = model.card_use() is not None, run.base_model
+    own, base, name = model.card_use(), run.base_model, repository.split("/")[-1]
+    on_hub = base if base and not run.local and not Path(base).exists() else None
+    origin = f"Continued from [{on_hub}](https://hf.co/{on_hub})." if on_hub else "Continued from a local checkpoint."
     metadata = ModelCardData(
         language=language,
         license=license or (licence_of(base) if base else None),
-        library_name="transformers" if other_input else "sentence-transformers",
-        pipeline_tag="feature-extraction" if other_input else "sentence-similarity",
-        tags=list(dict.fromkeys([*([] if other_input else ["sentence-transformers"]), *TAGS, *tags])),
-        base_model=None if base is None or _is_local(run) else base,
+        library_name="transformers" if own else "sentence-transformers",
+        pipeline_tag="feature-extraction" if own else "sentence-similarity",
+        tags=list(dict.fromkeys([*([] if own else ["sentence-transformers"]), *TAGS, *tags])),
+        base_model=on_hub,
         datasets=dataset,
-        model_name=repository.split("/")[-1],
+        model_name=name,
         eval_results=_eval_results(measured) if measured else None,
     )
-    return f"---\n{metadata.to_yaml()}\n---\n\n{_text(repository, model, run, measured, pictures)}"
-
-
-def _text(repository: str, model: Any, run: Run, measured: Sequence[Measured], pictures: Sequence[Picture]) -> str:
-    """The card below its metadata."""
     weighted = " + ".join(f"{weight:g} {term}" for term, (weight, _) in run.terms.items())
-    described = [
+    terms = [
         [term, TERMS.get(term, text).replace("{k}", str(run.subspace_dim))] for term, (_, text) in run.terms.items()
     ]
-    return BODY.format(
-        name=repository.split("/")[-1],
+    body = BODY.format(
+        name=name,
         kind=model.card_kind,
-        use=_use(repository, model),
+        use=own.format(repository=repository, width=model.output_dimension) if own else _use(repository, model),
         local="" if "/" in repository else LOCAL.format(repository=repository),
         architecture=type(model).__name__.removeprefix("FSDP"),
         parameters=model.num_parameters(),
@@ -234,57 +235,39 @@ def _text(repository: str, model: Any, run: Run, measured: Sequence[Measured], p
         pooling=model.pooling,
         span=f"the first {model.max_length:,} tokens" if model.max_length else "all tokens",
         longer=CHUNKED if model.long_notes == "chunk" else "",
-        origin=_origin(run),
+        origin=origin if base else "Trained from random weights.",
         counts=markdown([["notes", "number"], *([key, f"{value:,}"] for key, value in run.counts.items())]),
         loss=f"L = {run.mlm_weight:g} MLM + {run.dense_weight:g} ({weighted})",
-        terms=markdown([["term", "what it is"], *described]),
+        terms=markdown([["term", "what it is"], *terms]),
         training=markdown([["training", "setting"], *([key, str(value)] for key, value in run.settings.items())]),
-        measured=_measured(measured, pictures, run.evaluated or {}),
+        measured=_measured(measured, pictures) if measured else _evaluated(run.evaluated or {}),
     )
-
-
-def _is_local(run: Run) -> bool:
-    return run.local or Path(run.base_model or "").exists()
-
-
-def _origin(run: Run) -> str:
-    if run.base_model is None:
-        return "Trained from random weights."
-    if _is_local(run):
-        return "Continued from a local checkpoint."
-    return f"Continued from [{run.base_model}](https://hf.co/{run.base_model})."
+    return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 
 
 def _use(repository: str, model: Any) -> str:
     """The snippets."""
     content = model.dense_head
     shared = {"repository": repository, "width": model.output_dimension}
-    own = model.card_use()
-    if own is not None:
-        return own.format(**shared)
-    path = next((path for path in model.sentence_modules if "content" in path), list(model.sentence_modules)[-1])
     wide, two = content is not None and len(content.mean) > model.embedding_dimension, len(model.views) > 1
     if model.tail or model.prompt:
         kinds = [module.kind for module in model.tail] + ["the dense head"] * (content is not None)
         transformers = TAILED.format(modules=", ".join(kinds) or "nothing")
     else:
+        path = next((path for path in model.sentence_modules if "content" in path), list(model.sentence_modules)[-1])
         transformers = TRANSFORMERS.format(
             **shared,
+            imports=IMPORTS.splitlines()[1] if content is None else IMPORTS,
             max_length=model.max_length,
             pooling_code=POOLINGS[model.pooling].snippet,
             states=", output_hidden_states=True" if wide else "",
             inputs=INPUTS if wide else "",
             head=HEAD.format(repository=repository, path=path) if content is not None else "",
-            head_imports="from safetensors.torch import load_file\n" if content is not None else "",
-            cached_file="\nfrom transformers.utils import cached_file" if content is not None else "",
         )
     by_form = '\nby_form = encoder.encode(texts, task="form")  # the form view: what kind of text it is'
-    return USE.format(
-        **shared,
-        transformers=transformers,
-        by_content="  # the content view: what a text is about" if two else "",
-        by_form=by_form if two else "",
-    )
+    by_content = "  # the content view: what a text is about"
+    views = {"by_content": by_content, "by_form": by_form} if two else {"by_content": "", "by_form": ""}
+    return USE.format(**shared, transformers=transformers, **views)
 
 
 def licence_of(base_model: str) -> str | None:
@@ -296,15 +279,11 @@ def licence_of(base_model: str) -> str | None:
         return None
 
 
-def _measured(measured: Sequence[Measured], pictures: Sequence[Picture], evaluated: Mapping[str, Any]) -> str:
-    """Verdict, table, pictures; of a run that was only evaluated in training, the evaluator's numbers."""
-    if not measured:
-        return _evaluated(evaluated)
-    base, last = measured[0], judged(measured)
-    found = verdict(last, base if len(measured) > 1 else None)
-    parts = [f"**{found.advice}** {found.evidence}"]
-    shape = last["geometry"]
-    parts.append(f"{markdown(before_after_table(measured, wide=True))}\n\n{READING}")
+def _measured(measured: Sequence[Measured], pictures: Sequence[Picture]) -> str:
+    """Verdict, table, pictures."""
+    last = judged(measured)
+    found, shape = verdict(last, measured[0] if len(measured) > 1 else None), last["geometry"]
+    parts = [f"**{found.advice}** {found.evidence}", markdown(before_after_table(measured, wide=True)), READING]
     for picture in pictures:
         alt = picture.alt.translate(str.maketrans("[]", "()"))  # brackets would end the text of the picture
         parts.append(f"![{alt}]({picture.path.name})\n\n{picture.caption}")
@@ -315,11 +294,11 @@ def _measured(measured: Sequence[Measured], pictures: Sequence[Picture], evaluat
 
 
 def _evaluated(evaluated: Mapping[str, Any]) -> str:
-    timing = ("_runtime", "_per_second", "_seconds", "_time")
+    """The evaluator's numbers, of a run that was only evaluated in training."""
     rows = [
         [key.removeprefix("eval_").replace("_", " "), number(value)]
         for key, value in evaluated.items()
-        if key.startswith("eval_") and not key.endswith(timing)
+        if key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_seconds", "_time"))
     ]
     if not rows:
         return "Nothing was measured in this run."
@@ -328,16 +307,15 @@ def _evaluated(evaluated: Mapping[str, Any]) -> str:
 
 def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
     """Headlines of the last encoder, with the interval in the metric's name: the Hub has no field for it."""
+    # of the views the content view, which the folder gives by default
+    one = next((one for one in measured if "view" in one), measured[-1])
     results = []
-    one = next(
-        (one for one in measured if "view" in one), measured[-1]
-    )  # the content view, which the folder gives by default
     for row in comparisons([one]):
-        if not row.headline or not math.isfinite(row.values[one["name"]].value):
+        found = row.values[one["name"]]
+        if not row.headline or not math.isfinite(found.value):
             continue
-        found, entry = row.values[one["name"]], METRICS[row.metric]
         kind, name = HUB_TASKS.get(row.metric, ("feature-extraction", GROUPS[row.group].capitalize()))
-        title, known = entry.title, math.isfinite(found.low)
+        title, known = METRICS[row.metric].title, math.isfinite(found.low)
         results.append(
             EvalResult(
                 task_type=kind,
@@ -346,7 +324,7 @@ def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
                 dataset_name=f"held-out patients: {row.task}",
                 dataset_config=f"{row.task}, {name}",  # entries with the same task type and config are merged
                 dataset_split="test",
-                metric_type=entry.hub_name,
+                metric_type=METRICS[row.metric].hub_name,
                 metric_name=f"{title}, 95 % interval {found.low:.3f} to {found.high:.3f}" if known else title,
                 metric_value=round(found.value, 4),
             )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from hf_densefeat.evaluation.geometry import State, geometry_state, variance_share
-from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, WITH_WORDS, Estimate, metric_named, paired_difference
+from hf_densefeat.evaluation.metrics import METRICS_OF, WITH_WORDS, Estimate, metric_named, paired_difference
 from hf_densefeat.evaluation.probes import ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityResult
 from hf_densefeat.evaluation.similarity_kinds import SIMILARITY
@@ -43,7 +43,6 @@ class Measured(TypedDict, total=False):
     against_words: dict[str, Triple]
 
 
-Results = Mapping[str, SimilarityResult] | Mapping[str, ProbeResult]
 Both = tuple[Mapping[str, SimilarityResult], Mapping[str, ProbeResult]]  # of similarity and of probes, task to result
 
 
@@ -67,27 +66,25 @@ def measured_of(
         words: the same of words, where they are measured beside it.
     """
 
-    def against(other: Both | None) -> dict[str, Triple]:
-        return {} if other is None else _triples(results[0], other[0]) | _triples(results[1], other[1])
+    def triples(tasks: Iterable[tuple[str, dict[str, Estimate]]]) -> dict[str, Triple]:
+        return {f"{task} {name}": [e.value, e.low, e.high] for task, found in tasks for name, e in found.items()}
 
+    def against(other: Both | None) -> dict[str, Triple]:
+        sides: Any = () if other is None else zip(results, other, strict=True)
+        return triples(
+            (task, paired_difference(one, base[task])) for ours, base in sides for task, one in ours.items()
+        )
+
+    similarity, probes = (triples((task, one.metrics) for task, one in part.items()) for part in results)
     return {
         "name": name,
         "geometry": geometry,
         "spectrum": [float(value) for value in spectrum],
-        "similarity": _triples(results[0]),
-        "probes": _triples(results[1]),
+        "similarity": similarity,
+        "probes": probes,
         "differences": against(base),
         "against_words": against(words),
     }
-
-
-def _triples(results: Results, base: Results | None = None) -> dict[str, Triple]:
-    """Results by task as "task metric" to value, low, high; with a base, paired differences to its results."""
-    found: dict[str, Triple] = {}
-    for task, result in results.items():
-        estimates = result.metrics if base is None else paired_difference(result, base[task])
-        found |= {f"{task} {metric}": [e.value, e.low, e.high] for metric, e in estimates.items()}
-    return found
 
 
 def judged(measured: Sequence[Measured]) -> Measured:
@@ -98,9 +95,8 @@ def judged(measured: Sequence[Measured]) -> Measured:
     views = [one for one in measured if "view" in one] or [measured[-1]]
     merged: Any = {**views[0], "name": " or ".join(one["name"] for one in views)}
     for key in views[0].get("differences", {}):
-        sign = 1 if metric_named(key.rsplit(" ", 1)[1]).higher_is_better else -1
-        gains = [sign * (one["differences"][key][0] or 0.0) for one in views]
-        best = views[gains.index(max(gains))]
+        sign = metric_named(key.rsplit(" ", 1)[1]).sign
+        best: Any = max(views, key=lambda one: sign * (one["differences"][key][0] or 0.0))
         for part in ("similarity", "probes", "differences", "against_words"):
             if key in merged.get(part, {}):
                 merged[part] = {**merged[part], key: best[part][key]}
@@ -118,11 +114,6 @@ def plain_numbers(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def estimate_of(triple: Triple) -> Estimate:
-    """A triple as `Estimate`."""
-    return Estimate(*(np.nan if value is None else value for value in triple))
-
-
 # ---- Rows of a comparison -------------------------------------------------------------------------------------------
 
 Direction = Literal["better", "worse", "equal"]
@@ -133,20 +124,17 @@ GROUPS = {"similarity": "similarity", "probes": "linear probes", "clusterings": 
 
 def headlines(group: str) -> set[str]:
     """The metrics of a group by which verdicts count, one a task: the first of each kind."""
-    kinds = {
-        "similarity": [kind.metrics for kind in SIMILARITY.values()],
-        "clusterings": [METRICS_OF["clustering"]],
-        "probes": [metrics for kind, metrics in METRICS_OF.items() if kind != "clustering"],
-    }
-    return {metrics[0] for metrics in kinds[group]}
+    if group == "similarity":
+        return {kind.metrics[0] for kind in SIMILARITY.values()}
+    clusters = group == "clusterings"
+    return {metrics[0] for kind, metrics in METRICS_OF.items() if (kind == "clustering") == clusters}
 
 
 def direction(difference: Estimate, metric: str) -> Direction:
     """Better or worse: a 95 % interval on that side of zero. Equal: it holds zero, which is no proof, or is unknown."""
-    sign = 1 if metric_named(metric).higher_is_better else -1
     if difference.low <= 0 <= difference.high or not np.isfinite(difference.low):
         return "equal"
-    return "better" if sign * difference.value > 0 else "worse"
+    return "better" if metric_named(metric).sign * difference.value > 0 else "worse"
 
 
 @dataclass(frozen=True)
@@ -185,16 +173,11 @@ class Comparison:
         entry = metric_named(self.metric)
         return f"{self.task}: {entry.title}{'' if entry.higher_is_better else ' (lower is better)'}"
 
-    def direction(self, name: str) -> Direction:
-        """Whether that encoder is better than the first."""
-        return direction(self.differences.get(name, Estimate(np.nan)), self.metric)
-
     def gain(self, name: str) -> float:
         """Its difference relative to the first encoder's value, above 0 where it is better."""
         # relative, so that gains of metrics with other units can be put in one order
         base = abs(next(iter(self.values.values())).value)
-        sign = 1 if metric_named(self.metric).higher_is_better else -1
-        return sign * self.differences[name].value / max(base, 1e-9)
+        return metric_named(self.metric).sign * self.differences[name].value / max(base, 1e-9)
 
     def quoted(self, difference: Estimate) -> str:
         """Metric, task and difference, for a sentence."""
@@ -202,37 +185,31 @@ class Comparison:
         return f"{metric} of {self.task} {interval(difference, signed=True)}"
 
 
-def comparisons(measured: Sequence[Measured], *, variants: bool = False) -> list[Comparison]:
-    """Similarity first, then linear probes, then k-means; every metric of the last encoder, of the others where it is known.
+def _estimates(measured: Sequence[Measured], part: str, key: str) -> dict[str, Estimate]:
+    """Encoder to what it has under "task metric" in one of its parts, where it has."""
+    sides: dict[str, Any] = {one["name"]: one.get(part, {}) for one in measured}
+    return {
+        name: Estimate(*(np.nan if value is None else value for value in side[key]))
+        for name, side in sides.items()
+        if key in side
+    }
+
+
+def comparisons(measured: Sequence[Measured]) -> list[Comparison]:
+    """Every metric and variant of the last encoder, of the others where it is known: similarity, linear probes, k-means.
 
     Args:
         measured: encoders; the first is what the others are compared with.
-        variants: also the metrics of codes, fewer dimensions and rankings fused with words (``mrr_binary``,
-            ``mrr_d_over_4``, ``mrr_with_words``).
     """
-    found = []
-    parts: tuple[Literal["similarity", "probes"], ...] = ("similarity", "probes")
-    for part in parts:
-        sides = {one["name"]: _part(one, part) for one in measured}
-        gaps = {one["name"]: _part(one, "differences") for one in measured[1:]}
-        beside = {one["name"]: _part(one, "against_words") for one in measured}
-        for key in sides[measured[-1]["name"]]:
+    found, last = [], dict[str, Any](measured[-1])
+    for part in ("similarity", "probes"):
+        for key in last.get(part, {}):
             task, metric = key.rsplit(" ", 1)
-            # a variant is named by its metric and what was done to the embeddings: mrr_binary
-            if not variants and metric not in METRICS:
-                continue
-            values, differences, against = (
-                {name: estimate_of(side[key]) for name, side in one.items() if key in side}
-                for one in (sides, gaps, beside)
-            )
             # k-means over all rows is no held-out probe, and is counted apart from them
             group = "clusterings" if part == "probes" and metric in METRICS_OF["clustering"] else part
-            found.append(Comparison(group, task, metric, values, differences, against))
+            estimates = _estimates(measured, part, key), _estimates(measured[1:], "differences", key)
+            found.append(Comparison(group, task, metric, *estimates, _estimates(measured, "against_words", key)))
     return sorted(found, key=lambda one: list(GROUPS).index(one.group))
-
-
-def _part(one: Measured, name: Literal["similarity", "probes", "differences", "against_words"]) -> dict[str, Triple]:
-    return one.get(name, {})
 
 
 # ---- The verdict ----------------------------------------------------------------------------------------------------
@@ -288,25 +265,27 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
     )
     rows = [] if base is None else [row for row in comparisons([base, ours]) if row.headline and row.differences]
     if base is None or not rows:
-        evidence = f"{numbers[0].upper()}{numbers[1:]}.{_beside_words(ours)}"
+        evidence = f"{_sentence(numbers)}{_beside_words(ours)}"
         return Verdict(state, None, {}, f"{shape}: {ADVICE[state]}.", evidence)
     counts: dict[str, dict[Direction, int]] = {}
     for row in rows:
         group = counts.setdefault(row.group, {"better": 0, "equal": 0, "worse": 0})
-        group[row.direction(name)] += 1
+        group[direction(row.differences[name], row.metric)] += 1
     better, worse = (sum(one[word] for one in counts.values()) for word in ("better", "worse"))
     # one visible loss is enough to say so, whatever the number of gains
     against = ("mixed" if worse else "better") if better else ("worse" if worse else "equal")
-    evidence = "; ".join(f"{GROUPS[group]}: {_counted(one)}" for group, one in counts.items())
-    advice = f"{_advice(name, base['name'], against, counts)}."
-    evidence = f"{evidence[0].upper()}{evidence[1:]}.{_extremes(rows, name)}{_beside_words(ours)}"
-    evidence += f" {shape} ({numbers}): {ADVICE[state]}."
-    return Verdict(state, against, counts, advice, evidence)
+    said: dict[Direction, str] = {"better": "better", "worse": "worse", "equal": "without a visible difference"}
+    counted = {
+        group: ", ".join(f"{one[word]} {text}" for word, text in said.items() if one[word])
+        for group, one in counts.items()
+    }
+    evidence = _sentence("; ".join(f"{GROUPS[group]}: {text}" for group, text in counted.items()))
+    evidence += f"{_extremes(rows, name)}{_beside_words(ours)} {shape} ({numbers}): {ADVICE[state]}."
+    return Verdict(state, against, counts, f"{_advice(name, base['name'], against, counts)}.", evidence)
 
 
-def _counted(counts: dict[Direction, int]) -> str:
-    words: dict[Direction, str] = {"better": "better", "worse": "worse", "equal": "without a visible difference"}
-    return ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _advice(ours: str, base: str, against: str, counts: dict[str, dict[Direction, int]]) -> str:
@@ -326,28 +305,23 @@ def _advice(ours: str, base: str, against: str, counts: dict[str, dict[Direction
 
 def _extremes(rows: list[Comparison], name: str) -> str:
     """The largest gain and the largest loss, relative to the base, as a sentence; also where they are not visible."""
-    order = sorted(rows, key=lambda row: row.gain(name))
-    parts = []
-    if order[-1].gain(name) > 0:
-        parts.append(f"largest gain: {order[-1].quoted(order[-1].differences[name])}")
-    if order[0].gain(name) < 0:
-        parts.append(f"largest loss: {order[0].quoted(order[0].differences[name])}")
-    text = "; ".join(parts)
-    return f" {text[0].upper()}{text[1:]}." if text else ""
+    order, parts = sorted(rows, key=lambda row: row.gain(name)), []
+    lost, gained = order[0], order[-1]
+    if gained.gain(name) > 0:
+        parts.append(f"largest gain: {gained.quoted(gained.differences[name])}")
+    if lost.gain(name) < 0:
+        parts.append(f"largest loss: {lost.quoted(lost.differences[name])}")
+    return f" {_sentence('; '.join(parts))}" if parts else ""
 
 
 def _beside_words(ours: Measured) -> str:
     """Where words are ahead of the encoder, and whether it adds to them in search, as sentences."""
-    name = ours["name"]
-    rows = [row for row in comparisons([ours], variants=True) if name in row.against_words]
-    ahead = [
-        row.quoted(row.against_words[name])
-        for row in rows
-        if row.headline and direction(row.against_words[name], row.metric) == "worse"
-    ]
-    searches = [direction(row.against_words[name], row.metric) for row in rows if row.fused]
-    if not rows:
+    found = [(row, gap) for row in comparisons([ours]) for gap in row.against_words.values()]
+    if not found:
         return ""
+    told = [(row, gap, direction(gap, row.metric)) for row, gap in found]
+    ahead = [row.quoted(gap) for row, gap, which in told if row.headline and which == "worse"]
+    searches = [which for row, _, which in told if row.fused]
     said = f" Words are ahead: {'; '.join(ahead)}." if ahead else " Words are nowhere ahead."
     if searches:
         said += f" Fused with words, it is better than words alone in {searches.count('better')}"

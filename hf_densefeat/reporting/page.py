@@ -85,17 +85,16 @@ side, and is to be compared with the distance of disjoint halves, which has the 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: a table (with nothing but a header it is left out), pictures, a remark."""
+    """A part of the report: a table (with nothing but a header it is left out) and pictures."""
 
     title: str
     table: Table | None = None
     pictures: Sequence[Picture] = ()
-    remark: str = ""
 
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing to show."""
-        return not self.pictures and (self.table is None or len(self.table) < 2)
+    def rows(self) -> Table:
+        """The table where it has any line."""
+        return self.table if self.table and len(self.table) > 1 else []
 
 
 def report_sections(
@@ -142,56 +141,31 @@ def report_sections(
     ]
 
 
-def _words(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _cell(text: str) -> str:
-    # An interval is broken before it or after it, not in it.
-    return re.sub(r"(?<=\d), (?=[+-]?\d)", ",\u00a0", html.escape(text))
-
-
 def _html_table(table: Table) -> str:
     """A table; where lines share their first cell, it becomes a heading over them, and the table stays narrow."""
-    names = [line[0] for line in table[1:]]
-    if len(set(names)) < len(names):
-        return _grouped_table(table)
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table[0])
-    # On narrow screens a line becomes a block, and each value stands beside the head of its column.
-    lines = "".join(
-        f'<tr><th scope="row">{html.escape(line[0])}</th>'
-        + "".join(
-            f'<td data-head="{html.escape(title)}">{_cell(cell)}</td>'
-            for title, cell in zip(table[0][1:], line[1:], strict=True)
-        )
-        + "</tr>"
-        for line in table[1:]
-    )
-    return f'<table class="lines"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
-
-
-def _grouped_table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table[0][1:])
-    parts = []
-    for name in dict.fromkeys(line[0] for line in table[1:]):
-        title = f'<th scope="rowgroup" colspan="{len(table[0]) - 1}">{html.escape(name)}</th>'
-        lines = "".join(
-            f'<tr><th scope="row">{html.escape(line[1])}</th>'
-            + "".join(f"<td>{c}</td>" for c in map(_cell, line[2:]))
-            + "</tr>"
-            for line in table[1:]
-            if line[0] == name
-        )
-        parts.append(f'<tbody><tr class="group">{title}</tr>{lines}</tbody>')
-    return f'<table class="compact"><thead><tr>{head}</tr></thead>{"".join(parts)}</table>'
+    # An interval is broken before it or after it, not in it.
+    head, *lines = [[re.sub(r"(?<=\d), (?=[+-]?\d)", ",\u00a0", html.escape(cell)) for cell in line] for line in table]
+    grouped = len({line[0] for line in lines}) < len(lines)
+    bodies: dict[str, str] = {}
+    for line in lines:
+        name, title, cells = (line[0], line[1], line[2:]) if grouped else ("", line[0], line[1:])
+        # On narrow screens a line becomes a block, and each value stands beside the head of its column.
+        columns = zip(head[-len(cells) :], cells, strict=True)
+        values = "".join(f'<td data-head="{column}">{cell}</td>' for column, cell in columns)
+        bodies[name] = bodies.get(name, "") + f'<tr><th scope="row">{title}</th>{values}</tr>'
+    head = head[1:] if grouped else head
+    parts = [f'<table class="{"compact" if grouped else "lines"}"><thead><tr>']
+    parts += [f'<th scope="col">{cell}</th>' for cell in head] + ["</tr></thead>"]
+    for name, rows in bodies.items():
+        heading = f'<tr class="group"><th scope="rowgroup" colspan="{len(head)}">{name}</th></tr>' if grouped else ""
+        parts.append(f"<tbody>{heading}{rows}</tbody>")
+    return "".join([*parts, "</table>"])
 
 
 def _html_picture(picture: Picture) -> str:
     data = base64.b64encode(picture.path.read_bytes()).decode()
-    return (
-        f'<figure><img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
-    )
+    image = f'<img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
 
 
 def render(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: str, method: str) -> str:
@@ -206,31 +180,25 @@ def render(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: s
     parts = ['<!doctype html><html lang="en"><head><meta charset="utf-8">']
     parts.append('<meta name="viewport" content="width=device-width, initial-scale=1">')
     parts.append(f"<title>Encoder report</title><style>{STYLE}</style></head><body><main><h1>Encoder report</h1>")
-    parts += [
-        f'<p class="verdict"><strong>{html.escape(one.advice)}</strong> {html.escape(one.evidence)}</p>'
-        for one in verdicts
-    ]
+    for one in verdicts:
+        parts.append(f'<p class="verdict"><strong>{html.escape(one.advice)}</strong> {html.escape(one.evidence)}</p>')
     parts.append(f'<p class="note">{html.escape(facts)}</p>')
-    for section in sections:
-        if section.empty:
-            continue
+    for section in (one for one in sections if one.rows or one.pictures):
         parts.append(f"<section><h2>{html.escape(section.title)}</h2>")
-        if section.table is not None and len(section.table) > 1:
-            parts.append(f'<div class="wide">{_html_table(section.table)}</div>')
-        if section.remark:
-            parts.append(f'<p class="note">{html.escape(section.remark)}</p>')
+        if section.rows:
+            parts.append(f'<div class="wide">{_html_table(section.rows)}</div>')
         if section.pictures:
             parts.append(f'<div class="pictures">{"".join(map(_html_picture, section.pictures))}</div>')
         parts.append("</section>")
     for title, text in (("How to read it", HOW_TO_READ), ("Method", method)):
-        parts.append(f'<h2>{title}</h2><p class="note">{html.escape(_words(text))}</p>')
+        parts.append(f'<h2>{title}</h2><p class="note">{html.escape(" ".join(text.split()))}</p>')
     return "".join([*parts, "</main></body></html>"])
 
 
 def render_markdown(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: str, method: str) -> str:
     """The same as Markdown, without the pictures."""
     parts = [*(f"**{one.advice}** {one.evidence}" for one in verdicts), facts]
-    for section in sections:
-        if section.table is not None and len(section.table) > 1:
-            parts += [f"## {section.title}", markdown(section.table), *([section.remark] * bool(section.remark))]
-    return "\n\n".join([*parts, "## How to read it", _words(HOW_TO_READ), "## Method", _words(method)]) + "\n"
+    parts += [f"## {section.title}\n\n{markdown(section.rows)}" for section in sections if section.rows]
+    for title, text in (("How to read it", HOW_TO_READ), ("Method", method)):
+        parts.append(f"## {title}\n\n{' '.join(text.split())}")
+    return "\n\n".join(parts) + "\n"

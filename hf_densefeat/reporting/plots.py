@@ -51,23 +51,17 @@ def _line(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 2}
 
 
-def _save(figure: Any, path: Path | str, alt: str, caption: str) -> Picture:
+def _save(figure: Any, path: Path | str, alt: str, caption: str, *, legend: Any = None, columns: int = 1) -> Picture:
+    """Write the figure, with the legend of these axes, if any, below it."""
+    if legend is not None:
+        handles, labels = legend.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path)
     return Picture(Path(path), alt, caption)
 
 
-def _legend_below(figure: Any, axes: Any, columns: int = 1) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-
-
 def plot_similarity(measured: Sequence[Measured], path: Path | str) -> Picture:
-    """A dot and a 95 % interval for the headline metric of each similarity task, encoders below each other.
-
-    Args:
-        measured: encoders in the order of the legend.
-        path: of the PNG.
-    """
+    """A dot and a 95 % interval for the headline metric of each similarity task, encoders below each other."""
     rows = [row for row in comparisons(measured) if row.headline and row.group == "similarity"]
     figure, (axes,) = _axes(max(3.0, 1.0 + (0.34 + 0.13 * len(measured)) * len(rows)))
     step = 0.62 / max(len(measured), 2)
@@ -83,13 +77,13 @@ def plot_similarity(measured: Sequence[Measured], path: Path | str) -> Picture:
     axes.set_xlim(left=min(0, axes.get_xlim()[0]))
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="value, more is better →")
-    _legend_below(figure, axes, min(len(measured), 3))
     values = "; ".join(
         f"{row.title.replace(': ', ', ')}: {', '.join(f'{name} {interval(e)}' for name, e in row.values.items())}"
         for row in rows
     )
+    alt = f"Dots with intervals, a row for each use of similarity. {values}."
     caption = "Embeddings compared by cosine as they are, on held-out notes; bars are 95 % intervals over patients."
-    return _save(figure, path, f"Dots with intervals, a row for each use of similarity. {values}.", caption)
+    return _save(figure, path, alt, caption, legend=axes, columns=min(len(measured), 3))
 
 
 def plot_spectra(spectra: dict[str, NDArray[np.float64]], path: Path | str) -> Picture:
@@ -117,35 +111,28 @@ def plot_spectra(spectra: dict[str, NDArray[np.float64]], path: Path | str) -> P
     place = {"textcoords": "offset points", "xytext": (0, 4), "ha": "right", "color": "0.35"}
     axes.annotate("isotropic", (most, 1 / most), **place)
     axes.set(yscale="log", xlabel="eigenvalue number", ylabel="share of the variance")
-    _legend_below(figure, axes)
+    alt = f"Falling lines on a logarithmic axis, one an encoder. {'; '.join(said)}."
     caption = "Spectrum of the centred embeddings: flat is spread over many directions, steep is collapsed onto few."
-    return _save(figure, path, f"Falling lines on a logarithmic axis, one an encoder. {'; '.join(said)}.", caption)
+    return _save(figure, path, alt, caption, legend=axes)
 
 
 def plot_angles(angles: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path | str) -> Picture:
-    """Principal angles of adjacent windows, and their noise floor.
-
-    Args:
-        angles: by encoder, two arrays (k,) in radians: earlier against later notes, and halves of one side.
-        path: of the PNG.
-    """
+    """Principal angles of earlier against later notes (k,), in radians, and those of halves of one side, their noise floor."""
     figure, (axes,) = _axes(3.8 + 0.2 * len(angles))
     said = []
-    for i, (name, (found, floor)) in enumerate(angles.items()):
-        later, noise = np.degrees(found), np.degrees(floor)
+    for i, (name, sides) in enumerate(angles.items()):
+        later, noise = map(np.degrees, sides)
         x = np.arange(1, len(later) + 1)
         axes.plot(x, later, marker="o", markersize=5, fillstyle="none", label=f"{name}: earlier, later", **_line(i))
         # The floor is drawn as a band, which lies open under a line that runs along it.
-        axes.fill_between(
-            x, 0, noise, color=COLOURS[i % len(COLOURS)], alpha=0.12, linewidth=0, label=f"{name}: noise"
-        )
+        band = {"color": COLOURS[i % len(COLOURS)], "alpha": 0.12, "linewidth": 0}
+        axes.fill_between(x, 0, noise, label=f"{name}: noise", **band)
         above = number(float((later - noise).mean()), digits=1, signed=True)
         said.append(f"{name}: mean angle {later.mean():.0f} degrees, {above} against its noise floor")
     axes.set(ylim=(0, 92), xlabel="pair of principal directions, closest first", ylabel="angle (degrees)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_below(figure, axes)
     caption = "A line above its band: from note to note the leading directions change by more than sampling explains."
-    return _save(figure, path, f"Rising lines of principal angles. {'; '.join(said)}.", caption)
+    return _save(figure, path, f"Rising lines of principal angles. {'; '.join(said)}.", caption, legend=axes)
 
 
 def plot_shots(curves: Mapping[str, dict[str, dict[int | str, Estimate]]], path: Path | str) -> Picture:
@@ -173,9 +160,9 @@ def plot_shots(curves: Mapping[str, dict[str, dict[int | str, Estimate]]], path:
         one.set(ylabel="AUROC", title=task)
         one.minorticks_off()
     axes[-1].set_xlabel("training rows of each class")
-    _legend_below(figure, axes[0], 3)
     caption = "Few labels: mean over three nested draws; bars are 95 % intervals over test patients."
-    return _save(figure, path, f"AUROC by number of labels. {'; '.join(said)}.", caption)
+    alt = f"AUROC by number of labels. {'; '.join(said)}."
+    return _save(figure, path, alt, caption, legend=axes[0], columns=3)
 
 
 def plot_projection(
@@ -195,20 +182,19 @@ def plot_projection(
     for one, (name, rows) in zip(axes, z.items(), strict=True):
         u, s, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
         x, share = u[:, :2] * s[:2], s**2 / max((s**2).sum(), 1e-300)
-        if not classes:
-            points = one.scatter(*x.T, c=y, cmap="cividis", s=10, linewidths=0)
-        else:
+        if classes:
             _scatter_classes(one, x, y, classes)
+        else:
+            points = one.scatter(*x.T, c=y, cmap="cividis", s=10, linewidths=0)
         one.set(title=name, xlabel=f"component 1 ({share[0]:.0%} of the variance)")
         one.set(ylabel=f"component 2 ({share[1]:.0%})")
         one.grid(False)
         said.append(f"{name}: the two components have {share[:2].sum():.0%} of the variance")
     if not classes:
         figure.colorbar(points, ax=axes[-1], label=label)
-    else:
-        _legend_below(figure, axes[-1], 2)
+    alt = f"Scatter of notes, coloured by {label}. {'; '.join(said)}."
     caption = f"Notes by {label}. Two of many dimensions: what is far apart here need not be, nor what is mixed."
-    return _save(figure, path, f"Scatter of notes, coloured by {label}. {'; '.join(said)}.", caption)
+    return _save(figure, path, alt, caption, legend=axes[-1] if classes else None, columns=2)
 
 
 def _scatter_classes(axes: Any, x: NDArray[Any], y: NDArray[Any], classes: Sequence[Any]) -> None:

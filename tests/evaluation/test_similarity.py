@@ -208,7 +208,7 @@ def test_a_further_kind_is_one_entry(monkeypatch):
     [twins] = similarity_tasks(["twins"], notes_of())
     found = {twins.name: similarity_of(embeddings(), similarity_rows(twins), bootstraps=20)}
     assert {"ndcg_at_10", "mrr_binary"} < found["twins"].metrics.keys()
-    rows = comparisons([measured_of("x", {}, [], (found, {}))])
+    rows = [row for row in comparisons([measured_of("x", {}, [], (found, {}))]) if row.metric in METRICS]
     assert [(row.title, row.headline) for row in rows] == [("twins: nDCG at 10", True), ("twins: MRR", True)]
 
 
