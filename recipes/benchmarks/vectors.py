@@ -146,7 +146,7 @@ def speed(work: Path, args) -> dict:
 
     def ours() -> None:
         with redirect_stdout(io.StringIO()):
-            encode_table(Settings(model=str(work / "minilm"), notes=str(path), output=next(folders), shard_size=shard))
+            encode_table(Settings(model=str(work / "minilm"), notes=str(path), output=next(folders)))
 
     functions = {
         "densefeat encode": ours,
