@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import datasets
+
 from hf_densefeat.data.columns import close_names, shown
 
 ROLES = ("patient_id", "time", "text")
@@ -35,6 +37,16 @@ class Layout:
     preset: str
     roles: dict[str, str]
     fallback: str | None = None
+
+    def renamed(self, table: datasets.Dataset) -> datasets.Dataset:
+        """The table with our names for patient, time and text; ValueError where one of these is taken."""
+        names = {theirs: ours for ours, theirs in self.roles.items() if ours != theirs}
+        hidden = sorted(set(names.values()) & set(table.column_names) - set(names))
+        if hidden or len(set(self.roles.values())) < len(self.roles):
+            raise ValueError(
+                f"Cannot take {self.roles}: {hidden or 'one column'} would be there twice. Rename or remove columns."
+            )
+        return table.rename_columns(names)
 
 
 def match_columns(names: Sequence[str], columns: str | Mapping[str, str], meds: bool = False) -> Layout:

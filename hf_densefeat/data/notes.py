@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import datasets
@@ -16,7 +14,7 @@ import pyarrow.compute as pc
 
 from hf_densefeat.data.columns import column, dense_codes, order_of_notes, shown, time_ticks
 from hf_densefeat.data.identity import NONE_WORDS, identities
-from hf_densefeat.data.layouts import FLAGGED, PRESETS, match_columns
+from hf_densefeat.data.layouts import FLAGGED, PRESETS
 from hf_densefeat.data.readers import SourceTable
 from hf_densefeat.data.sources import open_source
 from hf_densefeat.data.times import TIME_UNITS, read_times
@@ -24,7 +22,7 @@ from hf_densefeat.data.times import TIME_UNITS, read_times
 logger = logging.getLogger(__name__)
 
 COPIED = "a text that the same patient has at another time"
-SPACE = re.compile(r"[ \t\n\r\v\f]+")
+WHITE = " \t\n\r\v\f"  # makes no difference between two texts
 PLACEHOLDERS = ("0001-01-01", "1900-01-01", "9999-12-31")  # what they write for a missing date
 
 
@@ -79,13 +77,15 @@ def load_notes(
     if time_unit not in (None, *TIME_UNITS):
         raise ValueError(f"Expected `time_unit` to be one of {', '.join(TIME_UNITS)}, got {time_unit!r}.")
     opened = open_source(source, columns, split)
-    layout = match_columns(opened.data.column_names, columns, opened.meds)
-    opened = replace(opened, data=renamed(opened.data, layout.roles))
-    time, unit = read_times(column(opened.data, "time"), opened, unit=time_unit, pattern=time_format)
+    table, layout = opened.layout.renamed(opened.data), opened.layout
+    how: dict[str, Any] = {"unit": time_unit, "pattern": time_format}
+    time, unit = read_times(column(table, "time"), opened.place, **how)
     if layout.fallback:  # a time of day where there is one, else the date
-        date, other = read_times(column(opened.data, layout.fallback), opened, unit=time_unit, pattern=time_format)
+        date, other = read_times(column(table, layout.fallback), opened.place, **how)
         time, unit = (pc.coalesce(time, date), unit) if time.null_count < len(time) else (date, other)
-    return _checked(opened, layout.preset, on_missing, time, unit, drop_copies)
+    if len(table) == 0:
+        raise ValueError("The table has no rows: expected notes, one a row.")
+    return _checked(opened, table, time, f"times as {unit}", on_missing == "drop", drop_copies)
 
 
 def describe_notes(notes: datasets.Dataset) -> str:
@@ -97,24 +97,16 @@ def describe_notes(notes: datasets.Dataset) -> str:
     )
 
 
-def renamed(table: datasets.Dataset, roles: Mapping[str, str]) -> datasets.Dataset:
-    """Give the columns our names."""
-    names = {theirs: ours for ours, theirs in roles.items() if ours != theirs}
-    hidden = sorted(set(names.values()) & set(table.column_names) - set(names))
-    if hidden or len(set(roles.values())) < len(roles):
-        raise ValueError(
-            f"Cannot take {dict(roles)}: {hidden or 'one column'} would be there twice. Rename or remove columns."
-        )
-    return table.rename_columns(names)
-
-
 def _checked(
-    source: SourceTable, preset: str, on_missing: str, time: pa.ChunkedArray, unit: str, drop_copies: bool
+    source: SourceTable,
+    table: datasets.Dataset,
+    time: pa.ChunkedArray,
+    times: str,
+    drop_missing: bool,
+    drop_copies: bool,
 ) -> datasets.Dataset:
-    """Refuse or drop what is no note, give times one type, and sort."""
-    table, total = source.data, len(source.data)
-    if total == 0:
-        raise ValueError("The table has no rows: expected notes, one a row.")
+    """Refuse or drop what is no note, give times one type, and sort; what was done stands in `info.description`."""
+    total, preset = len(table), source.layout.preset
     patient = _patients(column(table, "patient_id"), source)
     dropped = {"other codes": other_codes(table, preset)} | no_notes(table, preset)
     hashes = _hashes(column(table, "text"))  # before rows are selected, which would copy the texts
@@ -122,16 +114,16 @@ def _checked(
         raise ValueError(
             f"All {total:,} texts are empty. Which column holds the text? The table has {shown(table.column_names)}."
         )
-    for name, values in {"no patient": patient, "no time": time}.items():
-        dropped[name] = values.is_null().to_numpy()
-        missing = dropped[name] & ~np.logical_or.reduce([mask for reason, mask in dropped.items() if reason != name])
-        static = preset == "MEDS" and name == "no time"
-        if missing.any() and on_missing == "error" and not static:
+    for name, what, values in (("patient_id", "no patient", patient), ("time", "no time", time)):
+        absent = values.is_null().to_numpy()
+        missing = absent & ~np.logical_or.reduce(list(dropped.values()))
+        static = preset == "MEDS" and name == "time"
+        if missing.any() and not (drop_missing or static):
             raise ValueError(
-                f"{int(missing.sum()):,} of {total:,} rows have {name}, first {source.place(int(missing.argmax()))}. "
+                f"{int(missing.sum()):,} of {total:,} rows have {what}, first {source.place(int(missing.argmax()))}. "
                 'Fill them in, or leave them out (`on_missing="drop"`).'
             )
-    for name, values in {"patient_id": patient, "time": time}.items():
+        dropped[what] = absent
         if not values.equals(column(table, name)):
             table = table.remove_columns(name).add_column(name, values.combine_chunks())
     rows = np.flatnonzero(~np.logical_or.reduce(list(dropped.values())))
@@ -139,32 +131,27 @@ def _checked(
         raise ValueError(f"None of {total:,} rows has a patient, a time and a text.")
     table = table.select(rows) if len(rows) < total else table
     order, codes = order_of_notes(table)
-    again = {
-        "the same patient, time and text as another": _again(
-            hashes[rows[order]], time_ticks(table)[0][order], codes[order]
-        )
-    }
-    if drop_copies:
-        again["a text that the patient had before"] = _again(hashes[rows[order]], codes[order]) & ~next(
-            iter(again.values())
-        )
-    for name, mask in again.items():
-        dropped[name] = np.isin(np.arange(total), rows[order[mask]])
-    order = order[~np.logical_or.reduce(list(again.values()))]
+    rows, codes = rows[order], codes[order]
+    again = _again(hashes[rows], time_ticks(table)[0][order], codes)
+    copies = _again(hashes[rows], codes) & ~again & drop_copies
+    for what, mask in {
+        "the same patient, time and text as another": again,
+        "a text that the patient had before": copies,
+    }.items():
+        dropped[what] = np.isin(np.arange(total), rows[mask])
+    rows, order = rows[~(again | copies)], order[~(again | copies)]
     if len(order) < len(table) or (np.diff(order) != 1).any():
         table = table.select(order)
     table = copy.deepcopy(table)  # shares the data; the description belongs to this one alone
-    kept = {f"text with {what}": place for what, place in source.repaired.items()} | _oddities(
-        table, rows[order], hashes[rows[order]]
-    )
-    lines = [f"{len(table):,} notes, columns taken as {preset}, times as {unit}"]
-    for verb, reasons in {
-        "dropped": {name: (int(mask.sum()), int(mask.argmax())) for name, mask in dropped.items() if mask.any()},
-        "kept": kept,
-    }.items():
-        if reasons:
-            counts = [f"{count:,} with {name} (first {source.place(row)})" for name, (count, row) in reasons.items()]
-            lines.append(f"{verb} {', '.join(counts)}")
+    kept = {f"text with {what}": place for what, place in source.repaired.items()}
+    reasons = {
+        "dropped": {what: (int(mask.sum()), int(mask.argmax())) for what, mask in dropped.items() if mask.any()},
+        "kept": kept | _oddities(table, rows, hashes[rows]),
+    }
+    lines = [f"{len(table):,} notes, columns taken as {preset}, {times}"]
+    for verb, found in reasons.items():
+        counts = [f"{count:,} with {what} (first {source.place(row)})" for what, (count, row) in found.items()]
+        lines += [f"{verb} {', '.join(counts)}"] if counts else []
     logger.info("Read %s", lines[0])
     for line in lines[1:]:
         logger.warning("Of %s rows, %s", f"{total:,}", line)
@@ -174,10 +161,11 @@ def _checked(
 
 def no_notes(table: datasets.Dataset, preset: str) -> dict[str, np.ndarray]:
     """Mark the rows that are no notes, by the reason; each is seen in the row alone."""
+    blank, word = _no_texts(column(table, "text"))
     return {
         "a mark that they are errors": _flagged(table, preset),
-        "no text": _no_text(column(table, "text")),
-        "a word for no text (NULL, nan, None)": _none_words(column(table, "text")),
+        "no text": blank,
+        "a word for no text (NULL, nan, None)": word,
     }
 
 
@@ -219,25 +207,14 @@ def _oddities(table: datasets.Dataset, rows: np.ndarray, hashes: np.ndarray) -> 
 
 def _hashes(texts: pa.ChunkedArray) -> np.ndarray:
     """A 64-bit hash of each text without its white space: of 10^7 notes, two different ones agree once in 10^5 tables."""
-    # Taking white space out of every text costs twenty times the hash. So a sum of random numbers, one for each byte, is
-    # looked at first, and only texts whose sum another text has, which may be other words, are hashed in order.
-    random = np.random.default_rng(0).integers(1, 2**63, 256, dtype=np.uint64)
-    random[list(b" \t\n\r\v\f")] = 0
-    sums = []
-    for chunk in texts.chunks:  # one after another, so that no text is copied
-        chunk = chunk.cast(pa.large_string())
-        ends = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-        content = np.frombuffer(chunk.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]]
-        total = np.r_[np.uint64(0), np.cumsum(random[content], dtype=np.uint64)]
-        sums.append(np.diff(total[ends - ends[0]]))
-    hashes = np.concatenate(sums).view(np.int64)
-    _, code, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    again, end = counts[code] > 1, 0
-    for chunk in texts.chunks:
-        start, end = end, end + len(chunk)
-        some = np.flatnonzero(again[start:end])
-        hashes[start + some] = [hash(SPACE.sub("", text or "")) for text in chunk.take(some).to_pylist()]
-    return hashes
+
+    def hashed(text: str | None) -> int:
+        for space in WHITE:  # five times as fast as a regular expression
+            text = (text or "").replace(space, "")
+        return hash(text)
+
+    few = pa.table({"text": texts}).to_batches(max_chunksize=1000)  # copied at once
+    return np.concatenate([np.fromiter(map(hashed, batch["text"].to_pylist()), np.int64) for batch in few])
 
 
 def _copies(hashes: np.ndarray, patient: np.ndarray) -> dict[str, np.ndarray]:
@@ -276,25 +253,17 @@ def _patients(values: pa.ChunkedArray, source: SourceTable) -> pa.ChunkedArray:
     return values
 
 
-def _no_text(values: pa.ChunkedArray) -> np.ndarray:
-    """Mark null, empty and blank texts, chunk by chunk, so that no text is copied."""
+def _no_texts(values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Mark null and blank texts, and those that are nothing but a word that exports write for none."""
     kind = values.type
     if pa.types.is_null(kind):
-        return np.ones(len(values), dtype=bool)
+        return np.ones(len(values), dtype=bool), np.zeros(len(values), dtype=bool)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValueError(f"Column text holds {kind}: expected strings. Which column holds the text?")
-    blank = [pc.or_(pc.equal(pc.binary_length(chunk), 0), pc.utf8_is_space(chunk)) for chunk in values.chunks]
-    marks: np.ndarray = pa.chunked_array(blank, pa.bool_()).fill_null(True).to_numpy()
-    return marks
-
-
-def _none_words(values: pa.ChunkedArray) -> np.ndarray:
-    """Mark texts that are nothing but a word that exports write for none."""
-    if pa.types.is_null(values.type):
-        return np.zeros(len(values), dtype=bool)
-    marks = []
+    blank, word = [], []
     for chunk in values.chunks:  # one after another, so that no long text is copied
-        words = pc.utf8_lower(pc.utf8_trim_whitespace(pc.if_else(pc.less(pc.binary_length(chunk), 12), chunk, None)))
-        marks.append(pc.is_in(words, value_set=pa.array(NONE_WORDS, words.type)))
-    found: np.ndarray = pa.chunked_array(marks, pa.bool_()).fill_null(False).to_numpy()
-    return found
+        length = pc.binary_length(chunk)
+        blank.append(pc.or_(pc.equal(length, 0), pc.utf8_is_space(chunk)).fill_null(True))
+        short = pc.utf8_lower(pc.utf8_trim_whitespace(pc.if_else(pc.less(length, 12), chunk, None)))
+        word.append(pc.is_in(short, value_set=pa.array(NONE_WORDS, short.type), skip_nulls=True))
+    return tuple(pa.chunked_array(marks, pa.bool_()).to_numpy() for marks in (blank, word))

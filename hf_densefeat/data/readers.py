@@ -41,6 +41,7 @@ class SourceTable:
 
     Attributes:
         data: The rows; memory-mapped where they came from files.
+        layout: Which of its columns are what.
         files: (name, rows) of every file, in the order of the rows; empty if the table came from memory.
         repaired: What was mended while reading: by its name, how many rows and the first of them.
         meds: The files are a MEDS folder, of which only the events with text were read.
@@ -48,6 +49,7 @@ class SourceTable:
     """
 
     data: datasets.Dataset
+    layout: Layout
     files: Sequence[tuple[str, int]] = ()
     repaired: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     meds: bool = False
@@ -79,10 +81,8 @@ def read_files(path: Path, resolve: Callable[[Sequence[str], bool], Layout]) -> 
     meds = path.is_dir() and (path / "data").is_dir() and (path / "metadata").is_dir()
     root = path / "data" if meds else path if path.is_dir() else path.parent
     files, kind = _tables(path, root)
-    names = _column_names(files[0])
-    for file in files[1:] if meds and "text_value" not in names else ():
-        names = max(names, _column_names(file), key=lambda found: "text_value" in found)
-    layout = resolve(names, meds)
+    headers = map(_column_names, files if meds else files[:1])
+    layout = resolve(max(headers, key=lambda names: "text_value" in names), meds)
     roles = layout.roles | ({"fallback": layout.fallback} if layout.fallback else {})
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([CACHE_VERSION, stats, sorted(roles.items()), meds]).encode()).hexdigest()[:32]
@@ -97,7 +97,7 @@ def read_files(path: Path, resolve: Callable[[Sequence[str], bool], Layout]) -> 
         unfinished.write_text(json.dumps(record))
         unfinished.replace(arrow.with_suffix(".json"))  # whole or not there: one cut short would be read for ever
     data = datasets.Dataset.from_file(str(arrow))
-    return SourceTable(data, record["files"], record["repaired"], meds, untyped=kind == "csv")
+    return SourceTable(data, layout, record["files"], record["repaired"], meds, untyped=kind == "csv")
 
 
 def damaged(name: str, rows: int, error: Exception) -> ValueError:
@@ -188,19 +188,16 @@ def _convert(files: list[Path], root: Path, arrow: Path, roles: Mapping[str, str
             types |= {one.name: _plain(one.type) for one in pa.unify_schemas(schemas, promote_options="permissive")}
         except (pa.ArrowException, TypeError):
             pass  # no type fits all files: the first one's is tried, and then strings
+    files = list(columns)
     unfinished = arrow.with_suffix(f".{os.getpid()}.tmp")
     unfinished.touch(mode=0o600)
     try:
-        # types of the first rows may not hold for later ones: then all but patient, time and text is read again as strings
-        for infer in (True, False):
-            try:
-                record = _write(
-                    {file: file in columns for file in files}, root, unfinished, roles, dict(types), meds, infer
-                )
-                break
-            except _TypeChanged:
-                types = {name: None if name in roles.values() else pa.string() for name in types}
-                logger.info("Columns besides patient, time and text change their type: read as strings.")
+        try:
+            record = _write(files, root, unfinished, roles, types, meds, infer=True)
+        except _TypeChanged:  # types of the first rows do not hold for later ones
+            logger.info("Columns besides patient, time and text change their type: read as strings.")
+            types = {name: None if name in roles.values() else pa.string() for name in types}
+            record = _write(files, root, unfinished, roles, types, meds, infer=False)
         unfinished.replace(arrow)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -208,64 +205,60 @@ def _convert(files: list[Path], root: Path, arrow: Path, roles: Mapping[str, str
 
 
 def _write(
-    files: Mapping[Path, bool],
+    files: list[Path],
     root: Path,
     target: Path,
     roles: Mapping[str, str],
-    types: dict[str, pa.DataType | None],
+    types: Mapping[str, pa.DataType | None],
     meds: bool,
+    *,
     infer: bool,
 ) -> dict[str, Any]:
-    """Write all rows of the files that hold notes once, with these types, or else with those of the first rows."""
+    """Write the rows of all files with columns of these types, or of those of the first rows where a type is None."""
     counts, total, writer, repaired = [], 0, None, dict[str, tuple[int, int]]()
     with pa.OSFile(str(target), "wb") as sink:
-        for file, holds_notes in files.items():
-            name, rows = str(file.relative_to(root)), 0
-            batches = _batches(file, roles, infer) if holds_notes else iter(())
-            while True:
-                try:
-                    batch = next(batches, None)
-                except _UnclosedQuote as error:
-                    raise ValueError(
-                        f"{name}: a quote is opened and never closed, so that its last row, row {rows:,}, runs to the "
-                        "end of the file. Close the quote, and write quotes within a text twice."
-                    ) from error
-                except READ_ERRORS as error:
-                    if infer and "conversion error" in str(error):
-                        raise _TypeChanged from None
-                    raise damaged(name, rows, error) from None
-                if batch is None:
-                    break
-                if meds:
-                    batch = batch.filter(pc.is_valid(batch[roles["text"]]))
-                found = _mended(batch, roles, total, repaired)
+        for file in files:
+            name, before = str(file.relative_to(root)), total
+            for batch in _helpful(file, name, roles, infer):
+                some = batch.filter(pc.is_valid(batch[roles["text"]])) if meds else batch
+                found = _mended(some, roles, total, repaired)
                 if writer is None:
-                    types = {
-                        one: kind or (found[one].type if one in found else pa.string()) for one, kind in types.items()
-                    }
-                    writer = pa.ipc.new_stream(sink, pa.schema(list(types.items())))
+                    first = {one: values.type for one, values in found.items()}
+                    kinds = {one: kind or first.get(one, pa.string()) for one, kind in types.items()}
+                    writer = pa.ipc.new_stream(sink, pa.schema(list(kinds.items())))
                 try:
                     cells = [
-                        found[one].cast(kind) if one in found else pa.nulls(len(batch), kind)
-                        for one, kind in types.items()
+                        found[one].cast(kind) if one in found else pa.nulls(len(some), kind)
+                        for one, kind in kinds.items()
                     ]
                 except (pa.ArrowException, ValueError):
                     if infer:
                         raise _TypeChanged from None
                     raise ValueError(
-                        f"{name}: a column changes its type from {next(iter(files)).name}, or from the first rows: expected "
-                        f"{ {one: str(types[one]) for one in roles.values()} }."
+                        f"{name}: a column changes its type from {files[0].name}, or from the first rows: expected "
+                        f"{ {one: str(kinds[one]) for one in roles.values()} }."
                     ) from None
-                batch = pa.record_batch(cells, names=list(types))
-                for start in range(0, len(batch), BATCH_ROWS):
-                    writer.write_batch(batch.slice(start, BATCH_ROWS))
-                rows, total = rows + len(batch), total + len(batch)
-            counts.append((name, rows))
+                writer.write_table(pa.table(cells, names=list(kinds)), max_chunksize=BATCH_ROWS)
+                total += len(some)
+            counts.append((name, total - before))
         if total == 0 or writer is None:
             what, others = "events with text" if meds else "rows", " and the others" * (len(files) > 1)
-            raise ValueError(f"{next(iter(files)).name}{others}: no {what}. Expected a table of notes.")
+            raise ValueError(f"{files[0].name}{others}: no {what}. Expected a table of notes.")
         writer.close()
     return {"files": counts, "repaired": repaired}
+
+
+def _helpful(file: Path, name: str, roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
+    """The batches of a file, and ValueError with help where reading fails."""
+    rows = 0
+    try:
+        for batch in _batches(file, roles, infer):
+            yield batch
+            rows += len(batch)
+    except READ_ERRORS as error:
+        if infer and "conversion error" in str(error):
+            raise _TypeChanged from None
+        raise damaged(name, rows, error) from None
 
 
 def _batches(file: Path, roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
@@ -292,7 +285,7 @@ def _batches(file: Path, roles: Mapping[str, str], infer: bool) -> Iterator[pa.R
         yield from pa_json.open_json(opened(file), read, parse)
 
 
-class _UnclosedQuote(Exception):
+class UnclosedQuote(csv.Error):
     """The last field of a csv file runs to the end of the file."""
 
 
@@ -314,7 +307,7 @@ def _csv_batches(file: Path, roles: Mapping[str, str], infer: bool) -> Iterator[
     if any(b"\n" in cell for cell in cells):
         stream = opened(file)
         if sum(block.count(b'"') for block in iter(partial(stream.read, BLOCK_BYTES), b"")) % 2:
-            raise _UnclosedQuote
+            raise UnclosedQuote
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from hf_densefeat.data.columns import column
-from hf_densefeat.data.layouts import match_columns
-from hf_densefeat.data.notes import no_notes, other_codes, renamed
+from hf_densefeat.data.notes import no_notes, other_codes
 from hf_densefeat.data.sources import open_source
 
 DIGEST_ROWS = 10_000
@@ -29,8 +28,7 @@ class NoteTable:
 
     def __init__(self, source: Any, columns: str | Mapping[str, str] = "auto"):
         opened = open_source(source, columns, None)
-        layout = match_columns(opened.data.column_names, columns, opened.meds)
-        self.preset, self.data = layout.preset, renamed(opened.data, layout.roles)
+        self.preset, self.data = opened.layout.preset, opened.layout.renamed(opened.data)
         self.others = other_codes(self.data, self.preset)  # of a MEDS table, a byte an event
         extra = [name for name in self.data.column_names if name.lower() == "note_id"]
         self.names = ["patient_id", "time", *extra]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -19,45 +19,38 @@ from hf_densefeat.data.layouts import match_columns
 from hf_densefeat.data.readers import READ_ERRORS, SourceTable, damaged, read_files
 
 
-@runtime_checkable
-class Frame(Protocol):
-    """What pandas, polars, pyarrow and DuckDB call their tables: anything that gives an Arrow stream."""
-
-    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
-        """The Arrow PyCapsule interface."""
-        ...
-
-
 def open_source(source: Any, columns: str | Mapping[str, str], split: str | None) -> SourceTable:
     """The rows of any source; see `load_notes` for what there is.
 
     Raises:
         ValueError: for what is none, cannot be read, or has several splits of which none is named.
     """
+    if isinstance(source, str | os.PathLike):
+        return _from_path(source, columns, split)
     if isinstance(source, datasets.DatasetDict):
         source = _one_split(source, split)
-    if isinstance(source, datasets.Dataset):
-        return SourceTable(source.with_format(None))
     try:
-        # before Mapping: a frame may look like a mapping of its columns
-        if isinstance(source, Frame):
-            return SourceTable(datasets.Dataset(_plain_table(pa.RecordBatchReader.from_stream(source).read_all())))
-        if isinstance(source, Mapping):
-            return SourceTable(datasets.Dataset.from_dict(dict(source)))
-        if isinstance(source, list):
-            return SourceTable(datasets.Dataset.from_list(source))
+        if isinstance(source, datasets.Dataset):
+            data = source.with_format(None)
+        # before Mapping: pandas, polars, pyarrow and DuckDB give an Arrow stream, and may look like a mapping of columns
+        elif hasattr(source, "__arrow_c_stream__"):
+            data = datasets.Dataset(_plain_table(pa.RecordBatchReader.from_stream(source).read_all()))
+        elif isinstance(source, Mapping):
+            data = datasets.Dataset.from_dict(dict(source))
+        elif isinstance(source, list):
+            data = datasets.Dataset.from_list(source)
+        else:
+            raise ValueError(
+                "Expected a path, a Hub name, a datasets.Dataset, a frame (pandas, polars, Arrow), a dict of columns or a "
+                f"list of dicts, got {type(source).__name__}."
+            )
     except (pa.ArrowException, AttributeError, TypeError) as error:
         raise ValueError(
             # Arrow's own message quotes a cell
             f"The {type(source).__name__} is no table ({type(error).__name__}): expected columns of one length and type each, "
             "or a list of dicts with the same keys. Does a column hold strings and numbers?"
         ) from None
-    if not isinstance(source, str | os.PathLike):
-        raise ValueError(
-            "Expected a path, a Hub name, a datasets.Dataset, a frame (pandas, polars, Arrow), a dict of columns or a list of "
-            f"dicts, got {type(source).__name__}."
-        )
-    return _from_path(source, columns, split)
+    return SourceTable(data, match_columns(data.column_names, columns))
 
 
 def _from_path(source: str | os.PathLike[str], columns: str | Mapping[str, str], split: str | None) -> SourceTable:
@@ -72,7 +65,7 @@ def _from_path(source: str | os.PathLike[str], columns: str | Mapping[str, str],
             ) from None
     if path.exists():
         table = read_files(path, lambda names, meds: match_columns(names, columns, meds))
-        return replace(table, data=_with_meds_splits(table.data, path, columns)) if table.meds else table
+        return _with_meds_splits(table, path) if table.meds else table
     # what looks like a path is not looked up on the Hub: a typing error would be sent there
     ends = (*FORMATS, *PACKED)
     if path.name.endswith(ends) or path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
@@ -108,15 +101,16 @@ def _plain_table(table: pa.Table) -> pa.Table:
     return pa.table(columns, names=table.column_names)
 
 
-def _with_meds_splits(data: datasets.Dataset, path: Path, columns: str | Mapping[str, str]) -> datasets.Dataset:
-    """Add the splits that a MEDS folder brings as column `split`; subjects it does not list get none."""
+def _with_meds_splits(table: SourceTable, path: Path) -> SourceTable:
+    """With the splits that a MEDS folder brings as column `split`; subjects it does not list get none."""
     file = path / "metadata" / "subject_splits.parquet"
-    if not file.exists() or "split" in data.column_names:
-        return data
-    patient = match_columns(data.column_names, columns, meds=True).roles["patient_id"]
+    if not file.exists() or "split" in table.data.column_names:
+        return table
+    patients = table.data.data.column(table.layout.roles["patient_id"])
     try:
         splits = pq.read_table(file, columns=["subject_id", "split"])
-        place = pc.index_in(data.data.column(patient), value_set=splits["subject_id"].combine_chunks())
+        place = pc.index_in(patients, value_set=splits["subject_id"].combine_chunks()).combine_chunks()
     except READ_ERRORS as error:
         raise damaged(file.name, 0, error) from None
-    return data.add_column("split", splits["split"].cast(pa.string()).combine_chunks().take(place.combine_chunks()))
+    names = splits["split"].cast(pa.string()).combine_chunks().take(place)
+    return replace(table, data=table.data.add_column("split", names))

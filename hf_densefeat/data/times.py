@@ -8,11 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_densefeat.data.readers import SourceTable
-
 MICROSECONDS = pa.timestamp("us")
 TIME_UNITS = ("days", "seconds", "milliseconds", "yyyymmdd")
 DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}  # of dates without separators
+LOOKS = {
+    4: "years, YYYY",
+    6: "months, YYYYMM",
+    8: "dates, YYYYMMDD",
+    12: "dates with a time, YYYYMMDDHHMM",
+    14: "dates with a time, YYYYMMDDHHMMSS",
+}
 MOST_DAYS = 1e6  # what is beyond counts something shorter than days
 # 31/12/2020, 12-31-20 3:04 PM; 01-JAN-2020
 PATTERNS = [
@@ -25,13 +30,13 @@ PATTERNS = [
 
 
 def read_times(
-    values: pa.ChunkedArray, source: SourceTable, *, unit: str | None = None, pattern: str | None = None
+    values: pa.ChunkedArray, place: Callable[[int], str], *, unit: str | None = None, pattern: str | None = None
 ) -> tuple[pa.ChunkedArray, str]:
     """Times as timestamps in UTC or as numbers of days, none of them odd, and a word for which.
 
     Args:
         values: the column.
-        source: to name rows.
+        place: the name of a row, for errors.
         unit: what numbers count: one of `TIME_UNITS`; "yyyymmdd" also with the time of day, or without the day.
         pattern: how strings are written, as for `strptime`.
 
@@ -40,33 +45,33 @@ def read_times(
     """
     kind = values.type
     if pa.types.is_date(kind):
-        return _parsed(values, lambda some: some.cast(MICROSECONDS), source), "dates"
+        return _parsed(values, lambda some: some.cast(MICROSECONDS), place), "dates"
     if pa.types.is_timestamp(kind):
         zoned = pa.timestamp("us", kind.tz)
         safe = kind.unit in ("s", "ms")  # nanoseconds lose digits, seconds must not overflow
-        return _parsed(values, lambda some: some.cast(zoned, safe=safe).cast(MICROSECONDS), source), "timestamps"
+        return _parsed(values, lambda some: some.cast(zoned, safe=safe).cast(MICROSECONDS), place), "timestamps"
     if pa.types.is_integer(kind):
-        return _numbers(_parsed(values, lambda some: some.cast(pa.int64()), source), source, unit)
+        return _numbers(_parsed(values, lambda some: some.cast(pa.int64()), place), place, unit)
     if pa.types.is_floating(kind):
-        return _numbers(pc.if_else(pc.is_finite(values), values.cast(pa.float64()), None), source, unit)
+        return _numbers(pc.if_else(pc.is_finite(values), values.cast(pa.float64()), None), place, unit)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise ValueError(
             f"Column time holds {kind}: expected timestamps, dates, ISO 8601 strings, or days as integers."
         )
     values = stripped(values)
     if pattern:
-        return _parsed(values, lambda some: pc.strptime(some, pattern, "us"), source, f"{pattern!r}"), "timestamps"
+        return _parsed(values, lambda some: pc.strptime(some, pattern, "us"), place, f"{pattern!r}"), "timestamps"
     first = next((value.as_py() for value in values if value.is_valid), "")
     if first.lstrip("+-").replace(".", "", 1).isdigit():
         whole = pc.all(pc.match_substring_regex(values, r"^-?\d+$")).as_py()
         number = pa.int64() if whole else pa.float64()
-        return _numbers(_parsed(values, lambda some: some.cast(number), source), source, unit)
-    if first and (how := _how_to_say(values, source)):
+        return _numbers(_parsed(values, lambda some: some.cast(number), place), place, unit)
+    if first and (how := _how_to_say(values, place)):
         raise ValueError(how)
-    return _parsed(values, _from_iso, source), "timestamps"
+    return _parsed(values, _from_iso, place), "timestamps"
 
 
-def _numbers(values: pa.ChunkedArray, source: SourceTable, unit: str | None) -> tuple[pa.ChunkedArray, str]:
+def _numbers(values: pa.ChunkedArray, place: Callable[[int], str], unit: str | None) -> tuple[pa.ChunkedArray, str]:
     """Numbers as what the unit says; without one they are days, unless they look like dates or are too many days."""
     if unit is None:
         looks = _disguise(values.drop_null().to_numpy())
@@ -74,13 +79,13 @@ def _numbers(values: pa.ChunkedArray, source: SourceTable, unit: str | None) -> 
             much = pc.greater(pc.abs(values.cast(pa.float64())), MOST_DAYS).fill_null(False).to_numpy()
             first = int((much if much.any() else values.is_valid().to_numpy()).argmax())
             raise ValueError(
-                f"Column time holds numbers that look like {looks}, first {source.place(first)}, not like days. Say what "
+                f"Column time holds numbers that look like {looks}, first {place(first)}, not like days. Say what "
                 f"they are: `time_unit=` one of {', '.join(TIME_UNITS)}."
             )
     if unit in (None, "days"):
         return values, "numbers of days"
     if unit == "yyyymmdd":
-        return _parsed(values, _from_digits, source, "YYYYMMDD, with or without HHMMSS"), "timestamps"
+        return _parsed(values, _from_digits, place, "YYYYMMDD, with or without HHMMSS"), "timestamps"
     scale = 1e6 if unit == "seconds" else 1e3
     # to whole microseconds, which a float of seconds holds exactly until 2255
     micros = np.round(values.cast(pa.float64()).fill_null(0).to_numpy() * scale).astype(np.int64)
@@ -92,21 +97,16 @@ def _disguise(numbers: np.ndarray) -> str:
     """What numbers look like, if they do not look like days; 43831, a spreadsheet's serial, counts days."""
     if not len(numbers):
         return ""
-    if (numbers == np.floor(numbers)).all() and numbers.min() >= 0:
-        for zeros, what in (
-            (1e6, "dates with a time, YYYYMMDDHHMMSS"),
-            (1e4, "dates with a time, YYYYMMDDHHMM"),
-            (1, "dates, YYYYMMDD"),
-        ):
-            year, month, day = numbers // (1e4 * zeros), numbers // (100 * zeros) % 100, numbers // zeros % 100
-            if _years(year) and (month >= 1).all() and (month <= 12).all() and (day >= 1).all() and (day <= 31).all():
-                return what
-        if _years(numbers // 100) and (numbers % 100 >= 1).all() and (numbers % 100 <= 12).all():
-            return "months, YYYYMM"
-        if numbers.min() >= 1900 and numbers.max() <= 2100:
-            return "years, YYYY"
-    # A single number decides: days since the year 0 are below a million until 2737, and MIMIC shifts dates up to 2200.
     most = np.abs(numbers).max()
+    if (numbers == np.floor(numbers)).all() and numbers.min() > 0 and most < 1e14:
+        try:
+            years = pc.min_max(pc.year(_from_digits(pa.chunked_array([numbers.astype(np.int64)])))).as_py()
+        except pa.ArrowInvalid:
+            years = {"min": 0, "max": 0}
+        digits = len(str(int(most)))
+        if (1900 if digits == 4 else 1800) <= years["min"] and years["max"] <= (2100 if digits == 4 else 2300):
+            return LOOKS[digits]
+    # A single number decides: days since the year 0 are below a million until 2737, and MIMIC shifts dates up to 2200.
     for limit, what in (
         (MOST_DAYS, ""),
         (1e8, "a unit shorter than days (divide minutes by 1440)"),
@@ -119,10 +119,6 @@ def _disguise(numbers: np.ndarray) -> str:
     return "nanoseconds since 1970"
 
 
-def _years(year: np.ndarray) -> bool:
-    return bool((year >= 1800).all() and (year <= 2300).all())
-
-
 def _from_digits(values: pa.ChunkedArray) -> pa.ChunkedArray:
     """Dates without separators, all of one length."""
     text = values.cast(pa.int64()).cast(pa.string())
@@ -132,7 +128,7 @@ def _from_digits(values: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.strptime(text, DIGITS[lengths[0]] if lengths else "%Y%m%d", "us")
 
 
-def _how_to_say(values: pa.ChunkedArray, source: SourceTable) -> str | None:
+def _how_to_say(values: pa.ChunkedArray, place: Callable[[int], str]) -> str | None:
     """The sentence for dates such as 31/12/2020: which format, and whether day and month can be told apart."""
     row = int(values.is_valid().to_numpy().argmax())
     likely = [one for one in PATTERNS if _reads(values.slice(row, 1), one)]
@@ -144,7 +140,7 @@ def _how_to_say(values: pa.ChunkedArray, source: SourceTable) -> str | None:
     formats = [one for one in likely if _reads(values, one)] or likely
     said = " or ".join(f'`time_format="{one}"`' for one in formats)
     unclear = ": day and month cannot be told apart by these rows" if len(formats) > 1 else ""
-    return f"Column time is not ISO 8601, first in {source.place(row)}. Say how it is written{unclear}: {said}."
+    return f"Column time is not ISO 8601, first in {place(row)}. Say how it is written{unclear}: {said}."
 
 
 def _reads(values: pa.ChunkedArray, pattern: str) -> bool:
@@ -158,7 +154,7 @@ def _reads(values: pa.ChunkedArray, pattern: str) -> bool:
 def _parsed(
     values: pa.ChunkedArray,
     parse: Callable[[pa.ChunkedArray], pa.ChunkedArray],
-    source: SourceTable,
+    place: Callable[[int], str],
     expected: str = "ISO 8601 (2024-05-31 or 2024-05-31 08:15:00, with or without a zone), or a number of days",
 ) -> pa.ChunkedArray:
     """The parsed times; ValueError names the first row that cannot be parsed, found by bisection."""
@@ -174,7 +170,7 @@ def _parsed(
             except pa.ArrowInvalid:
                 bad = middle
         raise ValueError(
-            f"Column time cannot be read as a time in {source.place(good)}. Expected the same in every row: {expected}. "
+            f"Column time cannot be read as a time in {place(good)}. Expected the same in every row: {expected}. "
             'Say how yours is written with `time_format="%d/%m/%Y"` or `time_unit="yyyymmdd"`, or rewrite the column.'
         ) from None
 
