@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, adjacent_pairs
-from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor
 
 WORDS = (
     "patient admitted with chest pain fever cough sepsis diabetes insulin metformin lisinopril stable "
@@ -91,7 +91,7 @@ def pairs(tokenizer):
     """45 pairs of 12 patients, tokenised once."""
     notes = make_notes()
     assert len(adjacent_pairs(notes)) == 45
-    return TokenPairs(tokenize_notes(notes, tokenizer, max_length=64)[0], adjacent_pairs(notes))
+    return TextProcessor(tokenizer).pairs(notes, adjacent_pairs(notes), max_length=64)[0]
 
 
 def make_model(family, tokenizer, dropout=0.1, hidden=24, **kwargs):

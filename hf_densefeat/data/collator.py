@@ -21,7 +21,7 @@ class DensePairCollator(PairCollator):
     Masks are those of `transformers.DataCollatorForLanguageModeling` (80 % mask token, 10 % random token, 10 % left;
     with whole words: all mask token), drawn for each row from (mask_seed, side): they do not depend on the other rows, the
     padding, the worker or the rank. A short row may get no mask at all. Tokens of de-identification marks, where
-    `tokenize_notes(marks=True)` kept them, are never predicted, and the share is that of the other tokens.
+    a row has `marked`, are never predicted, and the share is that of the other tokens.
 
     With `objective="causal"` labels are shifted: `labels[t]` is the token to be predicted at position t, that is
     `input_ids[t + 1]`, and −100 at the last token. Nothing is masked.
@@ -30,8 +30,8 @@ class DensePairCollator(PairCollator):
         tokenizer: The model's tokenizer.
         objective: "mlm", "causal" or None (no labels at all).
         mlm_probability: Share of tokens to predict, in [0, 1].
-        whole_word_mask: Mask all tokens of a word or none; needs `word_ids` from `tokenize_notes`.
-        chunk_length: Cut longer notes, as `tokenize_notes(chunk=True)` gives them, into rows of so many tokens. The batch
+        whole_word_mask: Mask all tokens of a word or none; needs rows with `word_ids`.
+        chunk_length: Cut longer notes, as `TextProcessor(chunk=True)` reads them, into rows of so many tokens. The batch
             then has at least 2B rows, and `chunk_to_note`, which of the 2B notes each row belongs to.
 
     Raises:

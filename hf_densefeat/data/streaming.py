@@ -48,7 +48,7 @@ class PairStream(IterableDataset[Batch]):
 
     Args:
         notes: A stream with `patient_id`, `time` (timestamps, dates, or numbers of days) and `text`.
-        tokenize: Texts to columns, as `tokenize_texts` does.
+        tokenize: Texts to columns, as `StreamProcessor.columns` does.
         collate: Pairs of tokenised notes to a batch, such as a `DensePairCollator`.
         batch_size: As for `PairBatchSampler`.
         ranks: As for `PairBatchSampler`.

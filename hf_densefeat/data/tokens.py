@@ -1,15 +1,19 @@
-"""Notes to tokens, and adjacent pairs of tokenised notes."""
+"""Texts as an input kind: a tokenizer, what is done with notes that are too long, and the pairs of tokenised notes."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_densefeat.data.collator import DensePairCollator
 from hf_densefeat.data.columns import column
 from hf_densefeat.data.inputs import PairDataset, Row, rows_of
 from hf_densefeat.data.marks import marked_tokens
@@ -22,16 +26,9 @@ logger = logging.getLogger(__name__)
 class TokenStats:
     """What tokenising did to the notes.
 
-    Attributes:
-        notes: Number of notes.
-        tokens: Tokens kept, special tokens included.
-        truncated: Notes longer than `max_length`.
-        cut: Tokens that these notes lost.
-        median: Median length in tokens, after truncation.
-        longest: Largest length in tokens, after truncation.
-        max_length: The limit, or None.
-        chunked: Notes longer than `max_length` that were cut into chunks instead; they lost nothing.
-        marks: Tokens kept that are part of a de-identification mark, such as MIMIC's ___; 0 with a slow tokenizer.
+    `truncated` notes were longer than `max_length` and lost `cut` tokens; `chunked` ones were longer and lost nothing. Of the
+    `tokens` that were kept, special tokens included, `marks` are part of de-identification marks. `median` and `longest`
+    are lengths after truncation.
     """
 
     notes: int
@@ -81,129 +78,156 @@ class TokenStats:
         )
 
 
-def tokenize_notes(
-    notes: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None = None,
-    *,
-    num_proc: int | None = None,
-    **options: Any,
-) -> tuple[datasets.Dataset, TokenStats]:
-    """Tokenise every note once, memory-mapped and cached by `datasets`; row i of the result is note i.
-
-    Patient text ends up, as token ids, in the `datasets` cache (under `HF_HOME`).
+class TextProcessor:
+    """The `PairProcessor` of texts, also of a stream.
 
     Args:
-        notes: What `load_notes` returns.
         tokenizer: The model's tokenizer.
-        max_length: As for `tokenize_texts`; None for the tokenizer's own limit.
-        num_proc: Number of processes.
-        options: What else `tokenize_texts` takes.
-
-    Returns:
-        A dataset with `input_ids`, `length` and, if asked for, `word_ids` and `marked`; and the counts.
-
-    Raises:
-        ValueError: If `max_length` leaves no room beside the special tokens, or word ids need a fast tokenizer.
-    """
-    if options.get("word_ids") and not tokenizer.is_fast:
-        raise ValueError("Whole-word masking needs a fast tokenizer, got a slow one. Load it with AutoTokenizer.")
-    if options.get("marks") and not tokenizer.is_fast:
-        logger.warning("The tokenizer is a slow one: de-identification marks are masked like other tokens.")
-    # tokenizers without a limit say 10^30
-    if max_length is None and tokenizer.model_max_length < 10**9:
-        max_length = tokenizer.model_max_length
-    if max_length is None:
-        logger.warning(
-            "Neither `max_length` nor the tokenizer (model_max_length) limits the length of a note: the longest note "
-            "decides the memory a batch takes. Pass the length the model was trained with."
-        )
-    elif max_length <= tokenizer.num_special_tokens_to_add():
-        raise ValueError(
-            f"Expected `max_length` above the {tokenizer.num_special_tokens_to_add()} special tokens of every note, "
-            f"got {max_length}."
-        )
-    tokens = notes.map(
-        tokenize_texts,
-        batched=True,
-        input_columns="text",
-        remove_columns=notes.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, **options},
-        num_proc=num_proc,
-        desc="Tokenising notes",
-    )
-    stats = TokenStats.of(tokens, max_length, options.get("chunk", False))
-    return tokens.remove_columns(["cut", "marks"]), stats
-
-
-def tokenize_texts(
-    texts: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    *,
-    word_ids: bool = False,
-    chunk: bool = False,
-    marks: bool = False,
-    prompt: str = "",
-) -> dict[str, list[Any]]:
-    """Tokenise without a limit and cut afterwards: what a limit cuts is to be counted, in one pass.
-
-    A tokenizer that truncates also changes its own state, and with it the key under which `datasets` caches.
-
-    Args:
-        texts: Notes.
-        tokenizer: The model's tokenizer; a fast one where `word_ids` is set.
-        max_length: Keep so many tokens of a note, special tokens included; None for all.
-        word_ids: Also keep which word each token belongs to (−1 for special tokens), for whole-word masking.
-        chunk: Keep all of a longer note, as chunks of `max_length` tokens one after another, each with its special
-            tokens; for a `DensePairCollator` with that `chunk_length`.
-        marks: Also keep, as `marked`, which tokens are part of a de-identification mark, so that none of them is masked. A
-            slow tokenizer does not say where in the text a token stands: none is marked then.
+        chunk: Keep all of a note longer than `max_length`, as chunks of so many tokens one after another, each with its
+            special tokens; False: cut it.
+        whole_words: Mask all tokens of a word or none; needs a fast tokenizer.
+        predict_marks: Mask de-identification marks too. With a slow tokenizer, which does not say where in the text a token
+            stands, they are masked always.
         prompt: What stands before every text.
-
-    Returns:
-        Columns `input_ids`, `length`, `cut` (tokens that were left out), `marks` (tokens of marks) and what was asked for.
+        num_proc: Number of processes that tokenise.
     """
-    texts = [prompt + text for text in texts] if prompt else texts
-    encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    # how many special tokens stand before and after the text, whatever the family
-    special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-    opening, closing = special.index(0), special[::-1].index(0)
 
-    def kept(row: list[int]) -> list[int]:
-        if max_length is None or len(row) <= max_length:
-            return row
-        if chunk:
-            first, inner, last = row[:opening], row[opening : len(row) - closing], row[len(row) - closing :]
-            step = max_length - opening - closing
-            return [token for i in range(0, len(inner), step) for token in (*first, *inner[i : i + step], *last)]
-        # the closing token stays: the model has never seen a text without it
-        return row[: max_length - closing] + row[len(row) - closing :]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chunk: bool = False,
+        whole_words: bool = False,
+        predict_marks: bool = False,
+        prompt: str = "",
+        num_proc: int | None = None,
+    ):
+        if whole_words and not tokenizer.is_fast:
+            raise ValueError("Whole-word masking needs a fast tokenizer, got a slow one. Load it with AutoTokenizer.")
+        if not (predict_marks or tokenizer.is_fast):
+            logger.warning("The tokenizer is a slow one: de-identification marks are masked like other tokens.")
+        self.tokenizer, self.chunk, self.num_proc = tokenizer, chunk, num_proc
+        self.whole_words, self.predict_marks, self.prompt = whole_words, predict_marks, prompt
 
-    input_ids = [kept(ids) for ids in encoded["input_ids"]]
-    columns: dict[str, list[Any]] = {
-        "input_ids": input_ids,
-        "length": [len(ids) for ids in input_ids],
-        "cut": [max(len(ids) - len(row), 0) for ids, row in zip(encoded["input_ids"], input_ids, strict=True)],
-    }
-    if word_ids:
-        words = [encoded.word_ids(i) for i in range(len(texts))]
-        columns["word_ids"] = [kept([-1 if word is None else word for word in row]) for row in words]
-    marked = [
-        marked_tokens(text, encoded[i]) if tokenizer.is_fast else [0] * len(ids)
-        for i, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True))
-    ]
-    columns["marks"] = [sum(kept(row)) for row in marked]
-    if marks:
-        columns["marked"] = [kept(row) for row in marked]
-    return columns
+    def pairs(
+        self, notes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
+    ) -> tuple[TokenPairs, TokenStats]:
+        """See `PairProcessor`; `tokens` says how notes are read."""
+        tokens, stats = self.tokens(notes, max_length)
+        return TokenPairs(tokens, pairs), stats
+
+    def collator(
+        self, objective: str | None, *, mlm_probability: float, max_length: int | None = None
+    ) -> DensePairCollator:
+        """See `PairProcessor`; ValueError for chunks of no known length."""
+        if self.chunk and max_length is None:
+            raise ValueError("long_notes is chunk, but nothing says how long a chunk is: set max_length.")
+        return DensePairCollator(
+            self.tokenizer,
+            objective=cast("Literal['mlm', 'causal'] | None", objective),
+            mlm_probability=mlm_probability,
+            whole_word_mask=self.whole_words and objective == "mlm",
+            chunk_length=max_length if self.chunk else None,
+        )
+
+    def pad(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
+        """See `PairProcessor`."""
+        columns: Any = dict(rows)
+        return dict(self.tokenizer.pad(columns, padding_side="right", return_tensors="pt"))
+
+    def save_pretrained(self, save_directory: str | Path) -> Any:
+        """Save the tokenizer."""
+        return self.tokenizer.save_pretrained(save_directory)
+
+    def tokens(self, notes: datasets.Dataset, max_length: int | None = None) -> tuple[datasets.Dataset, TokenStats]:
+        """Tokenise every note once, memory-mapped and cached by `datasets`; row i of the result is note i.
+
+        Patient text ends up, as token ids, in the `datasets` cache (under `HF_HOME`).
+
+        Args:
+            notes: What `load_notes` returns.
+            max_length: Keep so many tokens of a note, special tokens included; None for the tokenizer's own limit.
+
+        Returns:
+            A dataset with `input_ids`, `length`, and `word_ids` or `marked` where masks need them; and the counts.
+
+        Raises:
+            ValueError: If `max_length` leaves no room beside the special tokens.
+        """
+        # tokenizers without a limit say 10^30
+        if max_length is None and self.tokenizer.model_max_length < 10**9:
+            max_length = self.tokenizer.model_max_length
+        special = self.tokenizer.num_special_tokens_to_add()
+        if max_length is None:
+            logger.warning(
+                "Neither `max_length` nor the tokenizer (model_max_length) limits the length of a note: the longest note "
+                "decides the memory a batch takes. Pass the length the model was trained with."
+            )
+        elif max_length <= special:
+            raise ValueError(
+                f"Expected `max_length` above the {special} special tokens of every note, got {max_length}."
+            )
+        tokens = notes.map(
+            self.columns,
+            batched=True,
+            input_columns="text",
+            remove_columns=notes.column_names,
+            fn_kwargs={"max_length": max_length},
+            num_proc=self.num_proc,
+            desc="Tokenising notes",
+        )
+        stats = TokenStats.of(tokens, max_length, self.chunk)
+        # where nothing is to be left out, no column is to be read with every batch
+        left = {"cut", "marks"} | (set() if stats.marks else {"marked"})
+        return tokens.select_columns([name for name in tokens.column_names if name not in left]), stats
+
+    def columns(self, texts: list[str], *, max_length: int | None = None) -> dict[str, list[Any]]:
+        """See `StreamProcessor`; texts are tokenised without a limit and cut afterwards, so that what is cut is counted.
+
+        A tokenizer that truncates also changes its own state, and with it the key under which `datasets` caches.
+
+        Returns:
+            Columns `input_ids`, `length`, `cut` (tokens that were left out), `marks` (tokens of de-identification marks) and
+            what masks need: `word_ids`, −1 for special tokens, and `marked`, 1 for tokens of marks.
+        """
+        texts, tokenizer = [self.prompt + text for text in texts], self.tokenizer
+        encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+        # how many special tokens stand before and after the text, whatever the family
+        special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        opening, closing = special.index(0), special[::-1].index(0)
+
+        def kept(row: list[int]) -> list[int]:
+            if max_length is None or len(row) <= max_length:
+                return row
+            if self.chunk:
+                first, inner, last = row[:opening], row[opening : len(row) - closing], row[len(row) - closing :]
+                step = max_length - opening - closing
+                return [token for i in range(0, len(inner), step) for token in (*first, *inner[i : i + step], *last)]
+            # the closing token stays: the model has never seen a text without it
+            return row[: max_length - closing] + row[len(row) - closing :]
+
+        input_ids = [kept(ids) for ids in encoded["input_ids"]]
+        columns: dict[str, list[Any]] = {
+            "input_ids": input_ids,
+            "length": [len(ids) for ids in input_ids],
+            "cut": [max(len(ids) - len(row), 0) for ids, row in zip(encoded["input_ids"], input_ids, strict=True)],
+        }
+        if self.whole_words:
+            words = [encoded.word_ids(i) for i in range(len(texts))]
+            columns["word_ids"] = [kept([-1 if word is None else word for word in row]) for row in words]
+        marked = [
+            kept(marked_tokens(text, encoded[i]) if tokenizer.is_fast else [0] * len(ids))
+            for i, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True))
+        ]
+        columns["marks"] = [sum(row) for row in marked]
+        return columns if self.predict_marks else columns | {"marked": marked}
 
 
 class TokenPairs(PairDataset):
-    """Pairs of tokenised notes; a row has `input_ids`, and `word_ids` and `marked` where `tokenize_notes` kept them.
+    """Pairs of tokenised notes; a row has `input_ids`, and `word_ids` and `marked` where the processor kept them.
 
     Args:
-        tokens: What `tokenize_notes` returns for the notes the pairs were made from; read memory-mapped.
+        tokens: What `TextProcessor.tokens` returns for the notes the pairs were made from; read memory-mapped.
         pairs: What `adjacent_pairs` returns.
     """
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_densefeat.data.inputs import PairDataset, PairProcessor, ReadingStats, StreamProcessor
 from hf_densefeat.data.notes import load_notes
 from hf_densefeat.data.pairs import pair_notes
-from hf_densefeat.data.text import TextProcessor
+from hf_densefeat.data.tokens import TextProcessor
 from hf_densefeat.models.adapters import with_adapter, without_adapter
 from hf_densefeat.models.dense import AutoDenseModel, as_dense
 from hf_densefeat.models.tokenizers import check_vocabulary

@@ -26,7 +26,7 @@ from hf_densefeat import (
 )
 from hf_densefeat.data.columns import column, order_of_notes
 from hf_densefeat.data.sampling import PairBatchSampler
-from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor, TokenPairs
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data"
 KEYS = ["subject_id", "charttime", "note_seq"]
@@ -74,7 +74,7 @@ def data(args) -> dict:
         lengths = np.random.default_rng(0).integers(16, 513, pairs.num_notes)
         stage("sampler to its first batch", lambda: next(iter(PairBatchSampler(pairs, lengths, 32))))
         some = notes.select(range(min(len(notes), 100_000)))
-        tokens, counts = stage("tokenise", lambda: tokenize_notes(some, tokenizer, 512))
+        tokens, counts = stage("tokenise", lambda: TextProcessor(tokenizer, predict_marks=True).tokens(some, 512))
         stage("pairs, sampler and first batch of these", lambda: first_batch(some, tokens, tokenizer))
         seconds = stages["tokenise"]["seconds"]
         cohort = input_path(tokenizer, args.repeats)

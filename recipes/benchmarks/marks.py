@@ -12,7 +12,7 @@ from transformers.utils import logging
 from benchmarks.data import BUNDLED
 from benchmarks.timing import spread
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, load_notes
-from hf_densefeat.data.tokens import tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor
 
 LENGTH, ENCODER = 96, BUNDLED / "medquad" / "encoder"
 
@@ -42,7 +42,7 @@ def marks(args) -> dict:
     notes = notes.remove_columns("text").add_column("text", texts)
     split = np.array(notes["split"][:])
     train, held_out = (notes.select(np.flatnonzero(split == name)) for name in ("train", "validation"))
-    stats = tokenize_notes(train, AutoTokenizer.from_pretrained(ENCODER), LENGTH)[1]
+    stats = TextProcessor(AutoTokenizer.from_pretrained(ENCODER)).tokens(train, LENGTH)[1]
     losses = {"with marks": [], "without": []}
     for seed in range(args.seeds):
         for name, predict in (("with marks", True), ("without", False)):

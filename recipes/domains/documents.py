@@ -21,7 +21,7 @@ from domains.text import seen
 from hf_densefeat import AutoDenseModel, DensePairCollator, SimilarityTask, adjacent_pairs, load_notes
 from hf_densefeat.commands.measuring import sample
 from hf_densefeat.data.pairs import NotePairs, pair_notes
-from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor, TokenPairs
 from hf_densefeat.evaluation.embeddings import encoder_key
 
 LENGTH = 96
@@ -76,7 +76,7 @@ def domain_of(
 ) -> Domain:
     """Training on the adjacent notes of `train`, each a `unit`; choices are by validation notes, geometry is of test notes."""
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
-    tokens = tokenize_notes(train, tokenizer, max_length=LENGTH)[0]
+    tokens = TextProcessor(tokenizer, predict_marks=True).tokens(train, LENGTH)[0]
     pairs = adjacent_pairs(train)
     again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.num_notes, pairs.num_patients)
     held_out, texts = adjacent_pairs(test), np.array(test["text"][:], dtype=object)

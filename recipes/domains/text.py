@@ -21,7 +21,7 @@ from domains.notes import CLUSTER, labels_key, labels_of, own_notes
 from domains.rows import balanced, own_similarity, sample, standardised, training
 from hf_densefeat import AutoDenseModel, DensePairCollator, ProbeTask, adjacent_pairs, load_notes
 from hf_densefeat.data.pairs import NotePairs
-from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor, TokenPairs
 from hf_densefeat.evaluation.embeddings import encoder_key
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -59,7 +59,7 @@ def load(
     if model_name_or_path:
         name = f"{Path(model_name_or_path).name}, "
         key += encoder_key(make_model(0), tokenizer)
-    tokens, stats = tokenize_notes(train, tokenizer, max_length=length)
+    tokens, stats = TextProcessor(tokenizer, predict_marks=True).tokens(train, length)
     pairs = adjacent_pairs(train)
     again = NotePairs(pairs.earlier, pairs.earlier, pairs.patient, pairs.num_notes, pairs.num_patients)
 

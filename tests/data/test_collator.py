@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_densefeat.data.collator import DensePairCollator
-from hf_densefeat.data.tokens import tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor
 
 
 def make_pair(rng, tokenizer, draw):
@@ -150,7 +150,7 @@ def test_unfit_tokenizers_are_refused(tokenizer):
 @pytest.mark.parametrize("max_length", [None, 8, 64])
 def test_tokens_equal_the_tokenizers_own(tokenizer, notes, max_length):
     """Truncation afterwards gives what the tokenizer's own gives, row by row, and counts what it cut."""
-    tokens, stats = tokenize_notes(notes, tokenizer, max_length, word_ids=True)
+    tokens, stats = TextProcessor(tokenizer, whole_words=True).tokens(notes, max_length)
     limit = max_length or tokenizer.model_max_length
     texts = notes["text"][:]
     own = tokenizer(texts, truncation=True, max_length=limit)
@@ -171,8 +171,8 @@ def test_tokenising_again_reads_the_cache(tokenizer, tmp_path):
     """The same notes and tokenizer give the same cache key, also after the tokenizer was used to truncate."""
     datasets.Dataset.from_dict({"text": ["chest pain " * 30] * 5}).save_to_disk(str(tmp_path / "n"))
     notes = datasets.load_from_disk(str(tmp_path / "n"))
-    first, _ = tokenize_notes(notes, tokenizer, 16)
-    again, _ = tokenize_notes(notes, tokenizer, 16)
+    first, _ = TextProcessor(tokenizer).tokens(notes, 16)
+    again, _ = TextProcessor(tokenizer).tokens(notes, 16)
     assert first._fingerprint == again._fingerprint
 
 
@@ -181,8 +181,8 @@ def test_lengths_without_a_limit(tokenizer, notes, caplog):
     endless = copy.deepcopy(tokenizer)
     endless.model_max_length = int(1e30)
     with caplog.at_level(logging.WARNING):
-        _, stats = tokenize_notes(notes, endless)
+        _, stats = TextProcessor(endless).tokens(notes)
     assert "`max_length`" in caplog.text
     assert stats.max_length is None
     with pytest.raises(ValueError, match="above the 2 special tokens"):
-        tokenize_notes(notes, tokenizer, 2)
+        TextProcessor(tokenizer).tokens(notes, 2)

@@ -10,8 +10,7 @@ from transformers import BertTokenizer, DataCollatorForLanguageModeling
 from hf_densefeat import DensePairCollator, DenseTrainingArguments
 from hf_densefeat.data.marks import MARKS
 from hf_densefeat.data.pairs import pair_notes
-from hf_densefeat.data.text import TextProcessor
-from hf_densefeat.data.tokens import tokenize_notes, tokenize_texts
+from hf_densefeat.data.tokens import TextProcessor
 from hf_densefeat.training.preparation import pair_processor
 
 TEXTS = {
@@ -48,7 +47,7 @@ def test_an_unclosed_mark_does_not_swallow_the_note():
 def test_the_tokens_of_marks(tokenizer, max_length, chunk):
     """A token is marked where its characters, by the tokenizer's own offsets, meet a mark; cut and chunked like the ids."""
     texts = [*TEXTS, ""]
-    columns = tokenize_texts(texts, tokenizer, max_length, word_ids=False, chunk=chunk, marks=True)
+    columns = TextProcessor(tokenizer, chunk=chunk).columns(texts, max_length=max_length)
     for text, places, ids, marked, count in zip(
         texts, [*TEXTS.values(), []], columns["input_ids"], columns["marked"], columns["marks"], strict=True
     ):
@@ -68,13 +67,13 @@ def test_the_tokens_of_marks(tokenizer, max_length, chunk):
 def test_their_share_is_said(tokenizer):
     """In the line for the log and in the counts for the card; nothing is said where there is none."""
     notes = datasets.Dataset.from_dict({"text": list(TEXTS)})
-    tokens, stats = tokenize_notes(notes, tokenizer)
+    tokens, stats = TextProcessor(tokenizer, predict_marks=True).tokens(notes)
     assert tokens.column_names == ["input_ids", "length"]
-    ours = sum(tokenize_texts(list(TEXTS), tokenizer, None, word_ids=False, chunk=False)["marks"])
+    ours = sum(TextProcessor(tokenizer).columns(list(TEXTS))["marks"])
     assert stats.marks == ours > 0
     assert f"{ours / stats.tokens:.1%} of them de-identification marks" in str(stats)
     assert stats.counts()["tokens of de-identification marks"] == ours
-    _, none = tokenize_notes(datasets.Dataset.from_dict({"text": ["no mark at all"]}), tokenizer)
+    _, none = TextProcessor(tokenizer).tokens(datasets.Dataset.from_dict({"text": ["no mark at all"]}))
     assert "marks" not in str(none)
     assert "tokens of de-identification marks" not in none.counts()
 
@@ -90,7 +89,7 @@ def test_masks_are_not_spent_on_marks(tokenizer, whole):
         pairs, stats = processor.pairs(*pair_notes(notes), max_length=4000)
         rows = pairs.__getitems__([(0, seed) for seed in range(4)])
         batch = processor.collator("mlm", mlm_probability=0.3)(rows)
-        marked = tokenize_texts(notes["text"][:], tokenizer, 4000, word_ids=False, chunk=False, marks=True)["marked"]
+        marked = TextProcessor(tokenizer).columns(notes["text"][:], max_length=4000)["marked"]
         predicted = (batch["labels"] != -100).numpy()
         for side, row in enumerate(marked):
             is_mark, width = np.array(row, dtype=bool), len(row)
@@ -105,7 +104,7 @@ def test_masks_are_not_spent_on_marks(tokenizer, whole):
 
 def test_masks_are_the_librarys_own_with_marks_as_special_tokens(tokenizer):
     """The same generator, the same choice: the marked tokens are to it what [CLS] is."""
-    columns = tokenize_texts(list(TEXTS)[:2], tokenizer, None, word_ids=False, chunk=False, marks=True)
+    columns = TextProcessor(tokenizer).columns(list(TEXTS)[:2])
     earlier, later = ({"input_ids": columns["input_ids"][i], "marked": columns["marked"][i]} for i in (0, 1))
     pair = {"earlier": earlier, "later": later, "mask_seed": 3}
     batch = DensePairCollator(tokenizer)([pair])
@@ -152,5 +151,5 @@ def test_the_option_reaches_the_processor(tmp_path, tokenizer):
     notes = datasets.Dataset.from_dict({"patient_id": [1, 1], "time": [0, 1], "text": [text, text + "again"]})
     for predict in (True, False):
         args = DenseTrainingArguments(output_dir=str(tmp_path), predict_marks=predict, use_cpu=True)
-        processor = pair_processor(tokenizer, SimpleNamespace(long_notes=None, prompt=None), args)
+        processor = pair_processor(tokenizer, SimpleNamespace(long_notes=None, prompt=""), args)
         assert ("marked" in processor.pairs(*pair_notes(notes))[0][0]["earlier"]) != predict

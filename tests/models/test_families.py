@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, adjacent_pairs
-from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor
 from hf_densefeat.models.dense import as_dense
 from hf_densefeat.training.checkpoints import seal
 
@@ -251,7 +251,7 @@ def test_modernbert_reads_8192_tokens(tokenizer, tmp_path):
 
 def resumed_weights(folder, base, tokenizer, checkpoint=None, **kwargs):
     notes = make_notes()
-    pairs = TokenPairs(tokenize_notes(notes, tokenizer, max_length=64)[0], adjacent_pairs(notes))
+    pairs = TextProcessor(tokenizer).pairs(notes, adjacent_pairs(notes), max_length=64)[0]
     settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 16}
     settings |= {"max_steps": 4, "learning_rate": 1e-2, "subspace_dim": 3, "save_strategy": "no"} | kwargs
     args = DenseTrainingArguments(str(folder), **settings)

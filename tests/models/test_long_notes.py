@@ -9,7 +9,7 @@ from transformers import LlamaConfig, T5Config, T5EncoderModel
 
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments, adjacent_pairs
 from hf_densefeat.data.collator import DensePairCollator
-from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor
 from hf_densefeat.models.dense import as_dense
 
 WINDOW = 12
@@ -48,9 +48,9 @@ def test_encode_is_the_mean_over_chunks_weighted_by_tokens(tokenizer, pooling):
 
 
 def test_tokens_are_the_tokenizers_own_chunks(tokenizer):
-    """`tokenize_notes(chunk=True)` cuts as the tokenizer's `return_overflowing_tokens` does, and loses nothing."""
+    """`TextProcessor(chunk=True)` cuts as the tokenizer's `return_overflowing_tokens` does, and loses nothing."""
     notes = make_notes()
-    tokens, stats = tokenize_notes(notes, tokenizer, max_length=WINDOW, chunk=True, word_ids=True)
+    tokens, stats = TextProcessor(tokenizer, chunk=True, whole_words=True).tokens(notes, WINDOW)
     for ids, words, text in zip(tokens["input_ids"], tokens["word_ids"], notes["text"], strict=True):
         expected = tokenizer(text, truncation=True, max_length=WINDOW, return_overflowing_tokens=True)["input_ids"]
         assert ids == [token for chunk in expected for token in chunk]
@@ -66,7 +66,7 @@ def test_tokens_are_the_tokenizers_own_chunks(tokenizer):
 def test_batch_of_chunks(tokenizer, objective):
     """Rows fit the window and name their note; labels do not cross chunks; an empty share of a rank has two rows."""
     notes = make_notes()
-    pairs = TokenPairs(tokenize_notes(notes, tokenizer, max_length=WINDOW, chunk=True)[0], adjacent_pairs(notes))
+    pairs = TextProcessor(tokenizer, chunk=True).pairs(notes, adjacent_pairs(notes), max_length=WINDOW)[0]
     collator = DensePairCollator(tokenizer, objective=objective, chunk_length=WINDOW)
     drawn = [pairs[(i, 0)] for i in range(5)]
     batch = collator(drawn)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hf_densefeat import AutoDenseModel, DenseObjective, DensePairCollator, adjacent_pairs
 from hf_densefeat.data.sampling import PairBatchSampler
-from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -34,8 +34,7 @@ def ranks():
 def data(tokenizer):
     """55 pairs: two updates of 24, and a last one of 7."""
     notes = make_notes(15).select(range(70))
-    tokens, _ = tokenize_notes(notes, tokenizer, max_length=64)
-    data = TokenPairs(tokens, adjacent_pairs(notes))
+    data, _ = TextProcessor(tokenizer).pairs(notes, adjacent_pairs(notes), max_length=64)
     assert len(data) == 55
     return data
 

@@ -7,7 +7,7 @@ from distributed_worker import Ranks, train
 from torch import nn
 
 from hf_densefeat import BatchLoss, DenseObjective, adjacent_pairs
-from hf_densefeat.data.tokens import TokenPairs, tokenize_notes
+from hf_densefeat.data.tokens import TextProcessor
 
 # ---- What a stranger writes ----
 
@@ -42,8 +42,7 @@ def objective(*names, **options):
 def data(tokenizer):
     """55 pairs: two updates of 24, and a rest."""
     notes = make_notes(15).select(range(70))
-    tokens, _ = tokenize_notes(notes, tokenizer, max_length=64)
-    return TokenPairs(tokens, adjacent_pairs(notes))
+    return TextProcessor(tokenizer).pairs(notes, adjacent_pairs(notes), max_length=64)[0]
 
 
 @pytest.fixture(scope="module")
