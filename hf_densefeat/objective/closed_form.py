@@ -50,8 +50,13 @@ class ClosedForm:
 
     def gradient(self, spread: Tensor | None, subspace: Tensor | None, orthogonal: Tensor | None) -> list[Tensor]:
         """Gradient by first and second of a, then of b, of the terms weighted by what is given; None costs nothing."""
-        base = self._shared(spread, None if self.averaged else orthogonal)
-        own = self._orthogonal_gradient(orthogonal) if self.averaged and orthogonal is not None else None
+        pooled, trace = self.pooled
+        weight = self._resolved / trace * (0.0 if spread is None else spread)
+        base = pooled * weight
+        base.diagonal().sub_(weight * self.purity)
+        own = None if orthogonal is None else self._orthogonal_gradient(orthogonal)
+        if own is not None and not self.averaged:  # of the same covariances
+            base, own = base.add_(own), None
         factors = None
         if subspace is not None:
             factors = distance_gradients(*self._spaces, self.seen.subspace_dim, self.seen.broadening)
@@ -113,14 +118,6 @@ class ClosedForm:
         varies = variance * trace > self.resolution
         inverse = torch.where(varies, 1 / torch.where(varies, variance, 1), 0)
         return pooled, inverse, pooled.square() @ inverse
-
-    def _shared(self, spread: Tensor | None, orthogonal: Tensor | None) -> Tensor:
-        """Gradient by either covariance of L_spec, and without averages of L_orth, as a new matrix (d, d)."""
-        pooled, trace = self.pooled
-        weight = self._resolved / trace * (0.0 if spread is None else spread)
-        shared = pooled * weight if orthogonal is None else self._orthogonal_gradient(orthogonal).add_(pooled * weight)
-        shared.diagonal().sub_(weight * self.purity)
-        return shared
 
     def _orthogonal_gradient(self, weight: Tensor) -> Tensor:
         pooled, inverse, rows = self._standardised

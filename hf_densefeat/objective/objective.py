@@ -14,8 +14,8 @@ from hf_densefeat.objective.base import Objective, check_name, checked_value
 from hf_densefeat.objective.closed_form import ClosedForm
 from hf_densefeat.objective.extra_terms import EXTRA_TERMS
 from hf_densefeat.objective.moments import PairGradient, PairMoments
-from hf_densefeat.objective.running import RunningCovariance
-from hf_densefeat.objective.statistics import Side, Statistics, Term
+from hf_densefeat.objective.running import averaged, gain_of, no_average
+from hf_densefeat.objective.statistics import Average, Side, Statistics, Term
 from hf_densefeat.objective.subspace import (
     Eigenspace,
     check_dimension,
@@ -27,6 +27,7 @@ from hf_densefeat.objective.subspace import (
 from hf_densefeat.objective.terms import orthogonality, spectral_spreading
 
 OVERSAMPLING = 32  # directions tracked beyond k: the gradient sees those that are left only as a mean
+AVERAGED = ("covariance", "noise", "drift")  # of an `Average`, what is saved
 COLD_ITERATIONS = 20  # power steps from a random basis, at the first call
 
 
@@ -67,7 +68,7 @@ class DenseObjective(Objective):
         lambda_orth: weight of L_orth, which lies in [0, d (d - 1)].
         subspace_dim: k.
         window: None for the moments of the batch alone, or the averaging window, in samples, of the running covariances
-            of which L_spec and L_sub are taken (paper 4.5); "auto" is d samples. See `RunningCovariance`.
+            of which L_spec and L_sub are taken (paper 4.5); "auto" is d samples. See `running.py`.
         center: subtract the means; the paper's Sigma is uncentred.
         unbiased: leave the i = j terms out of L_spec (`Moments.noise_of_purity`), as the mean over the two sides,
             because adjacent notes are not independent; the value may then be below 0, and keeps a bias of order 1/N.
@@ -75,9 +76,8 @@ class DenseObjective(Objective):
         power_iterations: None for exact eigenspaces, or the number of warm-started, filtered block power steps a call
             (`subspace_iteration`), for which no d x d eigendecomposition is made: k + 32 directions are tracked, the
             rest enters the gradient of L_sub as its mean eigenvalue. With 2 steps, 256 new rows of spectrum 1/i a call
-            and window "auto", that gradient is within 7 % of the exact one at d = 384 and 5 % at 768, of which the mean
-            eigenvalue is 5.5 % and 5 %; the squared subspace distance to the exact space is 0.0015 and 0.0002 of at most
-            40. Flat spectra, which have no leading subspace, are tracked worse (1/sqrt(i): 24 %, 0.2).
+            and window "auto", that gradient is within 7 % of the exact one at d = 384 and 5 % at 768. Flat spectra, which
+            have no leading subspace, are tracked worse (1/sqrt(i): 24 %).
         terms: more terms, name -> (weight, function of `Statistics` that returns a scalar), or name -> weight for one of
             `EXTRA_TERMS`. One of the paper's three names replaces that term. A function with `needs_cross_moment = True`
             (`sees_pairing`) gets the cross covariance of the pairs. Values are unweighted under their names; `loss` is
@@ -107,7 +107,15 @@ class DenseObjective(Objective):
         power_iterations: int | None = None,
         terms: Mapping[str, Term | float] | None = None,
     ):
-        _check_options(lambda_sub, lambda_orth, subspace_dim, window, broadening, power_iterations)
+        for name, value in (("lambda_sub", lambda_sub), ("lambda_orth", lambda_orth), ("broadening", broadening)):
+            if not value >= 0:
+                raise ValueError(f"Expected {name} >= 0 but got {value}.")
+        if subspace_dim < 1:
+            raise ValueError(f"Expected subspace_dim >= 1 but got {subspace_dim}.")
+        if not (window is None or window == "auto" or (not isinstance(window, str) and window > 0)):
+            raise ValueError(f'Expected window to be None, "auto" or a number of samples but got {window!r}.')
+        if power_iterations is not None and power_iterations < 1:
+            raise ValueError(f"Expected power_iterations to be None or at least 1 but got {power_iterations}.")
         self.lambda_sub, self.lambda_orth, self.subspace_dim = lambda_sub, lambda_orth, subspace_dim
         self.window, self.center, self.unbiased = window, center, unbiased
         self.broadening, self.power_iterations = broadening, power_iterations
@@ -115,8 +123,8 @@ class DenseObjective(Objective):
             name: (weight, PAPER[name]) for name, weight in zip(PAPER, (1.0, lambda_sub, lambda_orth), strict=True)
         } | {name: _checked_term(name, term) for name, term in (terms or {}).items()}
         self.settings = {"covariance window": "none" if window is None else window, "centred": center}
-        self.running = (RunningCovariance(), RunningCovariance())
-        self.running_cross: Tensor | None = None
+        self.averages: list[Average | None] = [None, None]
+        self.average_cross: Tensor | None = None
         self.bases: list[Tensor | None] = [None, None]
         self._pooled: tuple[Tensor, Tensor] | None = None
         self._planned: tuple[dict[str, Tensor], PairGradient] | None = None
@@ -125,7 +133,7 @@ class DenseObjective(Objective):
     def __call__(self, z_a: Tensor, z_b: Tensor, *, start: Rows | None = None) -> dict[str, Tensor]:
         """Every term, unweighted, by name, and their weighted sum `loss`; differentiable in `z_a`, `z_b` (N, d).
 
-        `start` holds the rows that the frozen start gives of the same notes, both sides, where a term needs them (`Anchor`).
+        `start` holds the rows that the frozen start gives of the same notes, both sides, where a term needs them.
         """
         if z_a.shape != z_b.shape:
             raise ValueError(
@@ -182,15 +190,8 @@ class DenseObjective(Objective):
 
         For an evaluation set, where the rows are many and of one patient several. `batches` holds what `of_batch` gave.
         """
-        pure = DenseObjective(
-            lambda_sub=self.lambda_sub,
-            lambda_orth=self.lambda_orth,
-            subspace_dim=self.subspace_dim,
-            center=self.center,
-            broadening=self.broadening,
-            terms=self.terms,
-        )
-        return pure.values(pair)
+        kept = ("lambda_sub", "lambda_orth", "subspace_dim", "center", "broadening", "terms")
+        return DenseObjective(**{name: getattr(self, name) for name in kept}).values(pair)
 
     @property
     def covariance(self) -> Tensor | None:
@@ -199,21 +200,20 @@ class DenseObjective(Objective):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that a resumed run needs, by name; empty before the first step."""
-        state = {"shift": self.shift, "cross.covariance": self.running_cross}
-        for side, running, basis in zip("ab", self.running, self.bases, strict=True):
-            state |= {f"{side}.basis": basis, f"{side}.covariance": running.covariance}
-            state |= {f"{side}.noise": running.noise, f"{side}.drift": running.drift}
+        state = {"shift": self.shift, "cross.covariance": self.average_cross}
+        for side, average, basis in zip("ab", self.averages, self.bases, strict=True):
+            state |= {f"{side}.basis": basis, **{f"{side}.{name}": getattr(average, name, None) for name in AVERAGED}}
         return {name: value.clone() for name, value in state.items() if value is not None}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         # copies, whose memory is aligned as that of any result: sums of a file's unaligned memory round otherwise
         state = {name: value.clone() for name, value in state.items()}
-        self.shift, self.running_cross = state.get("shift"), state.get("cross.covariance")
+        self.shift, self.average_cross = state.get("shift"), state.get("cross.covariance")
         self.bases = [state.get("a.basis"), state.get("b.basis")]
-        for side, running in zip("ab", self.running, strict=True):
-            running.covariance, running.noise = state.get(f"{side}.covariance"), state.get(f"{side}.noise")
-            running.drift = state.get(f"{side}.drift")
+        for i, side in enumerate("ab"):
+            saved = {name: state[f"{side}.{name}"] for name in AVERAGED if f"{side}.{name}" in state}
+            self.averages[i] = Average(**saved, gain=torch.zeros_like(saved["noise"])) if saved else None
 
     def _is_closed(self, name: str) -> bool:
         """Whether `ClosedForm` computes this term: not one that another function has replaced, and not all estimates."""
@@ -246,17 +246,20 @@ class DenseObjective(Objective):
     def _average(self, seen: Statistics, averaging_window: float) -> None:
         """Running averages of both sides, and of the normalised cross covariance if there is a cross moment."""
         sides = seen.a, seen.b
-        steps = [running.gain(side, averaging_window) for running, side in zip(self.running, sides, strict=True)]
+        past = [one or no_average(side) for one, side in zip(self.averages, sides, strict=True)]
+        steps = [gain_of(one, side, averaging_window) for one, side in zip(past, sides, strict=True)]
         gains, usable = [gain for gain, _ in steps], [side.usable for side in sides]
         if seen.pair.cross is not None:
             # one gain for all, so that the joint covariance is a convex sum of joint covariances
             gains, usable = [torch.maximum(*gains)] * 2, [usable[0] & usable[1]] * 2
             normalised = seen.batch_cross_covariance / seen.cross_scale
-            past = torch.zeros_like(normalised) if self.running_cross is None else self.running_cross
-            seen.average_cross = past.lerp(normalised, gains[0])
-            self.running_cross = torch.where(usable[0], seen.average_cross, past)
+            past_cross = torch.zeros_like(normalised) if self.average_cross is None else self.average_cross
+            seen.average_cross = past_cross.lerp(normalised, gains[0])
+            self.average_cross = torch.where(usable[0], seen.average_cross, past_cross)
         for i, side in enumerate(sides):
-            side.average = self.running[i].advance(side, gains[i], steps[i][1], usable[i])
+            side.average = averaged(past[i], side, gains[i], steps[i][1])
+            # on a GPU this waits, as the small eigendecomposition of the next step does anyway
+            self.averages[i] = side.average if usable[i] else past[i]
 
     def _eigenspace(self, i: int, side: Side) -> Eigenspace:
         covariance, scale = side.scaled
@@ -292,22 +295,3 @@ def _checked_term(name: str, term: Any) -> Term:
     if not math.isfinite(weight):
         raise ValueError(f"Expected a finite weight of term {name!r} but got {weight}.")
     return float(weight), function
-
-
-def _check_options(
-    lambda_sub: float,
-    lambda_orth: float,
-    subspace_dim: int,
-    window: float | str | None,
-    broadening: float,
-    power_iterations: int | None,
-) -> None:
-    for name, value in (("lambda_sub", lambda_sub), ("lambda_orth", lambda_orth), ("broadening", broadening)):
-        if not value >= 0:
-            raise ValueError(f"Expected {name} >= 0 but got {value}.")
-    if subspace_dim < 1:
-        raise ValueError(f"Expected subspace_dim >= 1 but got {subspace_dim}.")
-    if not (window is None or window == "auto" or (not isinstance(window, str) and window > 0)):
-        raise ValueError(f'Expected window to be None, "auto" or a number of samples but got {window!r}.')
-    if power_iterations is not None and power_iterations < 1:
-        raise ValueError(f"Expected power_iterations to be None or at least 1 but got {power_iterations}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,19 @@ from hf_densefeat.objective.moments import Moments, PairMoments
 from hf_densefeat.objective.subspace import Eigenspace
 
 
-@dataclass(frozen=True)
-class Average:
-    """Running average of Sigma / tr Sigma (d, d), the noise in it, and the weight of this update's, as numbers."""
+class Average(NamedTuple):
+    """Running average of Sigma / tr Sigma (d, d), as numbers: `running.py`.
+
+    Attributes:
+        covariance: the average.
+        noise: squared Frobenius norm of its sampling error.
+        drift: squared distance between the average and what the encoder is now.
+        gain: weight of the last update's covariance in the average.
+    """
 
     covariance: Tensor
     noise: Tensor
+    drift: Tensor
     gain: Tensor
 
 

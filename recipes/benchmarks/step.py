@@ -1,7 +1,6 @@
 """A training step with the dense terms against the same step without."""
 
 import time
-from contextlib import ExitStack
 from itertools import cycle, islice
 from unittest.mock import patch
 
@@ -13,8 +12,7 @@ from transformers.utils import logging
 
 from benchmarks.timing import alternate, spread
 from hf_densefeat import AutoDenseModel, DenseTrainer, DenseTrainingArguments
-from hf_densefeat.training import trainer as training
-from hf_densefeat.training.update import Update
+from hf_densefeat.objective.moments import PairMoments
 
 
 def step(args) -> dict:
@@ -49,12 +47,11 @@ def _case(args, length: int, pairs: int, accumulation: int, mixed: bool, cuda: b
         steps["MLM + dense, kept graphs"] = one_update(trainers["kept graphs"])
     seconds = alternate(steps, args.repeats, args.device)
     base = next(iter(steps))
-    slots, tokens = trainers["MLM + dense"]._update.slots
     found = {
         "seconds": {name: spread(values) for name, values in seconds.items()},
         f"/ {base}": {name: spread(values / seconds[base]) for name, values in seconds.items() if name != base},
         "MLM + dense / MLM": spread(seconds["MLM + dense"] / seconds["MLM"]),
-        "padding": round(1 - (tokens / slots).item(), 4),
+        "padding": round(padding(trainers["MLM + dense"]), 4),
     }
     if cuda:
         for name, run in steps.items():
@@ -83,11 +80,10 @@ def share(args) -> dict:
         config.update({"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads})
         config.intermediate_size = 4 * width
         trainer = make_trainer(3.0, length=128, batch_size=8, accumulation=1, cuda=False, config=config)
-        update, spent = one_update(trainer), []
-        parts, shares, seconds = ((Update, "plan"), (Update, "dense_share"), (training, "moments_of")), [], []
-        with ExitStack() as patched:
-            for owner, part in parts:
-                patched.enter_context(patch.object(owner, part, clocked(getattr(owner, part), spent)))
+        update, spent, shares, seconds = one_update(trainer), [], [], []
+        objective = trainer.objective
+        objective.plan, objective.share = clocked(objective.plan, spent), clocked(objective.share, spent)
+        with patch.object(PairMoments, "of", clocked(PairMoments.of, spent)):
             for repeat in range(args.repeats + 1):
                 spent.clear()
                 start = time.process_time()
@@ -173,6 +169,14 @@ def number_tokenizer(vocabulary: int, pad: int, length: int) -> PreTrainedTokeni
     )
     names = {name: str(i) for name, i in special.items()}
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, **names)
+
+
+@torch.no_grad()
+def padding(trainer: DenseTrainer) -> float:
+    """Share of the positions of a batch that are computed for no token."""
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    _, made = trainer.compute_loss(trainer.model, batches[0], return_outputs=True)
+    return 1 - batches[0]["attention_mask"].sum().item() / made.slots
 
 
 def one_update(trainer: DenseTrainer):

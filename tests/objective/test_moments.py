@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
 from hf_densefeat.objective.moments import Moments, PairGradient, PairMoments, pullback
 from hf_densefeat.objective.objective import DenseObjective
-from hf_densefeat.objective.running import RunningCovariance
+from hf_densefeat.objective.running import averaged, gain_of, no_average
 from hf_densefeat.objective.statistics import Side
 
 SUMS = ("count", "first", "second", "square_weighted_sum", "quartic_sum")
@@ -143,8 +143,7 @@ def test_bfloat16_autocast_changes_nothing():
             *PairGradient((m.shift, far), (*both.sums, *m.sums, m.count), False).pullback(a, b[:2].repeat(4, 1)),
             m.noise_of_purity(m.second.square().sum(), m.second.trace(), True),
         ]
-        running = RunningCovariance()
-        average = advance(running, Side(m, True), 20)
+        average = advance(None, Side(m, True), 20)
         return [*out, average.covariance, average.noise, average.gain]
 
     outside = everything()
@@ -190,22 +189,19 @@ def observe(z, center=True):
     return Side(Moments.of(z), center)
 
 
-def advance(running, seen, window):
-    """One step of one running covariance, as the objective does it."""
-    return running.advance(seen, *running.gain(seen, window), seen.usable)
-
-
-def step(running, z, window):
-    return advance(running, observe(z), window).covariance
+def advance(past, seen, window):
+    """One step of one running average, as the objective takes it."""
+    past = past or no_average(seen)
+    return averaged(past, seen, *gain_of(past, seen, window))
 
 
 def test_first_step_is_the_batch_and_the_second_a_mean():
     """There is no start-up bias: the first average is the batch's covariance, the second lies between both batches."""
-    running = RunningCovariance()
     first, second = rows(24, 8), rows(24, 8, seed=1)
-    torch.testing.assert_close(step(running, first, 200), observe(first).batch_normalised, rtol=1e-12, atol=1e-12)
-    average = step(running, second, 200)
-    share = (average - observe(first).batch_normalised).norm() / (
+    average = advance(None, observe(first), 200)
+    torch.testing.assert_close(average.covariance, observe(first).batch_normalised, rtol=1e-12, atol=1e-12)
+    average = advance(average, observe(second), 200)
+    share = (average.covariance - observe(first).batch_normalised).norm() / (
         observe(second).batch_normalised - observe(first).batch_normalised
     ).norm()
     assert 0.3 < share < 0.75
@@ -213,17 +209,16 @@ def test_first_step_is_the_batch_and_the_second_a_mean():
 
 def test_gradient_flows_through_the_batch_at_full_strength():
     """The gradient of the average by the rows is that of the batch's own normalised covariance, at every step."""
-    running = RunningCovariance()
-    weight = rows(6, 6, seed=9)
+    past, weight = None, rows(6, 6, seed=9)
     for seed in range(4):
         z = rows(16, 6, seed).requires_grad_()
         m = Moments.of(z)
-        average = advance(running, Side(m, True), 100)
+        with torch.no_grad():
+            past = average = advance(past, Side(m, True), 100)
         sides = [Side(m, True, x) for x in (average, None)]
         grads = [torch.autograd.grad((x.normalised * weight).sum(), z, retain_graph=True)[0] for x in sides]
         assert torch.equal(*grads)
         assert torch.equal(sides[0].normalised.detach(), average.covariance)
-        assert not running.covariance.requires_grad
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "constant", "zeros"])
@@ -253,7 +248,7 @@ def test_bad_batch_leaves_the_state_alone(bad, when):
         losses = [objective(z_a, z_b)["loss"] for objective in objectives]
         # the tracked basis may have taken its cold start on the bad batch: the averages are equal, the tracking close
         torch.testing.assert_close(losses[0], losses[1], rtol=0.05 if when == 0 else 1e-6, atol=1e-6)
-        for x, y in zip(objectives[0].running, objectives[1].running, strict=True):
+        for x, y in zip(objectives[0].averages, objectives[1].averages, strict=True):
             torch.testing.assert_close(x.covariance, y.covariance, rtol=1e-9, atol=1e-12)
 
 
@@ -295,38 +290,37 @@ def test_stationary_batches_average_below_their_noise():
     d = 24
     truth = torch.diag(torch.linspace(2, 0.3, d, dtype=torch.float64).square())
     truth = truth / truth.trace()
-    running, single, averaged = RunningCovariance(), [], []
+    average, single, several = None, [], []
     for seed in range(120):
         z = rows(16, d, seed)
-        average = step(running, z, window=1600)
+        average = advance(average, observe(z), 1600)
         if seed >= 40:
             single.append((observe(z).batch_normalised - truth).square().sum())
-            averaged.append((average - truth).square().sum())
-    assert torch.stack(averaged).mean() < torch.stack(single).mean() / 4
+            several.append((average.covariance - truth).square().sum())
+    assert torch.stack(several).mean() < torch.stack(single).mean() / 4
 
 
 def test_drifting_batches_stand_almost_alone():
     """While the covariance turns from step to step the average follows it: it is nearer to the batch than to the past."""
     d, generator = 16, torch.Generator().manual_seed(0)
-    running, distances = RunningCovariance(), []
+    average, distances = None, []
     for seed in range(40):
         turn = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
         z = rows(64, d, seed) * torch.logspace(0, -2, d, dtype=torch.float64) @ turn
-        past = running.covariance
-        average = step(running, z, window=10_000)
+        past, average = average, advance(average, observe(z), 10_000)
         if seed >= 5:
-            distances.append(
-                (average - observe(z).batch_normalised).norm() / (past - observe(z).batch_normalised).norm()
-            )
+            batch = observe(z).batch_normalised
+            distances.append((average.covariance - batch).norm() / (past.covariance - batch).norm())
     assert max(distances) < 0.2
 
 
 def test_window_no_longer_than_the_batch_is_the_batch():
     """A window of at most the batch's rows averages nothing."""
-    running = RunningCovariance()
+    average = None
     for seed in range(3):
         z = rows(32, 6, seed)
-        torch.testing.assert_close(step(running, z, window=32), observe(z).batch_normalised, rtol=1e-12, atol=1e-12)
+        average = advance(average, observe(z), 32)
+        torch.testing.assert_close(average.covariance, observe(z).batch_normalised, rtol=1e-12, atol=1e-12)
 
 
 # ---- Pairs ----
