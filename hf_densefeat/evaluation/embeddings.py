@@ -76,8 +76,7 @@ def embed(
     options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, return_cut=True)
     if not head:
         options |= _accepted(model, head=False)
-    precision = precision_of(model)
-    path = None
+    precision, path = precision_of(model), None
     if cache and isinstance(model, torch.nn.Module):
         folder = Path(HF_HOME) / "hf_densefeat" / "embeddings" if cache is True else Path(cache)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,21 +84,21 @@ def embed(
         for text in unique:
             digest.update(hashlib.sha256(text.encode()).digest())
         path = folder / f"{digest.hexdigest()}.npz"
-        if path.exists():
-            with np.load(path, allow_pickle=False) as known:
-                z, cut = known["z"][inverse], known["cut"][inverse]
-            return (z, cut) if return_cut else z
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
-        found = model.encode(unique.tolist(), **options)
-    z, cut = found if "return_cut" in options else (found, np.zeros(len(unique), dtype=bool))
-    if issparse(z):
-        return z[inverse]
-    z, cut = torch.as_tensor(z).float().cpu().numpy(), np.asarray(cut)
-    if path is not None:
-        # Written beside and renamed, so that another process never reads half a file.
-        partial = path.with_suffix(f".{time.monotonic_ns()}.tmp")
-        with open(partial, "wb") as file:
-            partial.chmod(0o600)
-            np.savez(file, z=z, cut=cut)
-        partial.rename(path)
+    if path is not None and path.exists():
+        with np.load(path, allow_pickle=False) as known:
+            z, cut = known["z"], known["cut"]
+    else:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+            found = model.encode(unique.tolist(), **options)
+        z, cut = found if "return_cut" in options else (found, np.zeros(len(unique), dtype=bool))
+        if issparse(z):
+            return z[inverse]
+        z, cut = torch.as_tensor(z).float().cpu().numpy(), np.asarray(cut)
+        if path is not None:
+            # Written beside and renamed, so that another process never reads half a file.
+            partial = path.with_suffix(f".{time.monotonic_ns()}.tmp")
+            with open(partial, "wb") as file:
+                partial.chmod(0o600)
+                np.savez(file, z=z, cut=cut)
+            partial.rename(path)
     return (z[inverse], cut[inverse]) if return_cut else z[inverse]

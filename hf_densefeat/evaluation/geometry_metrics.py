@@ -25,31 +25,6 @@ Returns:
 """
 
 
-class GeometryMetrics(evaluate.Metric):
-    """Functions of `hf_densefeat.evaluation.geometry` for `evaluate`; the configuration names the function."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        computed: dict[str, Any] = {
-            "effective_rank": _rank,
-            "condition_number": _condition,
-            "subspace_distance": _distance,
-        }
-        if self.config_name not in computed:
-            raise ValueError(f"Expected a configuration among {sorted(computed)} but got {self.config_name!r}.")
-        self.computed, row = computed[self.config_name], datasets.Sequence(datasets.Value("float32"))
-        sides = ["embeddings", *(["next_embeddings"] if self.computed is _distance else [])]
-        return evaluate.MetricInfo(
-            description=f"{self.config_name.replace('_', ' ').capitalize()} of N embeddings.",
-            citation="",
-            inputs_description=_INPUTS,
-            features=datasets.Features(dict.fromkeys(sides, row)),
-        )
-
-    def _compute(self, **given: Any) -> dict[str, float]:
-        rows = {name: torch.as_tensor(given.pop(name)) for name in tuple(given) if name.endswith("embeddings")}
-        return self.computed(*rows.values(), **given)
-
-
 def _rank(z: torch.Tensor, *, center: bool = False) -> dict[str, float]:
     n, d = z.shape
     rank = geometry.effective_rank(z, center=center)
@@ -57,13 +32,8 @@ def _rank(z: torch.Tensor, *, center: bool = False) -> dict[str, float]:
 
 
 def _condition(z: torch.Tensor, *, center: bool = False, floor: float = geometry.CONDITION_FLOOR) -> dict[str, float]:
-    n, d = z.shape
-    return {
-        "condition_number": geometry.condition_number(z, center=center, floor=floor),
-        "floor": floor,
-        "n": n,
-        "d": d,
-    }
+    number = geometry.condition_number(z, center=center, floor=floor)
+    return {"condition_number": number, "floor": floor, "n": z.shape[0], "d": z.shape[1]}
 
 
 def _distance(z: torch.Tensor, z_next: torch.Tensor, *, k: int = 20, center: bool = False) -> dict[str, float]:
@@ -72,3 +42,29 @@ def _distance(z: torch.Tensor, z_next: torch.Tensor, *, k: int = 20, center: boo
         raise ValueError(f"Halves of {len(z)} rows support k <= {report['k']} but got k={k}: lower it, or more rows.")
     suffix, names = "_centered" if center else "", ("distance", "distance_normalized", "distance_half", "noise_floor")
     return {f"subspace_{name}": report[f"subspace_{name}{suffix}"] for name in names} | {"k": k, "n": len(z)}
+
+
+COMPUTED: dict[str, Any] = {
+    "effective_rank": _rank,
+    "condition_number": _condition,
+    "subspace_distance": _distance,
+}
+
+
+class GeometryMetrics(evaluate.Metric):
+    """Functions of `hf_densefeat.evaluation.geometry` for `evaluate`; the configuration names the function."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        if self.config_name not in COMPUTED:
+            raise ValueError(f"Expected a configuration among {sorted(COMPUTED)} but got {self.config_name!r}.")
+        sides = ["embeddings", *(["next_embeddings"] if self.config_name == "subspace_distance" else [])]
+        return evaluate.MetricInfo(
+            description=f"{self.config_name.replace('_', ' ').capitalize()} of N embeddings.",
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(dict.fromkeys(sides, datasets.Sequence(datasets.Value("float32")))),
+        )
+
+    def _compute(self, **given: Any) -> dict[str, float]:
+        rows = {name: torch.as_tensor(given.pop(name)) for name in tuple(given) if name.endswith("embeddings")}
+        return COMPUTED[self.config_name](*rows.values(), **given)

@@ -24,12 +24,8 @@ ALPHAS = tuple(float(10.0**power) for power in np.arange(-6, 3.5, 0.5))
 def ridge_path(rows: Rows, y: np.ndarray, alphas: Sequence[float] = ALPHAS) -> np.ndarray:
     """Coefficients (alphas, d + 1, 1) of ``min ‖y - X w - b‖² + N a ‖w‖²``; the intercept b is last.
 
-    Equals `sklearn.linear_model.Ridge(alpha=N * a)`, which fits each penalty anew; for sparse rows it is that.
-
-    Args:
-        rows: X, (N, d); where dense, with columns of mean 0.
-        y: values (N,).
-        alphas: penalties a > 0.
+    Equals `sklearn.linear_model.Ridge(alpha=N * a)`, which fits each penalty a > 0 anew; for sparse rows it is that.
+    The columns of dense rows X, (N, d), must have mean 0.
     """
     penalties = len(y) * np.asarray(alphas)
     if not isinstance(rows, np.ndarray):
@@ -48,14 +44,9 @@ def logistic_path(rows: Rows, y: np.ndarray, classes: int = 2, cs: Sequence[floa
     """Coefficients (cs, d + 1, 1 or classes) of L2 logistic regression for each C; the intercept is last.
 
     `sklearn.linear_model.LogisticRegression(C=c)`, sigmoid for two classes and softmax for more, each C from the
-    solution of the one before. L-BFGS ends where the gradient is small: where classes can be separated, solutions of
-    C above about 100 stay near the one before, which leaves the best validation loss of the path as it is.
-
-    Args:
-        rows: X, (N, d).
-        y: codes of the classes, (N,); a class without a row gets the probability 0.
-        classes: number of classes.
-        cs: strengths.
+    solution of the one before. A class without a row gets the probability 0. L-BFGS ends where the gradient is small:
+    where classes can be separated, solutions of C above about 100 stay near the one before, which leaves the best
+    validation loss of the path as it is.
     """
     model, present, kept = LogisticRegression(warm_start=True, max_iter=400), np.unique(y), []
     with warnings.catch_warnings():
@@ -75,19 +66,10 @@ def logistic_path(rows: Rows, y: np.ndarray, classes: int = 2, cs: Sequence[floa
 
 
 def fit_path(x: Rows, y: np.ndarray, kind: str, classes: int) -> tuple[Callable[[Rows], Rows], np.ndarray]:
-    """Every strength of a probe, and what rows are to pass before `predict`.
+    """The standardisation that rows are to pass before `predict`, and coefficients (strengths, d + 1, outputs).
 
     Dense columns are standardised by the training rows; sparse ones are used as they are, since a mean would fill them
     and TF-IDF has its scale.
-
-    Args:
-        x: training rows (N, d).
-        y: values, or codes of the classes, (N,).
-        kind: ``regression`` or any other for classes.
-        classes: number of classes.
-
-    Returns:
-        the standardisation, and coefficients (strengths, d + 1, outputs).
     """
     if isinstance(x, np.ndarray):
         dtype = np.float64 if kind == "regression" else np.float32

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 from scipy.sparse import csr_matrix
+from scipy.special import entr
 
 # Ends the name of a metric of the ranking that is fused with the ranking by words.
 WITH_WORDS = "_with_words"
@@ -27,9 +28,7 @@ class Estimate:
     def of(cls, value: float, replicates: np.ndarray) -> "Estimate":
         """The 2.5 and 97.5 percentiles of the replicates (B,); those without a value, for want of a class, are left out."""
         defined = replicates[np.isfinite(replicates)]
-        if len(defined) == 0:
-            return cls(float(value))
-        low, high = np.percentile(defined, [2.5, 97.5])
+        low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
         return cls(float(value), float(low), float(high))
 
 
@@ -45,15 +44,11 @@ def rows_of_some_patients(patient: np.ndarray, maximum: int, seed: int) -> np.nd
 class PatientWeights:
     """Row weights (replicates, N), how often each row's patient is drawn when patients are drawn with replacement.
 
-    ``len`` and slices alone, ``weights[i:j]`` (j − i, N): all of them would take 8 bytes a row and replicate.
-
-    Attributes:
-        drawn: how often each patient is drawn, (replicates, patients).
-        codes: the patient of each row, (N,).
+    It is read in slices, ``weights[i:j]``: all of it would take 8 bytes a row and replicate.
     """
 
-    drawn: np.ndarray
-    codes: np.ndarray
+    drawn: np.ndarray  # how often each patient is drawn, (replicates, patients)
+    codes: np.ndarray  # the patient of each row, (N,)
 
     @classmethod
     def of(cls, patient: np.ndarray, replicates: int, seed: int = 0) -> "PatientWeights":
@@ -72,13 +67,16 @@ class PatientWeights:
         return self.drawn[part][:, self.codes].astype(np.float64)
 
 
-def replicate(
-    metric: MetricFunction, y: np.ndarray, output: np.ndarray, weights: PatientWeights | np.ndarray
-) -> np.ndarray:
+def replicate(metric: MetricFunction, y: np.ndarray, output: np.ndarray, weights: PatientWeights) -> np.ndarray:
     """The metric for all weightings, a few at a time: it holds several arrays of the size of the weights."""
     step = max(1, 2_000_000 // len(y))
     parts = [metric(y, output, weights[i : i + step]) for i in range(0, len(weights), step)]
     return np.concatenate(parts) if parts else np.empty(0)
+
+
+def plain(metric: MetricFunction, y: np.ndarray, output: np.ndarray) -> float:
+    """The metric with all weights 1."""
+    return float(metric(y, output, np.ones((1, len(y))))[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,27 +101,20 @@ class Result:
 
 
 def estimated(
-    functions: Mapping[str, MetricFunction],
-    y: np.ndarray,
-    outputs: Mapping[str, np.ndarray],
-    weights: PatientWeights,
+    functions: Mapping[str, MetricFunction], y: np.ndarray, outputs: Mapping[str, np.ndarray], weights: PatientWeights
 ) -> tuple[dict[str, Estimate], dict[str, np.ndarray]]:
     """Metric name to `Estimate`, and to the bootstrap values; of each function with the output of its name."""
-    one = np.ones((1, len(y)))
     drawn = {name: replicate(function, y, outputs[name], weights) for name, function in functions.items()}
-    values = {name: function(y, outputs[name], one)[0] for name, function in functions.items()}
-    return {name: Estimate.of(value, drawn[name]) for name, value in values.items()}, drawn
+    return {name: Estimate.of(plain(functions[name], y, outputs[name]), drawn[name]) for name in functions}, drawn
 
 
 def paired_difference(ours: Result, theirs: Result) -> dict[str, Estimate]:
     """Metric name to ``ours - theirs`` with its 95 % interval, both scored on the same redrawn patients.
 
-    Of the metrics that both have. ``mrr_with_words`` is compared with ``mrr`` where ``theirs``, which is then of words
-    alone, has no such variant.
+    Of the metrics that both have. ``mrr_with_words`` is compared with ``mrr`` where ``theirs``, of words alone, lacks it.
 
     Raises:
-        ValueError: if the two are not of the same test rows, have no metric in common, or differ in their number of
-            replicates.
+        ValueError: for other test rows, no metric in common, or another number of replicates.
     """
     if not np.array_equal(ours.y, theirs.y) or not np.array_equal(ours.patient, theirs.patient):
         raise ValueError("Expected two results of the same task, seed and split; their test rows differ.")
@@ -131,14 +122,13 @@ def paired_difference(ours: Result, theirs: Result) -> dict[str, Estimate]:
     named = {name: other for name, other in named.items() if other in theirs.metrics}
     if not named:
         raise ValueError(f"Expected a metric in common but got {list(ours.metrics)} and {list(theirs.metrics)}.")
-    if any(len(ours.replicates[name]) != len(theirs.replicates[other]) for name, other in named.items()):
-        raise ValueError("Expected two results with the same number of bootstrap replicates.")
-    return {
-        name: Estimate.of(
-            ours.metrics[name].value - theirs.metrics[other].value, ours.replicates[name] - theirs.replicates[other]
-        )
-        for name, other in named.items()
-    }
+    found = {}
+    for name, other in named.items():
+        if len(ours.replicates[name]) != len(theirs.replicates[other]):
+            raise ValueError("Expected two results with the same number of bootstrap replicates.")
+        drawn = ours.replicates[name] - theirs.replicates[other]
+        found[name] = Estimate.of(ours.metrics[name].value - theirs.metrics[other].value, drawn)
+    return found
 
 
 def _sums(weights: np.ndarray, codes: np.ndarray, cells: int) -> np.ndarray:
@@ -170,7 +160,7 @@ def average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarr
     everyone, ours = _sums(weights, codes, len(cells)).cumsum(1), _sums(weights * positive, codes, len(cells))
     hits = np.cumsum(ours, axis=1)
     # a cell without weight has no precision, and adds nothing
-    precision = np.divide(hits, everyone, out=np.zeros_like(hits), where=everyone > 0)
+    precision = np.nan_to_num(_ratio(hits, everyone))
     return _ratio((ours * precision).sum(1), hits[:, -1])
 
 
@@ -220,12 +210,8 @@ def mutual_information(y: np.ndarray, cluster: np.ndarray, weights: np.ndarray) 
     table = _tables(y, cluster, weights)
     # joint shares; their margins are those of labels and clusters
     p = table / table.sum((1, 2), keepdims=True)
-
-    def entropy(q: np.ndarray) -> np.ndarray:
-        return -(q * np.log(np.where(q > 0, q, 1))).reshape(len(q), -1).sum(1)
-
-    own, other = entropy(p.sum(2)), entropy(p.sum(1))
-    return _ratio(own + other - entropy(p), 0.5 * (own + other))
+    own, other, both = (entr(q).reshape(len(q), -1).sum(1) for q in (p.sum(2), p.sum(1), p))
+    return _ratio(own + other - both, 0.5 * (own + other))
 
 
 def _odds(output: np.ndarray, c: int) -> np.ndarray:
@@ -236,20 +222,13 @@ def _odds(output: np.ndarray, c: int) -> np.ndarray:
 
 def _each_class(metric: MetricFunction, y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The metric of the positive class, or its mean over all classes one against the rest that have weight."""
-    if output.shape[1] == 2:
-        return metric(y == 1, _odds(output, 1), weights)
-    classes = range(output.shape[1])
+    classes = [1] if output.shape[1] == 2 else range(output.shape[1])
     return _mean_of_defined(np.stack([metric(y == c, _odds(output, c), weights) for c in classes], axis=1))
 
 
-def class_auroc(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC of probabilities (N, K): of class 1 where K = 2, else the mean of each class against the rest, (B,)."""
-    return _each_class(auroc, y, output, weights)
-
-
-def class_auprc(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Average precision of probabilities (N, K), as `class_auroc`, (B,)."""
-    return _each_class(average_precision, y, output, weights)
+class_auroc: MetricFunction = partial(_each_class, auroc)
+class_auprc: MetricFunction = partial(_each_class, average_precision)
+"""AUROC and average precision of probabilities (N, K): of class 1 where K = 2, else the mean over the classes, (B,)."""
 
 
 def brier(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -288,8 +267,7 @@ class Metric:
     """An entry of `METRICS`.
 
     Attributes:
-        function: labels, output and weights (B, N) to values (B,). The output is probabilities (N, K), predictions
-            (N,), clusters (N,) or, for similarity, one value a row (N,).
+        function: its output is probabilities (N, K), predictions (N,), clusters (N,) or, for similarity, one value a row.
         title: heading in tables.
         higher_is_better: False for errors.
         hub_name: metric type in a model card's `model-index`.
@@ -336,7 +314,7 @@ METRICS_OF: dict[str, tuple[str, ...]] = {
 
 
 CODES = ("float", "int8", "binary")
-_VARIANT = re.compile(r"(.+?)(?:_(int8|binary)|_d_over_(\d+)|(_with_words))?")
+_VARIANT = re.compile(rf"(.+?)(?:_(int8|binary)|_d_over_(\d+)|{WITH_WORDS})")
 
 
 def metric_named(name: str) -> Metric:
@@ -350,17 +328,15 @@ def metric_named(name: str) -> Metric:
     found = _VARIANT.fullmatch(name)
     if found is None:
         raise KeyError(name)
-    base, code, divisor, fused = found.groups()
-    how = "fused with words" if fused else f"{code} codes" if code else f"first d/{divisor} dimensions"
+    base, code, divisor = found.groups()
+    how = f"{code} codes" if code else f"first d/{divisor} dimensions" if divisor else "fused with words"
     return replace(METRICS[base], title=f"{METRICS[base].title}, {how}")
 
 
 def metrics_of(kind: str, threshold: float = 0.5) -> dict[str, MetricFunction]:
     """The functions of a kind's metrics by name, macro-F1 at the threshold."""
     found: dict[str, MetricFunction] = {name: METRICS[name].function for name in METRICS_OF[kind]}
-    if "macro_f1" in found:
-        found["macro_f1"] = partial(macro_f1_at, threshold=threshold)
-    return found
+    return found | ({"macro_f1": partial(macro_f1_at, threshold=threshold)} if "macro_f1" in found else {})
 
 
 def best_threshold(y: np.ndarray, p: np.ndarray) -> float:

@@ -27,6 +27,7 @@ from hf_densefeat.evaluation.metrics import (
     class_auroc,
     estimated,
     metrics_of,
+    plain,
     replicate,
 )
 from hf_densefeat.evaluation.tasks import Kind, ProbeTask, task_rows
@@ -63,10 +64,9 @@ def _chosen(features: Rows, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
     outputs = [predict(features, w, kind) for w in path]
     if kind == "regression":
         return int(np.argmin([np.mean((y - output) ** 2) for output in outputs]))
-    one, rows = np.ones((1, len(y))), np.arange(len(y))
-    area = [np.nan_to_num(class_auroc(y, output, one)[0]) for output in outputs]
+    area = [np.nan_to_num(plain(class_auroc, y, output)) for output in outputs]
     # probabilities of 0 would make the loss of one row decide
-    loss = [-np.log(np.maximum(output[rows, y], 1e-12)).mean() for output in outputs]
+    loss = [-np.log(np.maximum(output[np.arange(len(y)), y], 1e-12)).mean() for output in outputs]
     # areas that differ by rounding are equal
     return int(np.lexsort((loss, -np.round(area, 9)))[0])
 
@@ -164,7 +164,7 @@ def probe(
             _few_shot_outputs(z, y, split, kind, shots, np.random.default_rng([seed, draw])) for draw in range(draws)
         ]
         for k in found[0]:
-            values = [class_auroc(ours, one[k], np.ones((1, len(ours))))[0] for one in found]
+            values = [plain(class_auroc, ours, one[k]) for one in found]
             drawn = [replicate(class_auroc, ours, one[k], weights) for one in found]
             curve[k] = Estimate.of(np.mean(values), np.mean(drawn, axis=0))
     return ProbeResult(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix, issparse
 from torch import Tensor
+from torch.nn.functional import normalize
 
 TIE = 2.0**-21
 NEIGHBOURS = 10
@@ -44,15 +45,14 @@ def unit_rows(z: Rows) -> Rows:
         raise ValueError(f"Expected embeddings of shape (N, d) but got {tuple(z.shape)}.")
     if not torch.isfinite(z).all():
         raise ValueError("Expected finite embeddings but got NaN or infinity; has the encoder diverged?")
-    norm = z.norm(dim=1, keepdim=True)
-    return z / norm.where(norm > 0, torch.ones(()))
+    return normalize(z, eps=torch.finfo(z.dtype).tiny)
 
 
 def coded(z: Tensor, code: str, reference: Tensor | None = None) -> Tensor:
-    """Embeddings (N, d) after a round trip through low-precision codes, as `sentence_transformers` defines them.
+    """Embeddings (N, d) in low-precision codes, as sentence-transformers' ``quantize_embeddings`` defines them.
 
     ``binary``: 1 where the value is above 0, else −1; their cosine is ``1 − 2 · Hamming/d``. ``int8``: the range of each
-    dimension of ``reference`` (the documents; by default ``z``) in 255 steps, less 128. Equals ``quantize_embeddings``.
+    dimension of ``reference`` (the documents; by default ``z``) in 255 steps, less 128.
     """
     if code == "float":
         return z
@@ -157,41 +157,35 @@ def ranking(
         the first k documents, or of all where fewer are searched. Each (Q,); NaN without a relevant document and
         for queries that are not asked.
     """
-    (queries, documents), both = scores.shape, [scores] if beside is None else [scores, beside]
+    queries, documents = scores.shape
     names, k = ("mrr", f"recall_at_{k}", f"ndcg_at_{k}", f"precision_at_{k}"), min(k, documents)
     discount = 1 / torch.log2(torch.arange(k) + 2.0)
     # of a ranking with all relevant documents first, by their number
     ideal = torch.cat([torch.zeros(1), discount.cumsum(0)])
-    parts: list[Tensor] = []
-    step = max(1, _CHUNK // max(1, documents))
-    # A few queries at a time: the whole table of cosines may not fit into memory.
+    table = torch.full((4, queries), torch.nan, dtype=torch.float64)
     asked = torch.arange(queries) if scores.asked is None else scores.asked
-    for rows in asked.split(step):
-        found, wanted = [one.of(rows) for one in both], relevant(rows)
-        searched = torch.full((len(wanted),), documents)
+    # A few queries at a time: the whole table of cosines may not fit into memory.
+    for rows in asked.split(max(1, _CHUNK // max(1, documents))):
+        wanted, searched = relevant(rows), torch.full((len(rows),), documents)
+        sides = [scores] if beside is None else [scores, beside]
+        found = [side.of(rows) for side in sides]
         if allowed is not None:
             mask = allowed(rows)
             # what is not searched ranks last and is not relevant
-            found, wanted, searched = (
-                [one.masked_fill_(~mask, -torch.inf) for one in found],
-                wanted & mask,
-                mask.sum(1),
-            )
+            found = [one.masked_fill_(~mask, -torch.inf) for one in found]
+            wanted, searched = wanted & mask, mask.sum(1)
+        order = found[0]
         if beside is not None:
-            ranks = [_reciprocal_ranks(one, side.sparse) for one, side in zip(found, both, strict=True)]
-            found = [(ranks[0] + ranks[1]).masked_fill(found[0].isneginf(), -torch.inf)]
-        expected, count = _expected_relevance(found[0], wanted, k), wanted.count_nonzero(1)
-        values = torch.stack(
-            [
-                1 / _first_rank(found[0], wanted),
-                expected.sum(1) / count,
-                (expected * discount).sum(1) / ideal[count.clamp_max(k)],
-                expected.sum(1) / searched.clamp(1, k),
-            ]
-        )
-        parts.append(torch.where(count > 0, values, torch.nan))
-    table = torch.full((4, queries), torch.nan, dtype=torch.float64)
-    table[:, asked] = torch.cat(parts, 1).double()
+            ranks = [_reciprocal_ranks(one, side.sparse) for one, side in zip(found, sides, strict=True)]
+            order = (ranks[0] + ranks[1]).masked_fill(order.isneginf(), -torch.inf)
+        expected, count = _expected_relevance(order, wanted, k), wanted.count_nonzero(1)
+        values = [
+            1 / _first_rank(order, wanted),
+            expected.sum(1) / count,
+            (expected * discount).sum(1) / ideal[count.clamp_max(k)],
+            expected.sum(1) / searched.clamp(1, k),
+        ]
+        table[:, rows] = torch.where(count > 0, torch.stack(values), torch.nan).double()
     return dict(zip(names, table.numpy(), strict=True))
 
 
@@ -200,12 +194,7 @@ def _codes(values: Sequence | np.ndarray | Tensor) -> Tensor:
 
 
 def _equal(codes: Tensor) -> Mask:
-    return lambda rows: codes[rows, None] == codes[None, :]
-
-
-def _other_row(count: int) -> Mask:
-    every = torch.arange(count)
-    return lambda rows: every[rows, None] != every[None, :]
+    return lambda rows: codes[rows, None] == codes
 
 
 def same_label(
@@ -222,9 +211,8 @@ def same_label(
     A row never finds itself, nor, with ``apart``, a row of its own group (patient). A row whose label nobody else has
     gets NaN. ``precision_at_k`` is the share of the label among the k nearest neighbours.
     """
-    labels, groups = _codes(y), _codes(group)
-    own, itself = _equal(groups), _other_row(len(labels))
-    return ranking(scores, _equal(labels), (lambda rows: ~own(rows)) if apart else itself, beside=beside, k=k)
+    own = _equal(_codes(group) if apart else torch.arange(len(y)))
+    return ranking(scores, _equal(_codes(y)), lambda rows: ~own(rows), beside=beside, k=k)
 
 
 def same_group(
@@ -243,13 +231,12 @@ def same_group(
         ``mrr`` and ``recall_at_k``: all other notes of the patient are relevant; ``adjacent_mrr`` and
         ``adjacent_recall_at_k``: the next one is, and the patient's other notes are not searched. Each (N,).
     """
-    own, itself, target = _equal(_codes(group)), _other_row(len(group)), torch.as_tensor(following)
-    every = torch.arange(len(group))
+    own, target, every = _equal(_codes(group)), torch.as_tensor(following), torch.arange(len(group))
 
     def follows(rows: Tensor) -> Tensor:
-        return target[rows, None] == every[None, :]
+        return target[rows, None] == every
 
-    anyone = ranking(scores, own, itself, beside=beside, k=k)
+    anyone = ranking(scores, own, lambda rows: rows[:, None] != every, beside=beside, k=k)
     adjacent = ranking(scores, follows, lambda rows: ~own(rows) | follows(rows), beside=beside, k=k)
     names = [name for name in anyone if name.startswith(("mrr", "recall"))]
     return {name: anyone[name] for name in names} | {f"adjacent_{name}": adjacent[name] for name in names}
@@ -274,19 +261,18 @@ def few_labels(
         that no draw classified. Equally near classes share the credit.
     """
     z, group = unit_rows(z), np.asarray(group)
-    classes, codes, sizes = np.unique(y, return_inverse=True, return_counts=True)
+    codes, sizes = np.unique(y, return_inverse=True, return_counts=True)[1:]
     kept = np.flatnonzero(sizes > 1)
-    column = np.full(len(classes), -1)
+    if len(kept) < 2:
+        raise ValueError(f"Few labels need two classes of at least two rows; {len(kept)} of {len(sizes)} have them.")
+    column = np.full(len(sizes), -1)
     column[kept] = np.arange(len(kept))
     own = torch.from_numpy(column[codes])
-    if len(kept) < 2:
-        raise ValueError(f"Few labels need two classes of at least two rows; {len(kept)} of {len(classes)} have them.")
-    right = {k: torch.zeros(len(own), dtype=torch.float64) for k in labels}
-    tested = {k: torch.zeros(len(own), dtype=torch.float64) for k in labels}
+    right, tested = np.zeros((2, len(labels), len(codes)))
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
         shuffled = [rng.permutation(np.flatnonzero(codes == c)) for c in kept]
-        for k in labels:
+        for i, k in enumerate(labels):
             support = [rows[: min(k, len(rows) // 2)] for rows in shuffled]
             means = [z[rows].mean(0) for rows in support]
             centroids = csr_matrix(np.vstack(means)) if issparse(z) else torch.stack(means)
@@ -295,10 +281,8 @@ def few_labels(
             near = scores >= scores.amax(1, keepdim=True) - TIE
             credit = near.gather(1, own.clamp_min(0)[:, None])[:, 0] / near.sum(1)
             # A labelled note must not find its own patient.
-            asked = torch.from_numpy(~np.isin(group, group[np.concatenate(support)])) & (own >= 0)
-            right[k] += torch.where(asked, credit.double(), 0.0)
-            tested[k] += asked
-    return {
-        f"accuracy_at_{k}": torch.where(tested[k] > 0, right[k] / tested[k].clamp_min(1), torch.nan).numpy()
-        for k in labels
-    }
+            asked = ~np.isin(group, group[np.concatenate(support)]) & (column[codes] >= 0)
+            right[i] += np.where(asked, credit, 0)
+            tested[i] += asked
+    shares = np.divide(right, tested, out=np.full_like(right, np.nan), where=tested > 0)
+    return {f"accuracy_at_{k}": share for k, share in zip(labels, shares, strict=True)}

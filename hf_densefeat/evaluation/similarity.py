@@ -98,34 +98,34 @@ def similarity_of(
         ValueError: for another number of embeddings than of texts or queries, or embeddings that are not finite.
     """
     kind, sparse = SIMILARITY[rows.kind], issparse(z)
-    if not sparse:
-        z = torch.as_tensor(z).detach().float().cpu()
-        queries = None if queries is None else torch.as_tensor(queries).detach().float().cpu()
     counts = z.shape[0], 0 if queries is None else queries.shape[0]
     if counts != (len(rows.texts), len(rows.queries)):
         raise ValueError(
             f"Expected {len(rows.texts)} embeddings and {len(rows.queries)} of queries but got {counts[0]} and "
             f"{counts[1]}."
         )
-    mapped = centred_on(z) if head == "centred" else head
+    variants, sides = [("", "float", z.shape[1])], [z] if queries is None else [z, queries]
+    if not sparse:
+        variants = _variants(codes, divisors, z.shape[1])
+        sides = [torch.as_tensor(side).detach().float().cpu() for side in sides]
+    mapped = centred_on(sides[0]) if head == "centred" else head
     if callable(mapped):
-        z, queries = mapped(z), None if queries is None else mapped(queries)
+        sides = [mapped(side) for side in sides]
     values: dict[str, np.ndarray] = {}
     some = None
     if kind.search and len(rows.y) > maximum:
         some = torch.from_numpy(rows_of_some_patients(rows.group, maximum, seed))
-    for suffix, code, width in [("", "float", z.shape[1])] if sparse else _variants(codes, divisors, z.shape[1]):
-        documents = unit_rows(z if sparse else z[:, :width])
-        asked = documents if queries is None else unit_rows(queries if sparse else queries[:, :width])
+    for suffix, code, width in variants:
+        units = [unit_rows(side if sparse else side[:, :width]) for side in sides]
         if not sparse:
             # Queries take the documents' ranges: an index is built before anybody asks.
-            documents, asked = coded(documents, code, documents), coded(asked, code, documents)
-        scores = cosines(asked, documents, asked=some)
-        found = kind.values(rows, documents, scores, None, seed)
+            units = [coded(side, code, units[0]) for side in units]
+        scores = cosines(units[-1], units[0], asked=some)
+        found = kind.values(rows, units[0], scores, None, seed)
         values |= {name + suffix: found[name] for name in kind.metrics}
         if words is not None and kind.search and not suffix:
             beside = cosines(words[0] if words[1] is None else words[1], words[0])
-            found = kind.values(rows, documents, scores, beside, seed)
+            found = kind.values(rows, units[0], scores, beside, seed)
             values |= {name + WITH_WORDS: found[name] for name in kind.metrics}
     functions = {name: metric_named(name).function for name in values}
     metrics, replicates = estimated(functions, rows.y, values, PatientWeights.of(rows.group, bootstraps, seed))
@@ -187,22 +187,15 @@ class SimilarityEvaluator(Evaluator):
         self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int, words: Any = None
     ) -> dict[str, SimilarityResult]:
         z, found = self._embedded(model, tokenizer, cache, head=self.head is None), {}
+        how: dict[str, Any] = {"codes": self.codes, "divisors": self.divisors, "bootstraps": bootstraps}
+        how |= {"seed": self.seed, "head": None if isinstance(self.head, bool) else self.head}
         for name, rows in self.rows.items():
             documents, queries = z[name]
             beside = None
             if words is not None and SIMILARITY[rows.kind].search:
                 beside = words.encode(rows.texts), words.encode(rows.queries) if rows.queries else None
-            found[name] = similarity_of(
-                documents,
-                rows,
-                queries=queries if rows.queries else None,
-                head=None if isinstance(self.head, bool) else self.head,
-                codes=self.codes,
-                divisors=self.divisors,
-                words=beside,
-                bootstraps=bootstraps,
-                seed=self.seed,
-            )
+            asked = queries if rows.queries else None
+            found[name] = similarity_of(documents, rows, queries=asked, words=beside, **how)
         return found
 
     def evaluate(self, model: Any, tokenizer: Any = None, *, words: Any = None) -> dict[str, SimilarityResult]:

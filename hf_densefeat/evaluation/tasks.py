@@ -100,24 +100,22 @@ def _encoded_labels(labels: list, task: ProbeTask) -> tuple[np.ndarray, list]:
     return y, classes.tolist()
 
 
-def _read(task: ProbeTask) -> tuple[list[Any], list[Any], list[Any], list[int]]:
-    """Texts, labels, patients and split codes of all rows; no split codes where the table has none."""
+def _read(task: ProbeTask) -> tuple[list, list, list, list]:
+    """Texts, labels, patients ("" for none) and splits of all rows; no splits where the table has none."""
     parts = task.dataset if isinstance(task.dataset, dict) else {None: task.dataset}
-    texts: list[Any] = []
-    labels: list[Any] = []
-    patients: list[Any] = []
-    splits: list[Any] = []
+    texts, labels, patients, splits = list[Any](), list[Any](), list[Any](), list[Any]()
     for name, table in parts.items():
         texts += task.column(table, task.text)
         labels += task.column(table, task.label)
         if task.patient is not None:
-            patients += identities(task.column(table, task.patient)).to_pylist()
+            # in one form and type in all tables of a mapping
+            ids = identities(task.column(table, task.patient)).to_pylist()
+            patients += ["" if one is None else str(one) for one in ids]
         if name is not None:
             splits += [name] * len(table)
         elif task.split in table.column_names:
             splits += task.column(table, task.split)
-    # in one form and type in all tables of a mapping
-    return texts, labels, [None if one is None else str(one) for one in patients] or list(range(len(texts))), splits
+    return texts, labels, patients or [str(row) for row in range(len(texts))], splits
 
 
 def task_rows(
@@ -139,49 +137,43 @@ def task_rows(
         raise ValueError(f"Probe {task.name!r}: expected a kind among {PROBE_KINDS} but got {task.kind!r}.")
     texts, labels, patients, splits = _read(task)
     # None or NaN, which is not equal to itself, is no label.
-    keep = [i for i, label in enumerate(labels) if label is not None and label == label]
-    y, classes = _encoded_labels([labels[i] for i in keep], task)
-    for i in keep:
-        if not isinstance(texts[i], str) or patients[i] is None:
-            column = task.patient if patients[i] is None else task.text
+    chosen = np.array([i for i, label in enumerate(labels) if label is not None and label == label], dtype=np.int64)
+    y, classes = _encoded_labels([labels[i] for i in chosen], task)
+    for i in chosen:
+        if not isinstance(texts[i], str) or not patients[i]:
+            column = task.text if patients[i] else task.patient
             raise ValueError(f"Probe {task.name!r}: row {i} has a label but nothing in column {column!r}.")
     # Of all patients of the table, labelled or not: these are who pretraining on the table splits.
-    names = np.array(["" if one is None else str(one) for one in patients], dtype=object)
-    everybody, code = np.unique(names, return_inverse=True)
-    chosen = np.array(keep)
+    everybody, code = np.unique(np.array(patients, dtype=object), return_inverse=True)
     present, patient = np.unique(code[chosen], return_inverse=True)
-    ids, what = everybody[present].tolist(), f"Probe {task.name!r}, its splits"
-    options: dict[str, Any] = {
-        "record": record,
-        "seed": seed,
-        "allow_trained": allow_trained,
-        "table": f"probe {task.name!r}",
-    }
+    ids = everybody[present].tolist()
     if task.patient is None and record is not None:
-        options["record"] = None
         logger.warning(
             "Probe %s: its table has no patients, so nobody can say whom the model was trained on.", task.name
         )
+    how: dict[str, Any] = {"seed": seed, "allow_trained": allow_trained, "table": f"probe {task.name!r}"}
+    how["record"] = record if task.patient is not None else None
     if splits:
-        of_patient = parts_of_patients(ids, parts_in_table(splits, chosen, patient, what), **options)
+        given = parts_in_table(splits, chosen, patient, f"Probe {task.name!r}, its splits")
+        of_patient = parts_of_patients(ids, given, **how)
         train = np.flatnonzero(of_patient == 0)
         if len(train) and not (of_patient == 1).any():
             stratum = _largest_label(patient, y, task)[train]
-            some: dict[str, Any] = {"shares": (0.85, 0.15), "seed": seed, "stratum": stratum}
-            of_patient[train] = parts_of_patients([ids[i] for i in train], **some)
+            trained = [ids[i] for i in train]
+            of_patient[train] = parts_of_patients(trained, shares=(0.85, 0.15), seed=seed, stratum=stratum)
     elif task.stratify:
-        of_patient = parts_of_patients(ids, stratum=_largest_label(patient, y, task), **options)
+        of_patient = parts_of_patients(ids, stratum=_largest_label(patient, y, task), **how)
     else:
         named = everybody[everybody != ""]
-        of_patient = parts_of_patients(named, **options)[np.searchsorted(named, ids)]
-    part = of_patient[patient]
+        of_patient = parts_of_patients(named, **how)[np.searchsorted(named, ids)]
+    part, unlabelled = of_patient[patient], len(labels) - len(chosen)
     if task.kind != "clustering":
         _refuse_empty(y, part, task)
     elif record is not None and not allow_trained:  # all rows are clustered, so they must be those of the test
         chosen, y, patient, part = (some[part == 2] for some in (chosen, y, patient, part))
-    tested = part >= 0 if task.kind == "clustering" else part == 2
-    who = [] if task.patient is None else [ids[one] for one in np.unique(patient[tested])]
-    return Rows([texts[i] for i in chosen], y, patient, part, classes, chosen, len(labels) - len(keep), who)
+    tested = patient if task.kind == "clustering" else patient[part == 2]
+    who = [] if task.patient is None else [ids[one] for one in np.unique(tested)]
+    return Rows([texts[i] for i in chosen], y, patient, part, classes, chosen, unlabelled, who)
 
 
 def _largest_label(patient: np.ndarray, y: np.ndarray, task: ProbeTask) -> np.ndarray:
@@ -194,8 +186,8 @@ def _largest_label(patient: np.ndarray, y: np.ndarray, task: ProbeTask) -> np.nd
 
 def _refuse_empty(y: np.ndarray, split: np.ndarray, task: ProbeTask) -> None:
     for code, name in enumerate(("train", "validation", "test")):
-        present = y[split == code]
-        if len(present) == 0 or (task.kind != "regression" and len(np.unique(present)) < 2):
+        present, needed = y[split == code], 1 if task.kind == "regression" else 2
+        if len(np.unique(present)) < needed:
             raise ValueError(
                 f"Probe {task.name!r}: the {name} split has {len(present)} labelled rows of "
                 f"{len(np.unique(present))} classes. Give more labelled patients or another split, or set stratify=True."

@@ -18,9 +18,8 @@ class Words:
     """TF-IDF of words in the shape of an encoder: ``encode(texts)`` gives sparse rows (N, words) of length 1.
 
     A word w that occurs f times in a text has the weight ``(1 + ln f) · (1 + ln((1 + n)/(1 + n_w)))``, n training texts
-    of which n_w have it: scikit-learn's `TfidfVectorizer(sublinear_tf=True)`, with its tokens of two and more letters
-    or digits in lower case. Words that no training text has are not seen, and a text without any known word is a row
-    of zeros. The vocabulary is of patient text: it is kept in memory alone.
+    of which n_w have it: scikit-learn's `TfidfVectorizer(sublinear_tf=True)`. Words that no training text has are not
+    seen. The vocabulary is of patient text: it is kept in memory alone.
     """
 
     def __init__(self, vectorizer: TfidfVectorizer, beginning: Callable[[Sequence[str]], Iterator[str]]) -> None:
