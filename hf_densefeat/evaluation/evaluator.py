@@ -12,36 +12,25 @@ from hf_densefeat.evaluation.metrics import METRICS
 
 
 class Options(TypedDict, total=False):
-    """What both evaluators take by keyword.
+    """What both evaluators take by keyword."""
 
-    Attributes:
-        bootstraps: replicates of `evaluate` over patients, by default 1,000.
-        batch_size: passed to ``encode``, by default 32.
-        max_length: passed to ``encode`` where it takes it.
-        cache: disk cache of `evaluate`, see `embed`; by default True.
-        seed: seed of splits, k-means, samples and bootstrap, by default 0.
-        allow_trained: test patients that the model was trained on, instead of refusing them by their number.
-    """
-
-    bootstraps: int
-    batch_size: int
-    max_length: int | None
-    cache: str | Path | bool
-    seed: int
-    allow_trained: bool
+    bootstraps: int  # replicates of `evaluate` over patients, by default 1,000
+    batch_size: int  # passed to `encode`, by default 32
+    max_length: int | None  # passed to `encode` where it takes it
+    cache: str | Path | bool  # disk cache of `evaluate`, see `embed`; by default True
+    seed: int  # of splits, k-means, samples and bootstrap, by default 0
+    allow_trained: bool  # test patients that the model was trained on, instead of refusing them by their number
 
 
 class Evaluator(ABC):
     """Tasks that one encoder after another is measured on; subclasses read them and say what is measured.
 
-    Attributes:
-        rows: task name to its rows, with ``texts``, ``queries`` and the ids of who is ``tested``.
-        primary_metric: the first task's headline in the numbers of a call, as sentence-transformers' evaluators have it.
-        greater_is_better: whether more of it is better.
+    As in sentence-transformers' evaluators ``primary_metric`` is the first task's headline in the numbers of a call, and
+    ``greater_is_better`` says whether more of it is better.
     """
 
     what: ClassVar[str]
-    rows: Mapping[str, Any]
+    rows: Mapping[str, Any]  # task name to its rows, with `texts`, `queries` and the ids of who is `tested`
 
     def __init__(
         self,
@@ -74,10 +63,11 @@ class Evaluator(ABC):
         """All texts that an encoder has to give embeddings of, some of them more than once."""
         return [text for rows in self.rows.values() for text in (*rows.texts, *rows.queries)]
 
-    def _embedded(self, model: Any, tokenizer: Any, cache: str | Path | bool, **options: Any) -> dict[str, tuple]:
+    def _embedded(self, model: Any, tokenizer: Any, points: bool, **options: Any) -> dict[str, tuple]:
         """Task name to embeddings of its texts and of its queries, encoded in one call."""
         self.refuse_trained(model)
-        how: dict[str, Any] = {"batch_size": self.batch_size, "max_length": self.max_length, "cache": cache}
+        how: dict[str, Any] = {"batch_size": self.batch_size, "max_length": self.max_length}
+        how["cache"] = False if points else self.cache
         z, start, found = embed(model, self.texts(), tokenizer, **how, **options), 0, {}
         for name, rows in self.rows.items():
             middle = start + len(rows.texts)
@@ -86,8 +76,8 @@ class Evaluator(ABC):
         return found
 
     @abstractmethod
-    def _measured(self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int) -> dict[str, Any]:
-        """Task name to result; without replicates where the numbers of a call are wanted."""
+    def evaluate(self, model: Any, tokenizer: Any = None, *, points: bool = False) -> dict[str, Any]:
+        """Task name to result; with `points` values alone, without bootstrap and without the disk."""
 
     def __call__(
         self, model: Any, tokenizer: Any = None, epoch: int = -1, steps: int = -1, **_: Any
@@ -100,6 +90,6 @@ class Evaluator(ABC):
         """
         start = time.perf_counter()
         metrics: dict[str, float] = {}
-        for task, result in self._measured(model, tokenizer, False, 0).items():
+        for task, result in self.evaluate(model, tokenizer, points=True).items():
             metrics |= {f"{task}_{name}": found.value for name, found in result.metrics.items()}
         return metrics | {f"{self.what}_seconds": time.perf_counter() - start}

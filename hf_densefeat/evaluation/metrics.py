@@ -81,23 +81,15 @@ def plain(metric: MetricFunction, y: np.ndarray, output: np.ndarray) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one task found on its scored rows.
+    """What one task found on its scored rows."""
 
-    Attributes:
-        kind: the task's kind.
-        metrics: metric name to `Estimate`.
-        replicates: metric name to the bootstrap values (B,); replicate b redraws the same patients for any encoder.
-        rows: numbers of rows and patients, by what they are.
-        y: labels of the scored rows: codes or values, or query numbers.
-        patient: patient codes of the scored rows.
-    """
-
-    kind: str
-    metrics: dict[str, Estimate]
+    kind: str  # the task's
+    metrics: dict[str, Estimate]  # by name
+    # metric name to the bootstrap values (B,); replicate b redraws the same patients for any encoder
     replicates: dict[str, np.ndarray] = field(repr=False)
-    rows: dict[str, int]
-    y: np.ndarray = field(repr=False)
-    patient: np.ndarray = field(repr=False)
+    rows: dict[str, int]  # numbers of rows and patients, by what they are
+    y: np.ndarray = field(repr=False)  # labels of the scored rows: codes or values, or query numbers
+    patient: np.ndarray = field(repr=False)  # their patient codes
 
 
 def estimated(
@@ -147,21 +139,21 @@ def auroc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.nd
     """
     # Rows of equal score are one cell, so that ties cost nothing and count half.
     cells, codes = np.unique(score, return_inverse=True)
-    everyone, ours = _sums(weights, codes, len(cells)), _sums(weights * positive, codes, len(cells))
-    others = everyone - ours
+    positives = _sums(weights * positive, codes, len(cells))
+    negatives = _sums(weights, codes, len(cells)) - positives
     # negatives below each cell, and half of those in it: a tie is half a win
-    below = np.cumsum(others, axis=1) - 0.5 * others
-    return _ratio((ours * below).sum(1), ours.sum(1) * others.sum(1))
+    below = np.cumsum(negatives, axis=1) - 0.5 * negatives
+    return _ratio((positives * below).sum(1), positives.sum(1) * negatives.sum(1))
 
 
 def average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted average precision (AUPRC), (B,). Equals `sklearn.metrics.average_precision_score`."""
     cells, codes = np.unique(-score, return_inverse=True)
-    everyone, ours = _sums(weights, codes, len(cells)).cumsum(1), _sums(weights * positive, codes, len(cells))
-    hits = np.cumsum(ours, axis=1)
+    positives = _sums(weights * positive, codes, len(cells))
+    hits = np.cumsum(positives, axis=1)
     # a cell without weight has no precision, and adds nothing
-    precision = np.nan_to_num(_ratio(hits, everyone))
-    return _ratio((ours * precision).sum(1), hits[:, -1])
+    precision = np.nan_to_num(_ratio(hits, _sums(weights, codes, len(cells)).cumsum(1)))
+    return _ratio((positives * precision).sum(1), hits[:, -1])
 
 
 def _tables(y: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -264,19 +256,14 @@ def weighted_mean(y: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.
 
 @dataclass(frozen=True)
 class Metric:
-    """An entry of `METRICS`.
+    """An entry of `METRICS`."""
 
-    Attributes:
-        function: its output is probabilities (N, K), predictions (N,), clusters (N,) or, for similarity, one value a row.
-        title: heading in tables.
-        higher_is_better: False for errors.
-        hub_name: metric type in a model card's `model-index`.
-    """
-
-    function: MetricFunction
-    title: str
-    higher_is_better: bool
-    hub_name: str
+    function: (
+        MetricFunction  # of probabilities (N, K), predictions, clusters or, for similarity, one value a row, (N,)
+    )
+    title: str  # heading in tables
+    higher_is_better: bool  # False for errors
+    hub_name: str  # metric type in a model card's `model-index`
 
     @property
     def sign(self) -> int:

@@ -8,7 +8,6 @@ Intervals are the 2.5 and 97.5 percentiles of bootstrap replicates that redraw *
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -43,20 +42,13 @@ class ProbeResult(Result):
 
     ``rows`` counts train, validation, test and unlabelled rows, ``patients`` in the test rows, and, where there are
     such, ``classes_without_training_rows`` of the test rows, whose AUROC is that of a guess.
-
-    Attributes:
-        strength: the C, or the ridge penalty per row, that the validation rows chose; None for clustering.
-        shots: k to the AUROC `Estimate` with k rows of each class, mean over the draws.
-        test_index: position of the test rows in the task's table.
-        output: probabilities (N, K), predictions (N,) or clusters (N,).
-        threshold: the validation rows' threshold for macro-F1 (binary).
     """
 
-    strength: float | None
-    shots: dict[int, Estimate]
-    test_index: np.ndarray = field(repr=False)
-    output: np.ndarray = field(repr=False)
-    threshold: float
+    strength: float | None  # the C, or the ridge penalty per row, that the validation rows chose; None for clustering
+    shots: dict[int, Estimate]  # k to the AUROC with k rows of each class, mean over the draws
+    test_index: np.ndarray = field(repr=False)  # positions of the test rows in the task's table
+    output: np.ndarray = field(repr=False)  # probabilities (N, K), predictions (N,) or clusters (N,)
+    threshold: float  # of the validation rows, for macro-F1 (binary)
 
 
 def _chosen(features: Rows, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
@@ -71,28 +63,21 @@ def _chosen(features: Rows, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
     return int(np.lexsort((loss, -np.round(area, 9)))[0])
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """A fitted probe: positions of its test rows, their output, the chosen strength and threshold."""
+def _fitted(z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind) -> tuple[np.ndarray, float, float]:
+    """Fit every strength on the training rows, choose on the validation rows, predict the test rows.
 
-    test: np.ndarray
-    output: np.ndarray
-    strength: float | None = None
-    threshold: float = 0.5
-
-
-def _fitted(z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind) -> _Fitted:
-    """Fit every strength on the training rows, choose on the validation rows, predict the test rows."""
+    Returns:
+        the output of the test rows, the strength, the threshold.
+    """
     train, validation, test = (np.flatnonzero(split == code) for code in range(3))
     classes = 0 if kind == "regression" else int(y.max()) + 1
     standard, path = fit_path(z[train], y[train], kind, classes)
     features = standard(z[validation])
     best = _chosen(features, path, y[validation], kind)
-    output = predict(standard(z[test]), path[best], kind)
-    strength = (ALPHAS if kind == "regression" else CS)[best]
-    if kind != "binary":
-        return _Fitted(test, output, strength)
-    return _Fitted(test, output, strength, best_threshold(y[validation], predict(features, path[best], kind)[:, 1]))
+    threshold = 0.5
+    if kind == "binary":
+        threshold = best_threshold(y[validation], predict(features, path[best], kind)[:, 1])
+    return predict(standard(z[test]), path[best], kind), (ALPHAS if kind == "regression" else CS)[best], threshold
 
 
 def _few_shot_outputs(
@@ -111,7 +96,7 @@ def _few_shot_outputs(
             few = np.where(split == 2, 2, -1)
             for code, side in enumerate((train, validation)):
                 few[np.concatenate([rows[:k] for rows in side])] = code
-            outputs[k] = _fitted(z, y, few, kind).output
+            outputs[k] = _fitted(z, y, few, kind)[0]
     return outputs
 
 
@@ -147,37 +132,37 @@ def probe(
     if not np.isfinite(z if isinstance(z, np.ndarray) else z.data).all():
         raise ValueError("Expected finite embeddings but got NaN or infinity; has the encoder diverged?")
     rows = {name: int((split == code).sum()) for code, name in enumerate(("train", "validation", "test"))}
+    test, strength, threshold = np.flatnonzero(split == 2), None, 0.5
     if kind == "clustering":
-        rows = {"train": 0, "validation": 0, "test": len(y)}
-        clusters = KMeans(int(y.max()) + 1, n_init=10, random_state=seed).fit_predict(z)
-        fitted = _Fitted(np.arange(len(y)), clusters)
+        rows, test = {"train": 0, "validation": 0, "test": len(y)}, np.arange(len(y))
+        output = KMeans(int(y.max()) + 1, n_init=10, random_state=seed).fit_predict(z)
     else:
-        fitted = _fitted(z, y, split, kind)
+        output, strength, threshold = _fitted(z, y, split, kind)
         untrained = np.setdiff1d(y[split == 2], y[split == 0]) if kind == "multiclass" else ()
         rows |= {"classes_without_training_rows": len(untrained)} if len(untrained) else {}
-    ours, owners = y[fitted.test], patient[fitted.test]
-    weights, functions = PatientWeights.of(owners, bootstraps, seed), metrics_of(kind, fitted.threshold)
-    metrics, replicates = estimated(functions, ours, dict.fromkeys(functions, fitted.output), weights)
+    labels, owners = y[test], patient[test]
+    weights, functions = PatientWeights.of(owners, bootstraps, seed), metrics_of(kind, threshold)
+    metrics, replicates = estimated(functions, labels, dict.fromkeys(functions, output), weights)
     curve: dict[int, Estimate] = {}
     if shots and kind in ("binary", "multiclass"):
         found = [
             _few_shot_outputs(z, y, split, kind, shots, np.random.default_rng([seed, draw])) for draw in range(draws)
         ]
         for k in found[0]:
-            values = [plain(class_auroc, ours, one[k]) for one in found]
-            drawn = [replicate(class_auroc, ours, one[k], weights) for one in found]
+            values = [plain(class_auroc, labels, one[k]) for one in found]
+            drawn = [replicate(class_auroc, labels, one[k], weights) for one in found]
             curve[k] = Estimate.of(np.mean(values), np.mean(drawn, axis=0))
     return ProbeResult(
         kind=kind,
         metrics=metrics,
         replicates=replicates,
         rows=rows | {"patients": len(np.unique(owners))},
-        strength=fitted.strength,
+        strength=strength,
         shots=curve,
-        test_index=fitted.test,
-        y=ours,
-        output=fitted.output,
-        threshold=fitted.threshold,
+        test_index=test,
+        y=labels,
+        output=output,
+        threshold=threshold,
         patient=owners,
     )
 
@@ -246,20 +231,19 @@ class ProbeEvaluator(Evaluator):
             if rows.unlabelled:
                 logger.info("Probe %s: %d rows without a label are left out.", name, rows.unlabelled)
 
-    def _measured(
-        self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int, shots: Sequence[int] = ()
-    ) -> dict[str, ProbeResult]:
-        z, found = self._embedded(model, tokenizer, cache), {}
+    def evaluate(self, model: Any, tokenizer: Any = None, *, points: bool = False) -> dict[str, ProbeResult]:
+        """Task name to `ProbeResult` with bootstrap intervals; embeddings come from the cache where they are there.
+
+        With `points` there are values alone: no intervals, no few-shot curves, nothing from the disk.
+        """
+        z, found = self._embedded(model, tokenizer, points), {}
+        how: dict[str, Any] = {"bootstraps": 0 if points else self.bootstraps, "seed": self.seed}
+        how["shots"] = () if points else self.shots
         for task in self.tasks:
             rows = self.rows[task.name]
-            how: dict[str, Any] = {"bootstraps": bootstraps, "shots": shots, "seed": self.seed}
             result = probe(z[task.name][0], rows.y, rows.patient, rows.split, task.kind, **how)
             result.rows["unlabelled"] = rows.unlabelled
             # from rows that have a label to rows of the table
             result.test_index[:] = rows.index[result.test_index]
             found[task.name] = result
         return found
-
-    def evaluate(self, model: Any, tokenizer: Any = None) -> dict[str, ProbeResult]:
-        """Task name to `ProbeResult` with bootstrap intervals; embeddings come from the cache where they are there."""
-        return self._measured(model, tokenizer, self.cache, self.bootstraps, self.shots)

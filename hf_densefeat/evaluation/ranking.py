@@ -67,19 +67,12 @@ def coded(z: Tensor, code: str, reference: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Similarity of every query with every document, computed for some queries at a time.
+    """Similarity of every query with every document, computed for some queries at a time."""
 
-    Attributes:
-        shape: numbers of queries and documents.
-        of: of some queries, by their numbers, (queries, documents).
-        sparse: documents with a score of 0 are not found at all: they share no word with the query.
-        asked: numbers of the queries that are asked; None for all.
-    """
-
-    shape: tuple[int, int]
-    of: Callable[[Tensor], Tensor]
-    sparse: bool = False
-    asked: Tensor | None = None
+    shape: tuple[int, int]  # numbers of queries and documents
+    of: Callable[[Tensor], Tensor]  # of some queries, by their numbers, (queries, documents)
+    sparse: bool = False  # documents with a score of 0 are not found at all: they share no word with the query
+    asked: Tensor | None = None  # numbers of the queries that are asked; None for all
 
 
 def cosines(queries: Rows, documents: Rows | None = None, *, asked: Tensor | None = None) -> Scores:
@@ -220,12 +213,7 @@ def same_group(
 ) -> dict[str, np.ndarray]:
     """A patient's other notes among everybody's, and the note that follows among those of others; no label is used.
 
-    Args:
-        scores: similarity of N rows with each other.
-        group: patient codes (N,).
-        following: the row of the patient's next note, −1 for none, (N,).
-        beside: see `ranking`.
-        k: cut of the recall.
+    Of N rows ``group`` has the patient codes and ``following`` the row of the patient's next note, −1 for none.
 
     Returns:
         ``mrr`` and ``recall_at_k``: all other notes of the patient are relevant; ``adjacent_mrr`` and

@@ -7,15 +7,13 @@ every encoder, so that `paired_difference` compares two encoders on the same not
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, issparse
-from torch import Tensor
 
 from hf_densefeat.evaluation.evaluator import Evaluator, Options
 from hf_densefeat.evaluation.metrics import (
@@ -35,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 DIVISORS = (1, 2, 4, 8)
 ASKED = 10_000  # queries: every one is compared with every document, for every code and encoder
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +41,10 @@ class SimilarityResult(Result):
 
     ``metrics`` has ``mrr``, and ``mrr_binary``, ``mrr_d_over_4`` for codes and dimensions; ``rows`` counts ``scored``,
     ``patients``, ``searched`` and what was left out.
-
-    Attributes:
-        values: metric name to one value a row or query, NaN where none is defined; for clusters their codes.
     """
 
+    # metric name to one value a row or query, NaN where none is defined; for clusters their codes
     values: dict[str, np.ndarray] = field(repr=False)
-
-
-def centred_on(z: np.ndarray | Tensor) -> Map:
-    """The map that removes the mean of these embeddings (N, d)."""
-    mean = torch.as_tensor(z).float().mean(0)
-    return lambda rows: rows - mean
 
 
 def _variants(codes: Sequence[str], divisors: Sequence[int], width: int) -> list[tuple[str, str, int]]:
@@ -71,7 +60,6 @@ def similarity_of(
     rows: SimilarityRows,
     *,
     queries: Rows | None = None,
-    head: Map | str | None = None,
     codes: Sequence[str] = CODES,
     divisors: Sequence[int] = DIVISORS,
     words: tuple[csr_matrix, csr_matrix | None] | None = None,
@@ -82,10 +70,9 @@ def similarity_of(
     """One task on embeddings, without a model.
 
     Args:
-        z: embeddings (N, d) of ``rows.texts``; sparse ones (words) are compared as they are, without head or codes.
+        z: embeddings (N, d) of ``rows.texts``; sparse ones (words) are compared as they are, without codes.
         rows: the task, see `similarity_rows`.
         queries: embeddings (Q, d) of ``rows.queries``, where there are any.
-        head: a map of embeddings (a `DenseHead`, `centred_on`), applied first; "centred" removes the mean of ``z``.
         codes: float, int8 and binary codes of the embeddings at length 1; the ranges of int8 are those of ``z``.
         divisors: the first d/2, d/4, … dimensions, as floats.
         words: of `Words`, of the texts and of the queries: kinds that search then also have ``mrr_with_words``, of the
@@ -108,19 +95,16 @@ def similarity_of(
     if not sparse:
         variants = _variants(codes, divisors, z.shape[1])
         sides = [torch.as_tensor(side).detach().float().cpu() for side in sides]
-    mapped = centred_on(sides[0]) if head == "centred" else head
-    if callable(mapped):
-        sides = [mapped(side) for side in sides]
     values: dict[str, np.ndarray] = {}
-    some = None
+    asked = None
     if kind.search and len(rows.y) > maximum:
-        some = torch.from_numpy(rows_of_some_patients(rows.group, maximum, seed))
+        asked = torch.from_numpy(rows_of_some_patients(rows.group, maximum, seed))
     for suffix, code, width in variants:
         units = [unit_rows(side if sparse else side[:, :width]) for side in sides]
         if not sparse:
             # Queries take the documents' ranges: an index is built before anybody asks.
             units = [coded(side, code, units[0]) for side in units]
-        scores = cosines(units[-1], units[0], asked=some)
+        scores = cosines(units[-1], units[0], asked=asked)
         found = kind.values(rows, units[0], scores, None, seed)
         values |= {name + suffix: found[name] for name in kind.metrics}
         if words is not None and kind.search and not suffix:
@@ -130,7 +114,7 @@ def similarity_of(
     functions = {name: metric_named(name).function for name in values}
     metrics, replicates = estimated(functions, rows.y, values, PatientWeights.of(rows.group, bootstraps, seed))
     # Labels alone decide which rows have a value, so the same ones have it for every encoder.
-    defined, not_asked = np.isfinite(values[kind.metrics[0]]), 0 if some is None else len(rows.y) - len(some)
+    defined, not_asked = np.isfinite(values[kind.metrics[0]]), 0 if asked is None else len(rows.y) - len(asked)
     found_rows = {"scored": int(defined.sum()), "patients": len(np.unique(rows.group[defined]))}
     found_rows |= {"searched": len(rows.texts), "undefined": int((~defined).sum()) - not_asked} | rows.left_out
     return SimilarityResult(
@@ -157,7 +141,7 @@ class SimilarityEvaluator(Evaluator):
         self,
         tasks: Sequence[SimilarityTask],
         *,
-        head: Map | str | bool | None = None,
+        head: bool = True,
         codes: Sequence[str] = CODES,
         divisors: Sequence[int] = DIVISORS,
         **options: Unpack[Options],
@@ -166,8 +150,7 @@ class SimilarityEvaluator(Evaluator):
 
         Args:
             tasks: the `SimilarityTask`s; names must differ.
-            head: None for the embeddings that the model's ``encode`` gives, with its own head if it has one; False
-                without that; "centred" or a map of embeddings in its place.
+            head: the embeddings that the model's ``encode`` gives, with its own head if it has one; False without that.
             codes: see `similarity_of`; ``("float",)`` with ``divisors=(1,)`` is enough to choose a model in training.
             divisors: see `similarity_of`.
             options: bootstraps, batch_size, max_length, cache, seed, allow_trained; see `Options`.
@@ -183,12 +166,21 @@ class SimilarityEvaluator(Evaluator):
             if left_out:
                 logger.info("Similarity %s: rows apart: %s.", name, left_out)
 
-    def _measured(
-        self, model: Any, tokenizer: Any, cache: str | Path | bool, bootstraps: int, words: Any = None
+    def evaluate(
+        self, model: Any, tokenizer: Any = None, *, points: bool = False, words: Any = None
     ) -> dict[str, SimilarityResult]:
-        z, found = self._embedded(model, tokenizer, cache, head=self.head is None), {}
-        how: dict[str, Any] = {"codes": self.codes, "divisors": self.divisors, "bootstraps": bootstraps}
-        how |= {"seed": self.seed, "head": None if isinstance(self.head, bool) else self.head}
+        """Task name to `SimilarityResult` with bootstrap intervals; embeddings come from the cache where they are there.
+
+        Args:
+            model: one of our encoders, a `SentenceTransformer`, or `Words` by themselves.
+            tokenizer: passed to ``encode`` where it takes one.
+            points: values alone: no intervals, nothing from the disk.
+            words: `Words`, for rankings fused with theirs beside the encoder's.
+        """
+        z, found = self._embedded(model, tokenizer, points, head=self.head), {}
+        how: dict[str, Any] = {"codes": self.codes, "divisors": self.divisors}
+        how["bootstraps"] = 0 if points else self.bootstraps
+        how["seed"] = self.seed
         for name, rows in self.rows.items():
             documents, queries = z[name]
             beside = None
@@ -197,13 +189,3 @@ class SimilarityEvaluator(Evaluator):
             asked = queries if rows.queries else None
             found[name] = similarity_of(documents, rows, queries=asked, words=beside, **how)
         return found
-
-    def evaluate(self, model: Any, tokenizer: Any = None, *, words: Any = None) -> dict[str, SimilarityResult]:
-        """Task name to `SimilarityResult` with bootstrap intervals; embeddings come from the cache where they are there.
-
-        Args:
-            model: one of our encoders, a `SentenceTransformer`, or `Words` by themselves.
-            tokenizer: passed to ``encode`` where it takes one.
-            words: `Words`, for rankings fused with theirs beside the encoder's.
-        """
-        return self._measured(model, tokenizer, self.cache, self.bootstraps, words)

@@ -24,24 +24,17 @@ Values = dict[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityKind:
-    """An entry of `SIMILARITY`; a further kind is a further entry. By default it is of notes with a label.
+    """An entry of `SIMILARITY`; a further kind is a further entry. By default it is of notes with a label."""
 
-    Attributes:
-        values: rows, embeddings (N, d), their similarity, the words' similarity or None, and a seed to one value a
-            scored row for each metric (or clusters, once for all metrics of them).
-        metrics: names in `METRICS`, the first one the headline.
-        words: word on the command line to the task's column that it names ("" for none) and the task's name.
-        search: it ranks documents, so that rankings by embeddings and by words can be fused.
-        needs: what a task has to have, in words.
-        has: whether a task has it.
-        read: task to rows.
-    """
-
+    # Rows, embeddings (N, d), their similarity, the words' similarity or None, and a seed to one value a scored row for each
+    # metric (or clusters, once for all metrics of them).
     values: Callable[[SimilarityRows, Any, Scores, Scores | None, int], Values]
-    metrics: tuple[str, ...]
-    words: dict[str, tuple[str, str]]
-    search: bool = False
-    needs: str = "notes with a label"
+    metrics: tuple[str, ...]  # names in `METRICS`, the first one the headline
+    words: dict[
+        str, tuple[str, str]
+    ]  # word on the command line to the column that it names, if any, and the task's name
+    search: bool = False  # it ranks documents, so that rankings by embeddings and by words can be fused
+    needs: str = "notes with a label"  # what a task has to have, in words
     has: Callable[[SimilarityTask], Any] = lambda task: task.notes is not None and task.label
     read: Callable[[SimilarityTask], SimilarityRows] = labelled
 

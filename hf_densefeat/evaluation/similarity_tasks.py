@@ -49,31 +49,21 @@ class SimilarityTask:
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityRows:
-    """A task read into arrays; what `similarity_of` needs beside the embeddings.
-
-    Attributes:
-        kind: the task's kind.
-        texts: the notes or documents, (N,).
-        queries: texts of separate queries, (Q,); empty where the notes themselves are the queries.
-        y: label codes of the notes, (N,), or the number of the query, (Q,).
-        group: patient codes of the scored rows, (N,) or (Q,).
-        tested: ids of these patients; for the comparison with a `SplitRecord`, never written anywhere.
-        relevant: rows (query, document) of given relevance, (P, 2).
-        following: row of the patient's next note, −1 for none, (N,).
-        apart: a row's own patient is not searched.
-        left_out: number of rows left out, by reason; of ``same_patient`` also how many are ``copied``, and stay.
-    """
+    """A task read into arrays; what `similarity_of` needs beside the embeddings."""
 
     kind: str
-    texts: list[str]
-    queries: list[str] = field(default_factory=list)
-    y: np.ndarray
-    group: np.ndarray
+    texts: list[str]  # the notes or documents, (N,)
+    queries: list[str] = field(default_factory=list)  # (Q,); none where the notes themselves are the queries
+    y: np.ndarray  # label codes of the notes, (N,), or the number of the query, (Q,)
+    group: np.ndarray  # patient codes of the scored rows, (N,) or (Q,)
+    # ids of these patients; for the comparison with a `SplitRecord`, never written anywhere
     tested: list = field(repr=False)
+    # rows (query, document) of given relevance, (P, 2)
     relevant: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
+    # row of the patient's next note, -1 for none, (N,)
     following: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    apart: bool = False
-    left_out: dict[str, int]
+    apart: bool = False  # a row's own patient is not searched
+    left_out: dict[str, int]  # rows left out, by reason; of `same_patient` also how many are `copied`, and stay
 
 
 def _columns(table: Any) -> list[str]:

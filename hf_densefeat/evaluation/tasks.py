@@ -56,30 +56,19 @@ class ProbeTask:
 
 @dataclass(frozen=True)
 class Rows:
-    """The labelled rows of a task as arrays.
-
-    Attributes:
-        texts: texts, (N,).
-        y: label codes or values, (N,).
-        patient: patient codes, (N,), numbers of ``ids``.
-        split: 0 train, 1 validation, 2 test, (N,).
-        classes: the label of each code.
-        index: positions in the task's table, (N,).
-        unlabelled: rows left out.
-        tested: ids of the patients of the test rows, or of all rows that are clustered; none where the table has no
-            patients. For the comparison with a `SplitRecord`, never written anywhere.
-        queries: none: a probe asks an encoder for nothing but the texts.
-    """
+    """The labelled rows of a task as arrays."""
 
     texts: list[str]
-    y: np.ndarray
-    patient: np.ndarray
-    split: np.ndarray
-    classes: list
-    index: np.ndarray
-    unlabelled: int
+    y: np.ndarray  # label codes or values, (N,)
+    patient: np.ndarray  # patient codes, (N,)
+    split: np.ndarray  # 0 train, 1 validation, 2 test, (N,)
+    classes: list  # the label of each code
+    index: np.ndarray  # positions in the task's table, (N,)
+    unlabelled: int  # rows left out
+    # Ids of the patients of the test rows, or of all rows that are clustered; none where the table has no patients. For the
+    # comparison with a `SplitRecord`, never written anywhere.
     tested: list = field(repr=False)
-    queries: tuple[str, ...] = ()
+    queries: tuple[str, ...] = ()  # none: a probe asks an encoder for nothing but the texts
 
 
 def _encoded_labels(labels: list, task: ProbeTask) -> tuple[np.ndarray, list]:

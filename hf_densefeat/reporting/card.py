@@ -156,29 +156,21 @@ of their training text: share the weights only with those who may see the notes,
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a model was trained on and how.
+    """What a model was trained on and how."""
 
-    Attributes:
-        mlm_weight: weight of language modelling.
-        dense_weight: weight of the sum of the terms.
-        terms: name to weight and one line of description, for every term that was trained.
-        subspace_dim: k of the subspaces.
-        settings: what else is worth knowing, by name.
-        counts: numbers of patients, notes, pairs, by name.
-        base_model: Hub name or folder of the weights that training began with; None for random weights.
-        local: the base model is a folder, which the card does not name, even where it is no longer there.
-        evaluated: numbers of the last evaluation in training; those of an evaluator are shown where nothing was measured.
-    """
-
-    mlm_weight: float
-    dense_weight: float
-    terms: Mapping[str, tuple[float, str]]
-    subspace_dim: int
-    settings: Mapping[str, Any]
-    counts: Mapping[str, int]
-    base_model: str | None = None
-    local: bool = False
-    evaluated: Mapping[str, Any] | None = None
+    mlm_weight: float  # of language modelling
+    dense_weight: float  # of the sum of the terms
+    terms: Mapping[
+        str, tuple[float, str]
+    ]  # name to weight and one line of description, of every term that was trained
+    subspace_dim: int  # k of the subspaces
+    settings: Mapping[str, Any]  # what else is worth knowing, by name
+    counts: Mapping[str, int]  # numbers of patients, notes, pairs, by name
+    base_model: str | None = None  # Hub name or folder of the weights that training began with; None for random ones
+    local: bool = False  # the base model is a folder, which the card does not name, even where it is no longer there
+    evaluated: Mapping[str, Any] | None = (
+        None  # numbers of the last evaluation in training, shown if all else is missing
+    )
 
 
 def model_card(

@@ -19,27 +19,17 @@ Triple = Sequence[float | None]  # value, low, high; None where there is none
 
 
 class Measured(TypedDict, total=False):
-    """What was measured of one encoder, as plain numbers, on the same notes as of those beside it in a list.
+    """What was measured of one encoder, as plain numbers, on the same notes as of those beside it in a list."""
 
-    Attributes:
-        name: in tables and pictures; no path.
-        view: of an encoder with views, which of them this is.
-        geometry: `geometry_report` of the notes, or some of it.
-        spectrum: eigenvalues of their centred covariance, largest first.
-        similarity: "task metric" to value, low, high.
-        probes: the same of probes.
-        differences: "task metric" to this encoder's value minus that of the first in the list, paired, with interval.
-        against_words: the same minus the value of words (TF-IDF) where these are measured too; of "task mrr_with_words",
-            the ranking fused with that by words, minus words alone.
-    """
-
-    name: str
-    view: str
-    geometry: dict[str, float]
-    spectrum: list[float]
-    similarity: dict[str, Triple]
-    probes: dict[str, Triple]
-    differences: dict[str, Triple]
+    name: str  # in tables and pictures; no path
+    view: str  # of an encoder with views, which of them this is
+    geometry: dict[str, float]  # `geometry_report` of the notes, or some of it
+    spectrum: list[float]  # eigenvalues of their centred covariance, largest first
+    similarity: dict[str, Triple]  # "task metric" to value, low, high
+    probes: dict[str, Triple]  # the same of probes
+    differences: dict[str, Triple]  # "task metric" to the value minus that of the first in the list, paired
+    # The same minus the value of words (TF-IDF) where these are measured too; of "task mrr_with_words", the ranking fused
+    # with that by words, minus words alone.
     against_words: dict[str, Triple]
 
 
@@ -57,13 +47,8 @@ def measured_of(
 ) -> Measured:
     """What was measured of one encoder as plain numbers, in the one form that tables, cards and pages read.
 
-    Args:
-        name: in tables and pictures; no path.
-        geometry: of `geometry_report`; empty for words.
-        spectrum: eigenvalues (m,), largest first.
-        results: of similarity and of probes, either may be empty.
-        base: the same of the encoder that this one is compared with; None for that encoder itself.
-        words: the same of words, where they are measured beside it.
+    Results are of similarity and of probes, either may be empty: of this encoder, of the one that it is compared with (the
+    base; None for that one itself), and of words, where they are measured beside it.
     """
 
     def triples(tasks: Iterable[tuple[str, dict[str, Estimate]]]) -> dict[str, Triple]:
@@ -139,23 +124,14 @@ def direction(difference: Estimate, metric: str) -> Direction:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of one task: the encoders' values, and their differences to the first.
+    """One metric of one task: the encoders' values, and their differences to the first."""
 
-    Attributes:
-        group: a key of `GROUPS`.
-        task: name of the task.
-        metric: name of the metric, a variant such as ``mrr_binary`` too.
-        values: encoder to `Estimate`.
-        differences: encoder to `Estimate` of it minus the first, where it is known.
-        against_words: encoder to `Estimate` of it minus words, where they were measured.
-    """
-
-    group: str
+    group: str  # a key of `GROUPS`
     task: str
-    metric: str
-    values: dict[str, Estimate]
-    differences: dict[str, Estimate]
-    against_words: dict[str, Estimate]
+    metric: str  # a variant such as `mrr_binary` too
+    values: dict[str, Estimate]  # by encoder
+    differences: dict[str, Estimate]  # of each encoder minus the first, where they are known
+    against_words: dict[str, Estimate]  # of each encoder minus words, where they were measured
 
     @property
     def headline(self) -> bool:
@@ -198,8 +174,7 @@ def _estimates(measured: Sequence[Measured], part: str, key: str) -> dict[str, E
 def comparisons(measured: Sequence[Measured]) -> list[Comparison]:
     """Every metric and variant of the last encoder, of the others where it is known: similarity, linear probes, k-means.
 
-    Args:
-        measured: encoders; the first is what the others are compared with.
+    The first encoder is what the others are compared with.
     """
     found, last = [], dict[str, Any](measured[-1])
     for part in ("similarity", "probes"):
@@ -223,21 +198,13 @@ ADVICE: dict[State, str] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reader should do, and why.
+    """What a reader should do, and why."""
 
-    Attributes:
-        state: of the geometry.
-        against: "better", "worse", "mixed" or "equal", over all headline metrics; None without a base.
-        counts: group to the numbers of better, equal and worse headline metrics.
-        advice: one sentence.
-        evidence: what it rests on.
-    """
-
-    state: State
-    against: str | None
-    counts: dict[str, dict[Direction, int]]
-    advice: str
-    evidence: str
+    state: State  # of the geometry
+    against: str | None  # "better", "worse", "mixed" or "equal", over all headline metrics; None without a base
+    counts: dict[str, dict[Direction, int]]  # group to the numbers of better, equal and worse headline metrics
+    advice: str  # one sentence
+    evidence: str  # what it rests on
 
     @property
     def sentence(self) -> str:
@@ -250,11 +217,7 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
 
     Similarity, linear probes and k-means are counted apart. "better" means that at least one paired 95 % interval is on
     that side of zero and none on the other; "mixed" that both occur; "equal" that every interval holds zero, which is no
-    proof of equality.
-
-    Args:
-        ours: the encoder, with its differences to the base.
-        base: the first encoder of the list; None where there is but one.
+    proof of equality. The base is the first encoder of the list, to which ours has its differences; None where it is alone.
     """
     report, name = ours["geometry"], ours["name"]
     state = geometry_state(report)

@@ -108,17 +108,10 @@ def report_sections(
     projection: Picture | None = None,
     rows: Table | None = None,
 ) -> list[Section]:
-    """Similarity first, then geometry, then probes; the pictures are drawn into the folder.
+    """Similarity first, then geometry, then probes; the first encoder is the base of the others.
 
-    Args:
-        measured: encoders, the first is the base of the others.
-        folder: of the PNGs.
-        adjacent: encoder to `geometry_report` of the earlier and later notes.
-        per_patient: encoder to `patient_subspaces`.
-        angles: see `plot_angles`.
-        shots: see `plot_shots`.
-        projection: of `plot_projection`.
-        rows: of `rows_table`.
+    `adjacent` and `per_patient` are for `subspace_table`, `angles` and `shots` for the plots of these names, which are
+    drawn into the folder; `projection` is of `plot_projection`, and `rows` of `rows_table`.
     """
     folder = Path(folder)
     probes = [plot_shots(shots, folder / "shots.png")] if shots else []
@@ -169,13 +162,9 @@ def _html_picture(picture: Picture) -> str:
 
 
 def render(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: str, method: str) -> str:
-    """The report as one HTML file without any outside reference.
+    """The report as one HTML file without any outside reference: verdicts, facts, the sections that are not empty, method.
 
-    Args:
-        verdicts: they stand first.
-        sections: in the order of the page; empty ones are left out.
-        facts: when, what and with which options: one paragraph.
-        method: how it was measured: the last paragraph.
+    The facts say when, what and with which options; the method how it was measured. Each is one paragraph.
     """
     parts = ['<!doctype html><html lang="en"><head><meta charset="utf-8">']
     parts.append('<meta name="viewport" content="width=device-width, initial-scale=1">')

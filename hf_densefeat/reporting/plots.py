@@ -24,17 +24,11 @@ WIDTH = 4.7  # inches: at the width of a phone the letters are still of 10 pixel
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG on disk.
-
-    Attributes:
-        path: of the file.
-        alt: what is seen, with the numbers that matter.
-        caption: how to read it.
-    """
+    """A PNG on disk."""
 
     path: Path
-    alt: str
-    caption: str
+    alt: str  # what is seen, with the numbers that matter
+    caption: str  # how to read it
 
 
 def _axes(height: float, rows: int = 1) -> tuple[Any, Any]:
@@ -87,12 +81,9 @@ def plot_similarity(measured: Sequence[Measured], path: Path | str) -> Picture:
 
 
 def plot_spectra(spectra: dict[str, NDArray[np.float64]], path: Path | str) -> Picture:
-    """Eigenvalue spectra on a log axis, each divided by its sum: flat is spread, steep is collapsed.
+    """Eigenvalue spectra (m,), largest first, by encoder, each divided by its sum: flat is spread, steep is collapsed.
 
-    Args:
-        spectra: eigenvalues (m,), largest first, by the name of the encoder; those below the floor are rounding. One
-            without any takes its colour, so that an encoder has the same in every picture.
-        path: of the PNG.
+    Eigenvalues below the floor are rounding. An encoder without any takes its colour: it has the same in every picture.
     """
     figure, (axes,) = _axes(4.0 + 0.2 * len(spectra))
     said = []
@@ -136,12 +127,7 @@ def plot_angles(angles: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float
 
 
 def plot_shots(curves: Mapping[str, dict[str, dict[int | str, Estimate]]], path: Path | str) -> Picture:
-    """AUROC by the number of training rows of each class, one panel a task, with intervals.
-
-    Args:
-        curves: task to encoder to number of rows to `Estimate`; the last number is the word "all".
-        path: of the PNG.
-    """
+    """AUROC by task, encoder and number of training rows of each class, the last one the word "all"; one panel a task."""
     figure, axes = _axes(2.6 * len(curves) + 0.7, len(curves))
     said = []
     for one, (task, encoders) in zip(axes, curves.items(), strict=True):
@@ -168,14 +154,10 @@ def plot_shots(curves: Mapping[str, dict[str, dict[int | str, Estimate]]], path:
 def plot_projection(
     z: dict[str, NDArray[Any]], y: NDArray[Any], classes: Sequence[Any], *, label: str, path: Path | str
 ) -> Picture:
-    """First two principal components of each encoder, coloured by one label.
+    """First two principal components of each encoder's embeddings (N, d), coloured by one label.
 
-    Args:
-        z: embeddings (N, d) by the name of the encoder.
-        y: codes of the classes (N,), or values where there are no classes.
-        classes: names of the classes; the six largest are drawn, the others in grey.
-        label: name of the label.
-        path: of the PNG.
+    The label's y are codes of the classes (N,), of which the six largest are drawn in colour and the others in grey, or
+    values where there are no classes.
     """
     figure, axes = _axes(3.4 * len(z) + 0.8, len(z))
     said = []

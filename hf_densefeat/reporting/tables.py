@@ -19,10 +19,7 @@ def before_after_table(measured: Sequence[Measured], *, wide: bool = False) -> T
 
     The change has its paired 95 % interval and ↑ for better, ↓ for worse, · for no visible difference. Unknown values are
     n/a. With one encoder there is no such column. Of an encoder with views it is the change of the view that gains more.
-
-    Args:
-        measured: encoders, and words where these are measured.
-        wide: also the last one minus words, with its interval; a terminal has no room for it.
+    A `wide` table also has the last one minus words, with its interval; a terminal has no room for it.
     """
     last, names = judged(measured), [one["name"] for one in measured]
     rows = comparisons([*measured, last] if last["name"] not in names else measured)
@@ -77,15 +74,9 @@ def terminal(table: Table, width: int = 80) -> str:
 
 
 def comparison_table(measured: Sequence[Measured], groups: Sequence[str], title: str) -> Table:
-    """One line a metric: every encoder with its interval, then each later one minus the first, and each minus words.
+    """One line a metric of these `GROUPS`: every encoder with its interval, then each minus the first, and minus words.
 
-    Args:
-        measured: encoders, the first is the base.
-        groups: keys of `GROUPS` that the table has.
-        title: head of the first column.
-
-    Returns:
-        The header alone where nothing of these groups was measured.
+    The title heads the first column. It is the header alone where nothing of these groups was measured.
     """
     names = [one["name"] for one in measured]
     rows = [row for row in comparisons(measured) if row.group in groups]
@@ -150,31 +141,25 @@ def geometry_table(measured: Sequence[Measured]) -> Table:
 
 
 def subspace_table(pairs: Mapping[str, Report], patients: Mapping[str, Report] | None = None) -> Table:
-    """Adjacent notes pooled over patients and, where it was measured, within patients; always beside the noise floor.
-
-    Args:
-        pairs: encoder to `geometry_report` of the earlier and the later notes.
-        patients: encoder to `patient_subspaces`.
-    """
+    """Adjacent notes by encoder, pooled over patients (`geometry_report`) and within patients (`patient_subspaces`)."""
     first = next(iter(pairs.values()))
     lines = [[f"subspaces of adjacent notes, k = {first['k']:.0f}, centred, 0 to 1", *pairs]]
-    rows = {
-        "distance, all pairs, which share notes": "subspace_distance_normalized_centered",
-        "distance, disjoint halves": "subspace_distance_half_normalized_centered",
-        "noise floor of halves": "subspace_noise_floor_normalized_centered",
-        "distance above the floor": "subspace_excess_normalized_centered",
-    }
-    lines += [
-        [name, *(number(report[key]) for report in pairs.values())] for name, key in rows.items() if key in first
+    rows = [
+        ("distance, all pairs, which share notes", pairs, "subspace_distance_normalized_centered"),
+        ("distance, disjoint halves", pairs, "subspace_distance_half_normalized_centered"),
+        ("noise floor of halves", pairs, "subspace_noise_floor_normalized_centered"),
+        ("distance above the floor", pairs, "subspace_excess_normalized_centered"),
     ]
-    used = next(iter(patients.values()))["patients"] if patients else 0
-    if patients and used:
-        rows = {
-            f"per patient ({used:.0f} patients with notes enough)": "distance_normalized",
-            "per patient: noise floor": "noise_floor_normalized",
-        }
-        lines += [[name, *(number(report[key]) for report in patients.values())] for name, key in rows.items()]
-    return lines
+    if patients:
+        used = next(iter(patients.values()))["patients"]
+        title = f"per patient ({used:.0f} patients with notes enough)"
+        rows += [(title, patients, "distance_normalized")]
+        rows += [("per patient: noise floor", patients, "noise_floor_normalized")]
+    return lines + [
+        [title, *(number(report[key]) for report in reports.values())]
+        for title, reports, key in rows
+        if key in next(iter(reports.values()))
+    ]
 
 
 def rows_table(results: Mapping[str, Result]) -> Table:
