@@ -151,7 +151,7 @@ def probe(
         for k in found[0]:
             values = [plain(class_auroc, labels, one[k]) for one in found]
             drawn = [replicate(class_auroc, labels, one[k], weights) for one in found]
-            curve[k] = Estimate.of(np.mean(values), np.mean(drawn, axis=0))
+            curve[k] = Estimate.of(float(np.mean(values)), np.mean(drawn, axis=0))
     return ProbeResult(
         kind=kind,
         metrics=metrics,
