@@ -40,7 +40,7 @@ def encoder_key(model: Any, tokenizer: Any = None) -> str:
 
 
 def precision_of(model: Any) -> str:
-    """In what `embed` computes: bfloat16 where the model is on a CUDA device, else the precision of its weights."""
+    """The precision of `embed`: bfloat16 where the model is on a CUDA device, else that of its weights."""
     on_cuda = isinstance(model, torch.nn.Module) and next(model.parameters()).is_cuda
     return "bfloat16" if on_cuda else "that of the weights"
 

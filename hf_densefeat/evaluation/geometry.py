@@ -296,7 +296,7 @@ def _subspaces(sides: list[Tensor], k: int, center: bool, halves: list[tuple[Ten
 
 @functools.lru_cache
 def _warn_once(used: int, k: int, n: int, groups: int, d: int) -> None:
-    """Say it once of the same notes, not for each encoder."""
+    """Warn once of the same notes, not for each encoder."""
     logger.warning(
         "Subspaces are reported at k = %d instead of %d: %d rows in %d groups and %d dimensions support no more in halves.",
         *(used, k, n, groups, d),

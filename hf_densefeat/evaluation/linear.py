@@ -31,7 +31,7 @@ def ridge_path(rows: Rows, y: np.ndarray, alphas: Sequence[float] = ALPHAS) -> n
     if not isinstance(rows, np.ndarray):
         fits = [Ridge(alpha=one, solver="sparse_cg").fit(rows, y) for one in penalties]
         return np.stack([np.append(fit.coef_, fit.intercept_)[:, None] for fit in fits])
-    # On the smaller side, XᵀX or XXᵀ; the penalty keeps what rounding made negative from dividing.
+    # Of the smaller of XᵀX and XXᵀ. Eigenvalues that rounding made negative become 0, and the penalty is above 0.
     wide = len(rows) < rows.shape[1]
     values, vectors = np.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     projected = vectors.T @ (y - y.mean() if wide else rows.T @ y)
@@ -86,5 +86,5 @@ def predict(features: Rows, w: np.ndarray, kind: str) -> np.ndarray:
     logits = (features @ w[:-1].astype(features.dtype)).astype(np.float64) + w[-1]
     if kind == "regression":
         return logits[:, 0]
-    # Of both classes by themselves, not 1 - p for one: sure predictions would all be the same.
+    # Softmax gives both classes; 1 - p would make all sure predictions the same number.
     return softmax(np.column_stack([np.zeros(len(logits)), logits]) if logits.shape[1] == 1 else logits, axis=1)

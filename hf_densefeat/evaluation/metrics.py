@@ -192,7 +192,7 @@ def adjusted_rand(y: np.ndarray, cluster: np.ndarray, weights: np.ndarray) -> np
 
     both, everything = pairs(table, squares), pairs(table.sum((1, 2)), squares.sum((1, 2)))
     labels, clusters = pairs(table.sum(2), squares.sum(2)), pairs(table.sum(1), squares.sum(1))
-    # of two random partitions with the same sizes
+    # what two random partitions with the same sizes have
     expected = labels * clusters / np.maximum(everything, 1)
     return _ratio(both - expected, 0.5 * (labels + clusters) - expected)
 
@@ -224,7 +224,7 @@ class_auprc: MetricFunction = partial(_each_class, average_precision)
 
 
 def brier(y: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Of the positive class alone with two classes, summed over classes with more (Brier's own form)."""
+    """Brier score of probabilities (N, K), (B,): of class 1 where K = 2, else summed over the classes (his own form)."""
     errors = (output - np.eye(output.shape[1])[y]) ** 2
     return weights @ (errors[:, 1] if output.shape[1] == 2 else errors.sum(1)) / weights.sum(1)
 
@@ -267,7 +267,7 @@ class Metric:
 
     @property
     def sign(self) -> int:
-        """Of a difference, so that more is better."""
+        """1 where more is better, else -1."""
         return 1 if self.higher_is_better else -1
 
 

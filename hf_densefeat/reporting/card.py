@@ -238,7 +238,7 @@ def model_card(
 
 
 def _use(repository: str, model: Any) -> str:
-    """The snippets."""
+    """Code that shows how to use the model; it runs as printed."""
     content = model.dense_head
     shared = {"repository": repository, "width": model.output_dimension}
     wide, two = content is not None and len(content.mean) > model.embedding_dimension, len(model.views) > 1
@@ -272,7 +272,7 @@ def licence_of(base_model: str) -> str | None:
 
 
 def _measured(measured: Sequence[Measured], pictures: Sequence[Picture]) -> str:
-    """Verdict, table, pictures."""
+    """Verdict, tables and pictures of what was measured, as Markdown."""
     last = judged(measured)
     found, shape = verdict(last, measured[0] if len(measured) > 1 else None), last["geometry"]
     parts = [f"**{found.advice}** {found.evidence}", markdown(before_after_table(measured, wide=True)), READING]

@@ -136,7 +136,7 @@ def report_sections(
 
 def _html_table(table: Table) -> str:
     """A table; where lines share their first cell, it becomes a heading over them, and the table stays narrow."""
-    # An interval is broken before it or after it, not in it.
+    # A line may break before or after an interval, not in it.
     head, *lines = [[re.sub(r"(?<=\d), (?=[+-]?\d)", ",\u00a0", html.escape(cell)) for cell in line] for line in table]
     grouped = len({line[0] for line in lines}) < len(lines)
     bodies: dict[str, str] = {}
