@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from hf_densefeat.commands.contrastive import trained_for_similarity
 from hf_densefeat.commands.measuring import Encoded, Measurement, load, quiet, sample, words_of
 from hf_densefeat.commands.settings import writable
 from hf_densefeat.commands.vectors import numbered_notes, read_vectors
@@ -48,6 +49,7 @@ def check(settings: Any) -> None:
 def fit_model(model: Any, tokenizer: Any, settings: Any, record: SplitRecord | None = None) -> None:
     """Fit the views of an encoder, save it with them, and measure; `record` is of another model in its weights, if any."""
     own = SplitRecord.of(model)
+    for_similarity = model.config.densefeat["contrastive"] = trained_for_similarity(settings.model)
     encode = below(model, tokenizer, batch_size=settings.batch_size, show_progress_bar=True)
     encoder = Encoded(encode, width=model.embedding_dimension)
 
@@ -62,7 +64,8 @@ def fit_model(model: Any, tokenizer: Any, settings: Any, record: SplitRecord | N
             raise OSError(f"{settings.output} could not be written: {error}") from error
 
     words = partial(words_of, model=model, tokenizer=tokenizer)
-    fit_and_measure(encoder, settings.read(), settings, words, save, record=own | record if own else record)
+    how: dict[str, Any] = {"record": own | record if own else record, "for_similarity": for_similarity}
+    fit_and_measure(encoder, settings.read(), settings, words, save, **how)
     print(f"Saved to {settings.output}.\n{how_to_use(settings.output, model.views)}")
 
 
@@ -78,8 +81,9 @@ def fit_vectors(settings: Any) -> None:
             head.module().save(folder / name)
             np.savez(folder / f"{name}.npz", mean=head.mean.numpy(), matrix=head.matrix.numpy())
 
-    encoder, kinds = Encoded.of(notes["text"][:], z), ("adjacent",)  # the halves of a note have no vectors
-    fit_and_measure(encoder, notes, settings, lambda part: Words.fit(part["text"][:]), save, kinds=kinds)
+    encoder = Encoded.of(notes["text"][:], z)
+    how: dict[str, Any] = {"kinds": ("adjacent",), "for_similarity": True}  # the halves of a note have no vectors
+    fit_and_measure(encoder, notes, settings, lambda part: Words.fit(part["text"][:]), save, **how)
     print(f"Saved to {folder}: each view a Dense module of sentence-transformers and a file for NumPy.")
 
 
@@ -91,7 +95,7 @@ def fit_and_measure(
     save: Callable[[dict[str, DenseHead], SplitRecord], None],
     *,
     record: SplitRecord | None = None,
-    kinds: Sequence[str] = KINDS,
+    **options: Any,
 ) -> None:
     """Fit views on training patients' notes, save them, and print what held-out patients' notes look like under each.
 
@@ -102,7 +106,7 @@ def fit_and_measure(
         words: training notes -> the words that are measured beside the encoder.
         save: of the views, with the record of who is held out from now on.
         record: of whom the encoder was trained on.
-        kinds: of pairs that are tried.
+        **options: of `fit_views`.
     """
     print(f"notes      {describe_notes(notes)}")
     how: dict[str, Any] = {"seed": settings.seed, "record": record, "allow_trained": settings.allow_trained}
@@ -111,8 +115,8 @@ def fit_and_measure(
     measure = Measurement(parts["test"], seed=settings.seed, **asked)
     if measure.others:
         raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
-    options: dict[str, Any] = {"epsilon": settings.epsilon, "seed": settings.seed, "kinds": kinds}
-    views, tried = fit_views(encoder.below, parts, width=encoder.width, **options)
+    options |= {"width": encoder.width, "epsilon": settings.epsilon, "seed": settings.seed}
+    views, tried = fit_views(encoder.below, parts, **options)
     save(views, record)
     print(described(views, tried))
     start, after = measure("as it is", encoder), measured_views(measure, encoder, views)
@@ -137,6 +141,7 @@ def fit_views(
     epsilon: str = "auto",
     seed: int = 0,
     kinds: Sequence[str] = KINDS,
+    for_similarity: bool = False,
 ) -> tuple[dict[str, DenseHead], list[Choice]]:
     """The views of unmasked training notes, and what was tried for the content view.
 
@@ -144,10 +149,11 @@ def fit_views(
         encode: texts -> embeddings below the views.
         parts: notes by split, as `hold_out` returns them.
         width: d of the embedding.
-        epsilon: "auto" for `choose_content`; a number, as a word, to choose among views of this epsilon; "center" to subtract
+        epsilon: "auto" for `choose_content`; a number, as a word, in the place of that of its views; "center" to subtract
             the mean alone, as is done where there are no pairs to fit or to choose by.
         seed: of the samples.
         kinds: of pairs that are tried.
+        for_similarity: the encoder was trained for cosine.
     """
     notes = {name: sample(parts[name], most, seed) for name, most in PAIRED.items() if name in parts}
     pairs = {}
@@ -161,8 +167,8 @@ def fit_views(
         logger.warning(
             "Views are chosen by %d pairs of validation texts: fewer than %d cannot tell.", known, FEW_PAIRS
         )
-    options = {} if epsilon == "auto" else {"epsilons": (epsilon_of(epsilon),)}
-    content, tried = choose_content(train, validation, width=width, **options)
+    given = None if epsilon == "auto" else epsilon_of(epsilon)
+    content, tried = choose_content(train, validation, width=width, for_similarity=for_similarity, epsilon=given)
     form = fit_form(train, tried[0], width=width)
     if content is None and form is not None:  # the first view is the default: the encoder as it is
         content = DenseHead(torch.zeros(width).double(), torch.eye(width).double(), math.inf)

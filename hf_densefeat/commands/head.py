@@ -3,9 +3,10 @@
     densefeat head --model emilyalsentzer/Bio_ClinicalBERT --notes notes.parquet --output out
 
 Each view is an affine map, fitted in closed form on training patients' notes and saved beside the encoder, whose weights stay
-as they are: SentenceTransformer(out).encode(texts) is the content view, encode(texts, task="form") the form view. Which pairs,
-layers and strength serve content is chosen by validation patients' notes, without a label; where nothing does, the encoder
-stays as it is. It prints what the held-out patients' notes look like as they are and under each view.
+as they are: SentenceTransformer(out).encode(texts) is the content view, encode(texts, task="form") the form view. The content
+view is a strong map of an encoder of language modelling, and a mild one of an encoder that was trained for similarity.
+Validation patients' notes say, without a label, whether it serves; else the encoder stays as it is. It prints what the
+held-out patients' notes look like as they are and under each view.
 
 --vectors z.parquet in the place of --model fits the views of vectors that are there already, such as an API's (see `densefeat
 probe`), by adjacent notes. OUT/content and OUT/form are then `Dense` modules of sentence-transformers, and content.npz and
@@ -23,7 +24,7 @@ class Fitting(NotesTable):
 
     output: str = option(help="folder to write")
     epsilon: str = option(
-        "auto", help="auto (the default): chosen by validation notes; a number; center: subtract the mean"
+        "auto", help="auto (the default): .03, or 10 if the encoder was trained for similarity; a number; or center"
     )
     pooling: str | None = option(None, help="mean, cls, last or max; default: the encoder's, else mean")
     max_length: int | None = option(None, help="tokens of a note; default: what the encoder can see")

@@ -102,6 +102,7 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
     if settings.views != "none":
         dense = trainer.dense_model
         how: dict[str, Any] = {"width": dense.embedding_dimension, "epsilon": settings.views, "seed": args.seed}
+        how["for_similarity"] = dense.config.densefeat["contrastive"]
         dense.views, tried = fit_views(below(dense, tokenizer), parts, **how)
         say(args, described(dense.views, tried))
         trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured

@@ -1,19 +1,19 @@
-"""Which content view serves, chosen by validation notes alone: no label is used, and doing nothing is a candidate."""
+"""Which content view serves: set by how the encoder was trained, taken if validation notes speak for it. No label is used."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hf_densefeat.models.head import DenseHead
-from hf_densefeat.models.views import PairCovariances, content_head, form_head, unshared_covariance
+from hf_densefeat.models.views import PairCovariances, content_head, form_head
 
-EPSILONS = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
-FORM_EPSILON = 1.0
+STRONG, MILD = 0.03, 10.0  # epsilon of an encoder of language modelling, and of one that was trained for similarity
+FORM_EPSILON = 0.5
 Sides = tuple[Tensor, Tensor]  # embeddings of pairs, row i of the second belongs to row i of the first
 
 
@@ -23,7 +23,7 @@ class Choice:
 
     Attributes:
         pairs: kind of the training pairs that it is fitted on; "" for the encoder as it is.
-        input_layer: it reads the input embeddings beside the last layer.
+        input_layer: it reads the input embeddings beside the last layer, where they are given.
         center: it subtracts the mean.
         epsilon: see `content_head`.
         ranks: kind of validation pairs to the mean reciprocal rank at which a text finds its pair among everybody's.
@@ -49,8 +49,9 @@ class Choice:
         if not self.pairs:
             return "the encoder as it is"
         layers = "last and input layer" if self.input_layer else "last layer"
-        how = "centring alone" if math.isinf(self.epsilon) else f"{self.pairs}, epsilon {self.epsilon:g}"
-        return f"{how}, {'centred, ' if self.center and math.isfinite(self.epsilon) else ''}{layers}"
+        if math.isinf(self.epsilon):
+            return f"centring alone, {layers}"
+        return f"{self.pairs}, epsilon {self.epsilon:g}, {'centred, ' if self.center else ''}{layers}"
 
 
 def reciprocal_ranks(a: Tensor, b: Tensor) -> Tensor:
@@ -77,53 +78,50 @@ def choose_content(
     validation: Mapping[str, Sides],
     *,
     width: int,
-    epsilons: Sequence[float] = EPSILONS,
+    for_similarity: bool = False,
+    epsilon: float | None = None,
 ) -> tuple[DenseHead | None, list[Choice]]:
     """The content view that validation pairs speak for, and all that was tried, the chosen one first.
 
-    A view is tried for each kind of training pairs, with and without the input embeddings, with and without centring, and for
-    each of `epsilons`. Each is scored by the ranks at which validation texts find their pairs: adjacent notes, which show
-    topics, and the halves of a note, which show how fine content is told apart. A view is better than its own kind of pairs
-    deserves, so:
-
-    1. It must be ahead of the encoder as it is, by more than the standard error, on the kind that it was not fitted on.
-    2. Of one kind, layers and centring, epsilon is that of the best rank of adjacent notes, where there are such.
-    3. Of one kind, layers and centring are those that gain most on the other kind; of the kinds, the best mean rank counts.
+    An encoder of language modelling gets a strong map: of the last and the input layer, centred, by adjacent notes, or else by
+    the halves of a note; or else it is centred alone. One whose cosines serve as they are gets a mild map: of the last layer,
+    not centred, by halves, or else by adjacent notes. Taken is the first that is ahead of the encoder as it is, by more than
+    the standard error, in the ranks at which validation texts find their pairs: pairs of the kind that it was not fitted on,
+    which show that the others share the matter and not the author alone.
 
     Args:
-        train: kind of pairs to embeddings (n, width), or (n, D) with D - width columns of the input embeddings.
+        train: kind of pairs, "adjacent" or "halves", to embeddings (n, width), or (n, D) with the input embeddings behind.
         validation: likewise, of other patients.
         width: d of the embedding.
-        epsilons: what is tried.
+        for_similarity: the encoder was trained for cosine.
+        epsilon: in the place of the view's own, `STRONG` or `MILD`.
 
     Returns:
-        The view, None where the encoder stays as it is, and the candidates, best first but for the chosen one.
+        The view, None where the encoder stays as it is, and what was tried, the chosen one first.
     """
     known = {kind: sides for kind, sides in validation.items() if len(sides[0])}
     base = {kind: reciprocal_ranks(*(z[:, :width] for z in sides)) for kind, sides in known.items()}
-    as_it_is = Choice(ranks={kind: float(found.mean()) for kind, found in base.items()})
-    tried, ahead = [], []
-    for kind, sides in train.items():
-        groups = []
-        for input_layer in (False, True)[: 1 + (sides[0].shape[1] > width)] if len(sides[0]) else ():
-            view = _View(sides, width, input_layer)
-            for center in (True, False):
-                group = []
-                for epsilon in epsilons:
-                    found = {one: reciprocal_ranks(*view(pairs, epsilon, center)) for one, pairs in known.items()}
-                    group.append(_scored(Choice(kind, input_layer, center, epsilon), found, base))
-                tried += group
-                groups += _best(group, lambda one: one.ranks.get("adjacent", one.found))
-        ahead += _best(groups, lambda one: one.gain)
-    chosen = (_best(ahead, lambda one: one.found) or [as_it_is])[0]
-    order = [chosen, *sorted((one for one in (as_it_is, *tried) if one is not chosen), key=lambda one: -one.found)]
-    if not chosen.pairs:
-        return None, order
-    return fit_content(train[chosen.pairs], chosen, width=width), order
+    tried = [Choice(ranks={kind: float(found.mean()) for kind, found in base.items()})]
+    kinds = [kind for kind in ("adjacent", "halves") if kind in train and len(train[kind][0])]
+    if for_similarity:
+        candidates = [Choice(kind, epsilon=epsilon or MILD) for kind in kinds[::-1]]
+    else:
+        wide = [train[kind][0].shape[1] > width for kind in kinds]
+        candidates = [Choice(*one, True, epsilon or STRONG) for one in zip(kinds, wide, strict=True)]
+        candidates += [Choice(kind, center=True) for kind in kinds[:1]]
+    for candidate in candidates:
+        head = fit_content(train[candidate.pairs], candidate, width=width)
+        found = {kind: reciprocal_ranks(*(head(z[:, : len(head.mean)]) for z in known[kind])) for kind in known}
+        choice = _scored(candidate, found, base)
+        if choice.gain > choice.error:
+            return head, [choice, *tried]
+        tried.append(choice)
+    return None, tried
 
 
 def _scored(choice: Choice, found: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Choice:
-    others = [one for one in found if one != choice.pairs] or list(found)
+    fitted = choice.pairs if math.isfinite(choice.epsilon) else ""
+    others = [one for one in found if one != fitted] or list(found)
     gains = [found[one] - base[one] for one in others]
     return replace(
         choice,
@@ -133,48 +131,35 @@ def _scored(choice: Choice, found: Mapping[str, Tensor], base: Mapping[str, Tens
     )
 
 
-def _best(choices: Sequence[Choice], score: Callable[[Choice], float]) -> list[Choice]:
-    """The one with the highest score of those that are visibly ahead of the encoder as it is, if any is."""
-    ahead = [one for one in choices if one.gain > one.error]
-    return [max(ahead, key=score)] if ahead else []
-
-
 def fit_content(sides: Sides, choice: Choice, *, width: int) -> DenseHead:
     """The content view of a choice, of embeddings as they come: the scales of `side_by_side` are a part of its matrix."""
-    return _fitted(content_head, sides, choice, width)
+    sides = _columns(sides, choice, width)
+    scale = side_by_side(torch.cat(sides), width)
+    head = content_head(_covariances(sides, scale), epsilon=choice.epsilon, center=choice.center)
+    return _unscaled(head, scale, choice.pairs)
 
 
 def fit_form(train: Mapping[str, Sides], choice: Choice, *, width: int) -> DenseHead | None:
-    """The form view by what adjacent notes share, of the layers and centring of the content view; None without such pairs.
+    """The form view by what adjacent notes share and, where there are some, halves do not; None without adjacent notes.
 
-    Halves of a note share its form too: what is left of them is neither.
+    It is centred, and of the layers of the content view, because a folder of sentence-transformers has them once.
     """
     if "adjacent" not in train:
         return None
-    return _fitted(form_head, train["adjacent"], replace(choice, pairs="adjacent", epsilon=FORM_EPSILON), width)
+    sides = {kind: _columns(pair, choice, width) for kind, pair in train.items() if len(pair[0])}
+    scale = side_by_side(torch.cat(sides["adjacent"]), width)
+    pairs = {kind: _covariances(pair, scale) for kind, pair in sides.items()}
+    head = form_head(pairs["adjacent"], epsilon=FORM_EPSILON, halves=pairs.get("halves"))
+    return _unscaled(head, scale, "adjacent")
 
 
-def _fitted(fit: Callable[..., DenseHead], sides: Sides, choice: Choice, width: int) -> DenseHead:
-    view = _View(sides, width, choice.input_layer)
-    head = fit(view.pairs, epsilon=choice.epsilon, center=choice.center)
-    return replace(head, mean=head.mean / view.scale, matrix=head.matrix * view.scale[:, None], pairs=choice.pairs)
+def _columns(sides: Sides, choice: Choice, width: int) -> Sides:
+    return sides if choice.input_layer else (sides[0][:, :width], sides[1][:, :width])
 
 
-class _View:
-    """Maps by S_u that share one eigendecomposition, up to the rotation, which no cosine sees."""
+def _covariances(sides: Sides, scale: Tensor) -> PairCovariances:
+    return PairCovariances.of(*(z.double() * scale for z in sides))
 
-    def __init__(self, sides: Sides, width: int, input_layer: bool) -> None:
-        self.columns = sides[0].shape[1] if input_layer else width
-        a, b = (z[:, : self.columns].double() for z in sides)
-        self.scale = side_by_side(torch.cat([a, b]), width)
-        self.pairs = PairCovariances.of(a * self.scale, b * self.scale)
-        values, self.vectors = torch.linalg.eigh(unshared_covariance(self.pairs.a, self.pairs.b, self.pairs.cross))
-        self.values = values.clamp(min=0)
 
-    def __call__(self, sides: Sides, epsilon: float, center: bool) -> Sides:
-        floor = self.values + epsilon * self.values.mean()
-        scale = floor.rsqrt() if 0 < float(floor.min()) < math.inf else torch.ones_like(floor)
-        mean = self.pairs.mean if center else torch.zeros_like(self.pairs.mean)
-        matrix = (self.vectors * scale).float()  # enough for ranks, and twice as fast
-        a, b = ((z[:, : self.columns].double() * self.scale - mean).float() @ matrix for z in sides)
-        return a, b
+def _unscaled(head: DenseHead, scale: Tensor, pairs: str) -> DenseHead:
+    return replace(head, mean=head.mean / scale, matrix=head.matrix * scale[:, None], pairs=pairs)

@@ -82,13 +82,25 @@ def content_head(pairs: PairCovariances, *, epsilon: float, center: bool = True)
     return _whitened(pairs, unshared_covariance(pairs.a, pairs.b, pairs.cross), epsilon, center)
 
 
-def form_head(pairs: PairCovariances, *, epsilon: float, center: bool = True) -> DenseHead:
+def form_head(
+    pairs: PairCovariances, *, epsilon: float, center: bool = True, halves: PairCovariances | None = None
+) -> DenseHead:
     """The map (z - mu)(S_s + epsilon s I)^(-1/2) V, s = tr S_s / d: cosine compares what the notes of a pair do not share.
 
-    That is the kind of text where pairs share the matter. Arguments as of `content_head`; if S_s has no positive eigenvalue,
-    the map is z - mu.
+    That is the kind of text where pairs share the matter, and chance. Chance is what the halves of a note do not share: with
+    `halves`, the mean of S_s and their S_u, each at mean eigenvalue 1, takes the place of S_s. Other arguments as of
+    `content_head`; if S_s has no positive eigenvalue and there are no halves, the map is z - mu.
     """
-    return _whitened(pairs, shared_covariance(pairs.cross), epsilon, center)
+    noise = shared_covariance(pairs.cross)
+    if halves is not None:
+        chance = unshared_covariance(halves.a, halves.b, halves.cross)
+        noise = (_at_level_one(noise) + _at_level_one(chance)) / 2
+    return _whitened(pairs, noise, epsilon, center)
+
+
+def _at_level_one(covariance: Tensor) -> Tensor:
+    level = covariance.trace() / len(covariance)
+    return covariance / level if level > 0 else covariance
 
 
 def _whitened(pairs: PairCovariances, noise: Tensor, epsilon: float, center: bool) -> DenseHead:

@@ -49,14 +49,23 @@ class Measures:
         """Where the texts are among the inputs."""
         return [self.place[text] for text in texts]
 
-    def of(self, z: np.ndarray, width: int | None = None, words: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def of(
+        self,
+        z: np.ndarray,
+        width: int | None = None,
+        words: np.ndarray | None = None,
+        *,
+        for_similarity: bool = False,
+    ) -> dict[str, np.ndarray]:
         """Value first, then replicates, of everything that is measured, given the embeddings of the inputs.
 
-        `width` columns of `z` are the embedding, by default all; `words` are embeddings of the inputs' words.
+        `width` columns of `z` are the embedding, by default all; `words` are embeddings of the inputs' words;
+        `for_similarity` says that `z` is made for cosine.
         """
         known, whole = Known(self, z[:, :width]), Known(self, z)
         beside = None if words is None else Known(self, words).encode
-        found = self.similarity.of(whole.encode, whole.encode(self.domain.train_inputs), width, beside)
+        train, options = whole.encode(self.domain.train_inputs), {"for_similarity": for_similarity}
+        found = self.similarity.of(whole.encode, train, width, beside, **options)
         found = self._geometry(known) | found
         return found | self._probes(known) | self._missing(known) if self.domain.tasks else found
 

@@ -86,7 +86,7 @@ def plot_pareto(points: dict[str, tuple[str, float, float, float]], path: Path |
 
 
 def plot_trade(points: dict[str, tuple[str, list[tuple[float, float]]]], path: Path | str) -> None:
-    """Content against form: a marker is an embedding as it is, its line goes from the adjacent view to the form view.
+    """Content against form: a marker is an embedding as it is, its line goes from the content view to the form view.
 
     Args:
         points: method → title and (content, form), means of the metrics of similarity, as it is and of the two views, if any;
@@ -116,7 +116,7 @@ def plot_trade(points: dict[str, tuple[str, list[tuple[float, float]]]], path: P
         text = {"fontsize": 9, "fontweight": "bold" if ours else "normal", "va": "center"}
         axes.text(1.03, place, title, transform=axes.get_yaxis_transform(), **text)
     marks = "★ the default   ◇ ours, changed   ○ other objectives   □ no training"
-    lines = "\nline: from its view by adjacent notes (•) over the embedding as it is to its form view"
+    lines = "\nline: from its content view (•) over the embedding as it is to its form view"
     axes.set_title(marks + lines * any(len(one) > 1 for _, one in points.values()), fontsize=9)
     axes.set(xlabel="content, mean over tasks →", ylabel="form, mean over tasks →")
     axes.set_ylim(low - 0.03 * room, high + 0.03 * room)

@@ -97,8 +97,8 @@ def report_sweep(study: Study, results: Results, arguments: argparse.Namespace) 
 
 
 def trade(results: Results, domain: Domain) -> dict[str, tuple[str, list[tuple[float, float]]]]:
-    """Method → title and (content, form) as it is, and where there are views of the adjacent and of the form view."""
-    shown = [title for title in maps_of(domain) if title in ("as it is", "adjacent view", "form view")]
+    """Method → title and (content, form) as it is, and where there are views by the content and the form view."""
+    shown = [title for title in maps_of(domain) if title in ("as it is", "content view", "form view")]
     places = [[parts(results, domain, title)[part] for part in ("content", "form")] for title in shown]
     return {
         name: (results.titles[name], [tuple(results.array(name, keys)[0] for keys in both) for both in places])

@@ -13,6 +13,7 @@ import torch
 from domains import Domain
 
 from hf_densefeat import DenseTrainingArguments, interpolate_weights
+from hf_densefeat.commands.contrastive import trained_for_similarity
 from hf_densefeat.data.splits import refuse_trained
 from study.measures import Measures
 from study.methods import METHODS, Method
@@ -142,7 +143,9 @@ class Study:
                 z, seconds = self.embeddings(name, method, seed, bar)
             width = z.shape[1] // 2 if self.domain.pairs and method.encoder else None
             words = self.embeddings("features", METHODS["features"], 0)[0] if width else None
-            save(path, seconds=seconds, **self.measures.of(z, width, words))
+            kept = self.encoder_of(name, seed)
+            for_similarity = not method.encoder or bool(kept and kept.exists() and trained_for_similarity(str(kept)))
+            save(path, seconds=seconds, **self.measures.of(z, width, words, for_similarity=for_similarity))
         with np.load(path) as kept:
             return {key: kept[key] for key in kept.files}
 

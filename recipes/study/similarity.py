@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from hf_densefeat import DenseHead
 from hf_densefeat.evaluation.similarity import similarity_of
 from hf_densefeat.evaluation.similarity_kinds import similarity_rows
-from hf_densefeat.models.choosing import Choice, choose_content, fit_content, fit_form
+from hf_densefeat.models.choosing import choose_content, fit_form
 
 BOOTSTRAPS = 1000
 SHOWN = {  # metrics that the tables have, by kind
@@ -21,18 +21,12 @@ SHOWN = {  # metrics that the tables have, by kind
     "clusters": ("nmi",),
     "few_labels": ("accuracy_at_4", "accuracy_at_16"),
 }
-# The same maps for every method: by adjacent notes, of the last and the input layer
-ADJACENT = Choice(pairs="adjacent", input_layer=True, center=True, epsilon=0.03)
 Encode = Callable[[Sequence[str]], Tensor]
 
 
 def maps_of(domain: Domain) -> tuple[str, ...]:
     """How similarity is measured; by the views where the domain has pairs of texts that they are fitted on."""
-    return (
-        ("as it is", "content view", "adjacent view", "form view", "with words")
-        if domain.pairs
-        else ("as it is", "centred")
-    )
+    return ("as it is", "content view", "form view", "with words") if domain.pairs else ("as it is", "centred")
 
 
 class SimilarityMeasures:
@@ -47,7 +41,13 @@ class SimilarityMeasures:
         )
 
     def of(
-        self, encode: Encode, train: Tensor, width: int | None = None, words: Encode | None = None
+        self,
+        encode: Encode,
+        train: Tensor,
+        width: int | None = None,
+        words: Encode | None = None,
+        *,
+        for_similarity: bool = False,
     ) -> dict[str, np.ndarray]:
         """`task: metric, map` to the value and its replicates; `view` to what was chosen.
 
@@ -56,14 +56,15 @@ class SimilarityMeasures:
             train: embeddings of training notes, for their mean.
             width: d of the embedding, by default D; the columns behind it are the input layer's.
             words: texts -> embeddings of their words, whose content view stands beside that of the encoder.
+            for_similarity: the embeddings are made for cosine, as those of words are.
         """
         width, found = width or train.shape[1], {}
         maps: dict[str, Encode] = {"as it is": lambda texts: encode(texts)[:, :width]}
         if self.domain.pairs:
-            views, chosen = self._views(encode, width)
+            views, chosen = self._views(encode, width, for_similarity)
             found["view"], maps = np.array([chosen]), maps | views
             if words:
-                both = views["content view"], self._views(words)[0]["content view"]
+                both = views["content view"], self._views(words, None, True)[0]["content view"]
                 maps["with words"] = lambda texts: torch.cat([normalize(one(texts).double()) for one in both], 1)
         else:
             head = DenseHead.fit(train)
@@ -83,19 +84,15 @@ class SimilarityMeasures:
                     found[f"{name}: {metric}, {title}"] = values.astype(np.float32)
         return found
 
-    def _views(self, encode: Encode, width: int | None = None) -> tuple[dict[str, Encode], str]:
-        """The content view that validation pairs choose, the one that all methods have, the form view; the choice in words."""
+    def _views(self, encode: Encode, width: int | None, for_similarity: bool) -> tuple[dict[str, Encode], str]:
+        """The content view, if validation pairs speak for it, and the form view; which content view, in words."""
         train, validation = (
             {kind: (encode(first), encode(second)) for kind, (first, second) in part.items()}
             for part in (self.domain.pairs, self.domain.judged)
         )
         width = width or train["adjacent"][0].shape[1]
-        content, (choice, *_) = choose_content(train, validation, width=width)
-        heads = {
-            "content view": content,
-            "adjacent view": fit_content(train["adjacent"], ADJACENT, width=width),
-            "form view": fit_form(train, ADJACENT, width=width),
-        }
+        content, (choice, *_) = choose_content(train, validation, width=width, for_similarity=for_similarity)
+        heads = {"content view": content, "form view": fit_form(train, choice, width=width)}
         return {title: mapped(encode, head, width) for title, head in heads.items()}, str(choice)
 
 

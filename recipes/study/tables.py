@@ -180,9 +180,7 @@ def table_maps(results: Results, domain: Domain, reference: str) -> str:
         if part in found[title]
     }
     views = [
-        key
-        for key in ("content, content view", "content, adjacent view", "form, form view")
-        if key in groups and reference in results.runs
+        key for key in ("content, content view", "form, form view") if key in groups and reference in results.runs
     ]
     rows = [["Method", *groups, *(f"{results.titles[reference]} − this, {key}" for key in views), "content view"]]
     for name in results.shown:
@@ -201,7 +199,7 @@ def verdict_similarity(results: Results, ours: str, domain: Domain) -> list[str]
     """Where the default is beyond MLM and beyond every peer on the same redraws, and where behind, in sentences."""
     if ours not in results.runs or "mlm" not in results.runs:
         return []
-    lines, own = [], {"content view": "content", "adjacent view": "content", "form view": "form"}
+    lines, own = [], {"content view": "content", "form view": "form"}
     for title in maps_of(domain):
         for part, chosen in parts(results, domain, title).items():
             if part.endswith("validation") or own.get(title, part) != part:

@@ -42,8 +42,30 @@ def test_without_anything_to_gain_the_encoder_stays_as_it_is():
     clean = [made(200, seed, noise=0.0) for seed in range(2)]
     head, order = choose_content({"halves": clean[0]}, {"halves": clean[1]}, width=12)
     assert (head, order[0].pairs, order[0].gain) == (None, "", 0)
+    assert str(order[-1]) == "centring alone, last layer"
     none = (torch.empty(0, 12), torch.empty(0, 12))
     assert choose_content({"halves": none}, {"halves": none}, width=12)[0] is None
+
+
+def test_an_encoder_that_was_trained_for_similarity_gets_a_mild_view_of_halves():
+    """Not centred, of the last layer alone; by adjacent notes where there are no halves."""
+
+    def sides(n, seed):  # the noise comes first
+        return tuple(z.roll(4, 1) for z in made(n, seed))
+
+    train, validation = (
+        {kind: sides(n, seed) for seed, kind in enumerate(("adjacent", "halves"))} for n in (300, 200)
+    )
+    head, (choice, *_) = choose_content(train, validation, width=10, for_similarity=True)
+    assert str(choice) == "halves, epsilon 10, last layer"
+    assert (len(head.mean), float(head.mean.abs().max())) == (10, 0)
+    assert (
+        str(choose_content(train, validation, width=10)[1][0])
+        == "adjacent, epsilon 0.03, centred, last and input layer"
+    )
+    train.pop("halves")
+    (choice, *_) = choose_content(train, validation, width=12, for_similarity=True, epsilon=1.0)[1]
+    assert str(choice) == "adjacent, epsilon 1, last layer"
 
 
 def test_a_common_mean_is_subtracted():

@@ -98,6 +98,30 @@ def test_cosine_finds_the_pair_where_noise_is_large():
     assert 0.02 < found(content_head(pairs, epsilon=math.inf)) < 0.9
 
 
+def test_what_halves_do_not_share_is_no_form():
+    """A class that halves of a note share and adjacent notes do not, below chance that neither shares."""
+    rng = torch.Generator().manual_seed(0)
+
+    def rows(matter, kind):
+        chance = 2 * torch.randn(len(kind), 6, generator=rng)
+        return torch.cat([2 * matter, torch.nn.functional.one_hot(kind, 3).float(), chance], 1)
+
+    kind, another = torch.randint(3, (2, 400), generator=rng)
+    matter = torch.randn(400, 6, generator=rng)
+    a, b, half = rows(matter, kind), rows(matter, another), rows(matter, kind)
+    adjacent, halves = PairCovariances.of(a, b), PairCovariances.of(a, half)
+
+    def precision(head):
+        z = torch.nn.functional.normalize(head(a), dim=1)
+        nearest = (z @ z.mT).fill_diagonal_(-1).topk(10).indices
+        return float((kind[nearest] == kind[:, None]).float().mean())
+
+    plain, better = (precision(form_head(adjacent, epsilon=0.1, halves=some)) for some in (None, halves))
+    assert plain < 0.6 < 0.8 < better
+    same = PairCovariances.of(a, a)  # nothing is chance
+    assert precision(form_head(adjacent, epsilon=0.1, halves=same)) == pytest.approx(plain, abs=0.1)
+
+
 @pytest.mark.parametrize(
     "sides",
     [pairs_of(3), pairs_of(1), (torch.ones(5, 4), torch.ones(5, 4)), (torch.zeros(4, 4), torch.zeros(4, 4))],

@@ -70,7 +70,6 @@ def test_tables_of_similarity_are_written_with_every_map(data, encoder, tmp_path
     for title in (
         "Table 5. Similarity, cosine as it is",
         "Table 5, content view",
-        "Table 5, adjacent view",
         "Table 5, form view",
         "Table 5, with words",
         "By every map",
