@@ -88,30 +88,26 @@ def pair_notes(
     kinds = check_kinds(kinds)
     if kinds == ["adjacent"]:
         return notes, adjacent_pairs(notes, max_gap=max_gap, same=same)
-    patient = order_of_notes(notes)[1]
-    common = ["patient_id", "time", "text"]
-    tables: list[datasets.Dataset] = []
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    removed, counts, whole, rows = {}, {}, {}, 0
+    patient, plain = order_of_notes(notes)[1], notes.select_columns(["patient_id", "time", "text"])
+    features = datasets.Features(plain.features | {"note": datasets.Value("int64")})
+    tables, sides, removed, counts, whole = list[datasets.Dataset](), list[np.ndarray](), dict[str, int](), {}, {}
     for kind in kinds:
         if kind == "adjacent":
-            table, adjacent = notes.select_columns(common), adjacent_pairs(notes, max_gap=max_gap, same=same)
-            removed, found = adjacent.removed, (adjacent.earlier, adjacent.later, adjacent.patient)
+            table, found = plain, adjacent_pairs(notes, max_gap=max_gap, same=same)
+            removed, made = found.removed, np.stack([found.earlier, found.later, found.patient])
         else:
-            plain = notes.select_columns(common)
-            features = datasets.Features(plain.features | {"note": datasets.Value("int64")})
             options = {"batched": True, "with_indices": True, "features": features, "desc": f"Cutting {kind}"}
             table = plain.map(_cut, fn_kwargs={"kind": kind}, **options)
             note = column(table, "note").to_numpy()
             # spans of a note stand together: one and the next one are a pair where they are of one note
             first = np.flatnonzero(note[1:] == note[:-1])
-            table, found = table.remove_columns("note"), (first, first + 1, patient[note[first]])
+            table, made = table.remove_columns("note"), np.stack([first, first + 1, patient[note[first]]])
             whole[kind] = len(notes) - len(np.unique(note))
-        counts[kind] = len(found[0])
-        parts.append((found[0] + rows, found[1] + rows, found[2]))
+        made[:2] += sum(map(len, tables))
         tables.append(table)
-        rows += len(table)
-    earlier, later, owner = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        sides.append(made)
+        counts[kind] = made.shape[1]
+    earlier, later, owner = np.concatenate(sides, axis=1)
     if not len(earlier):
         raise ValueError(
             f"No pair of {' or '.join(kinds)} in {len(notes):,} notes: the header of a section is a line in capitals or one "
@@ -119,19 +115,13 @@ def pair_notes(
             f"{', '.join(name for name in PAIRS if name not in kinds)}."
         )
     order = np.argsort(owner, kind="stable")  # pairs of a patient stand together, as the sampler expects
-    patients = int(patient.max()) + 1
-    made = NotePairs(earlier[order], later[order], owner[order], rows, patients, removed, counts, whole)
-    return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0], made
+    rows, patients = sum(map(len, tables)), int(patient.max()) + 1
+    pairs = NotePairs(earlier[order], later[order], owner[order], rows, patients, removed, counts, whole)
+    return datasets.concatenate_datasets(tables), pairs
 
 
 def pair_texts(notes: datasets.Dataset, kinds: str | Sequence[str] = "adjacent", **options: Any) -> datasets.Dataset:
-    """The texts of `pair_notes` as a table `earlier, later`, which the trainer of sentence-transformers takes.
-
-    Args:
-        notes: As for `pair_notes`.
-        kinds: As for `pair_notes`.
-        options: `max_gap` and `same`.
-    """
+    """The texts of `pair_notes`, with its options, as a table `earlier, later`: what sentence-transformers' trainer takes."""
     table, pairs = pair_notes(notes, kinds, **options)
     sides = {"earlier": pairs.earlier, "later": pairs.later}
     columns = [table.select_columns("text").select(rows).rename_column("text", name) for name, rows in sides.items()]

@@ -32,13 +32,13 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         accumulation: Micro-batches per optimiser step.
         pairs_per_patient: Up to so many pairs of a patient that follow each other stay in one step batch, unless its
             border falls among them.
+        seed: Seed of everything random here.
+        shuffle: New step batches every epoch; False: the same every epoch, from the longest pair to the shortest.
+        drop_last: Leave out the last step batch if it is short.
         spread_patients: Have each patient once in a step batch, as estimators need whose rows are to be independent;
             needs `shuffle` and `pairs_per_patient` 1. Pairs are drawn at random into buckets of up to 50 step batches:
             a patient with more pairs in one than it has step batches comes as evenly as can be, and the last, short
             step batch of an epoch may have a patient twice.
-        seed: Seed of everything random here.
-        shuffle: New step batches every epoch; False: the same every epoch, from the longest pair to the shortest.
-        drop_last: Leave out the last step batch if it is short.
     """
 
     def __init__(

@@ -86,10 +86,11 @@ class SplitRecord:
         """The record of a model, also inside what wraps it (DDP, PEFT, SentenceTransformer); None if it has none."""
         for one in model.modules() if hasattr(model, "modules") else [model]:
             block = getattr(getattr(one, "config", None), "densefeat", None)
-            if block and hasattr(one, "split_record"):
-                return one.split_record
+            known: SplitRecord | None = getattr(one, "split_record", None)
+            if block and known is None and block.get("split"):
+                known = cls.from_dict(block["split"], getattr(one, "name_or_path", ""))
             if block:
-                return cls.from_dict(block["split"], getattr(one, "name_or_path", "")) if block.get("split") else None
+                return known
         return None
 
     def write_to(self, model: Any) -> None:
@@ -157,9 +158,7 @@ def split_patients(ids: Sequence[Hashable], shares: Sequence[float] = SHARES, se
     """The rule that splits these different patients in the given shares; `rule.parts_of(ids)` are their parts.
 
     Patients are ranked by their place, a hash of (seed, id): neither their order nor the number of their notes matters.
-
-    Raises:
-        ValueError: If there are fewer patients than parts, or the shares are not positive and add up to 1.
+    ValueError if there are fewer patients than parts, or the shares are not positive or do not add up to 1.
     """
     if len(shares) not in (2, 3) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"Expected two or three positive `fractions` that add up to 1, got {tuple(shares)}.")
@@ -199,13 +198,10 @@ def parts_of_patients(
         given: the parts that the table brings, (n,).
         shares: `fractions` of `split_by_patient`; without a rule of the record.
         seed: of the split; without a rule of the record.
-        record: of the model, or of several (`a | b`): who was trained on by any of them.
+        record: of the model, or of several (`a | b`); ValueError if one cannot say who was trained on.
         allow_trained: keep parts that hold out patients who were trained on.
         stratum: a label for each patient: each stratum is split by itself, so that a rare outcome reaches every part.
         table: the name in errors.
-
-    Raises:
-        ValueError: as `split_by_patient`, and if the record cannot say who was trained on.
     """
     trained = np.zeros(len(ids), dtype=bool)
     if record is not None and not allow_trained:
@@ -231,7 +227,7 @@ def parts_of_patients(
         held = np.array(shares[1:]) * len(ids)
         held *= min(1, len(free) / held.sum()) / max(1, len(free))
         strata = np.zeros(len(free)) if stratum is None else np.asarray(stratum)[free]
-        parts[free] = _stratified(id_places([ids[i] for i in free], seed), (1 - held.sum(), *held), strata)
+        parts[free] = _stratified(id_places([ids[i] for i in free.tolist()], seed), (1 - held.sum(), *held), strata)
     if moved := int((trained & (parts > 0)).sum()):
         logger.warning("%s: %s patients were trained on by another model, and are not held out.", table, f"{moved:,}")
         parts = np.where(trained, 0, parts)
@@ -256,16 +252,10 @@ def _stratified(place: np.ndarray, shares: Sequence[float], stratum: np.ndarray)
 
 
 def parts_in_table(names: Sequence[Any], rows: np.ndarray, patient: np.ndarray, what: str) -> np.ndarray:
-    """0 (train), 1 (validation) or 2 (test) of each patient, by the names that a table gives its parts.
+    """0 (train), 1 (validation) or 2 (test) of each patient, by the names that a table gives the parts of all its rows.
 
-    Args:
-        names: the part of each row of the table.
-        rows: (n,) those of which a patient is asked for.
-        patient: (n,) dense codes of their patients.
-        what: the table, in errors.
-
-    Raises:
-        ValueError: for a patient with rows in two parts, and for other names and none, which are counted and not quoted.
+    `patient` are dense codes of the patients of some `rows`, (n,). ValueError for a patient with rows in two parts, and for
+    other names and none, which are counted and not quoted.
     """
     known = {alias: code for code, aliases in enumerate(SPLITS.values()) for alias in aliases}
     codes = np.array([known.get(str(name).strip().lower(), -1) for name in names], dtype=np.int64)

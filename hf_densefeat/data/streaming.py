@@ -50,16 +50,10 @@ class PairStream(IterableDataset[Batch]):
         notes: A stream with `patient_id`, `time` (timestamps, dates, or numbers of days) and `text`.
         tokenize: Texts to columns, as `StreamProcessor.columns` does.
         collate: Pairs of tokenised notes to a batch, such as a `DensePairCollator`.
-        batch_size: As for `PairBatchSampler`.
-        ranks: As for `PairBatchSampler`.
-        accumulation: As for `PairBatchSampler`.
+        batch_size: As `ranks`, `accumulation` and what else `sampling` has: for `PairBatchSampler`.
         kinds: Kinds of pairs, as for `pair_notes`.
         max_gap: Largest time between the two notes of a pair, in days; pairs further apart are left out.
         buffer: Pairs held, and mixed; rounded down to whole step batches, at least one.
-        sampling: What else `PairBatchSampler` takes: `rank`, `pairs_per_patient`, `spread_patients`, `seed`.
-
-    Raises:
-        ValueError: If a column is missing.
     """
 
     def __init__(
@@ -157,19 +151,15 @@ class PairStream(IterableDataset[Batch]):
             )
 
     def _near(self, earlier: _Note, later: _Note) -> bool:
-        if self.max_gap is None:
-            return True
-        before: Any = earlier.time
-        gap = later.time - before
+        gap: Any = later.time - earlier.time  # type: ignore[operator]
         days: float = gap / timedelta(days=1) if isinstance(gap, timedelta) else gap
-        return days <= self.max_gap
+        return self.max_gap is None or days <= self.max_gap
 
     def _read(self, position: dict[str, Any], runs: Iterator[int]) -> Iterator[_Note]:
         """Yield the notes from a position to the end."""
-        row, blank = position["row"], 0
-        last: Any = None
-        time: Any = None
-        ended: set[int] = set()
+        row, run, blank = position["row"], 0, 0
+        last: dict[str, Any] | None = None
+        begun: set[int] = set()
         # Not `set_epoch`: it has `datasets` shuffle the shards, and patients who stand in two would be torn apart.
         self.notes.load_state_dict(position["notes"])
         before = position
@@ -178,34 +168,36 @@ class PairStream(IterableDataset[Batch]):
             if not (note["text"] or "").strip():
                 blank += 1
             else:
-                self._check(row, note, last, time, ended)
-                if note["patient_id"] != last:
-                    ended.add(hash(last))
-                    run, last = next(runs), note["patient_id"]
-                time = note["time"]
-                yield _Note(run, time, note["text"], before)
+                patient = hash(note["patient_id"])
+                new = last is None or note["patient_id"] != last["patient_id"]
+                _check(row, note, None if new else last, new and patient in begun)
+                if new:
+                    begun.add(patient)
+                    run = next(runs)
+                last = note
+                yield _Note(run, note["time"], note["text"], before)
             before = {"row": row, "notes": self.notes.state_dict()}
         if blank:
             logger.warning("Of %s rows of the stream, %s had no text: left out.", f"{row:,}", f"{blank:,}")
 
-    def _check(self, row: int, note: dict[str, Any], last: Any, time: Any, ended: set[int]) -> None:
-        """Refuse a note that cannot follow the one before."""
-        if note["patient_id"] is None or note["time"] is None:
-            what = "patient" if note["patient_id"] is None else "time"
-            raise ValueError(f"Row {row:,} of the stream has no {what}. Fill it in, or leave the row out by `filter`.")
-        if isinstance(note["time"], str):
-            raise ValueError(
-                "Column time of the stream holds strings: expected timestamps, dates or days. Cast it: "
-                '`notes.cast_column("time", datasets.Value("timestamp[us]"))`.'
-            )
-        if note["patient_id"] != last:
-            if hash(note["patient_id"]) in ended:
-                raise ValueError(
-                    f"Row {row:,} of the stream is of a patient whose notes had ended before: the notes of a patient "
-                    "must follow each other. Sort the table by patient and time, and do not shuffle the stream."
-                )
-        elif note["time"] < time:
-            raise ValueError(
-                f"Row {row:,} of the stream is earlier than the same patient's note before it. Sort the table by "
-                "patient and time."
-            )
+
+def _check(row: int, note: dict[str, Any], before: dict[str, Any] | None, again: bool) -> None:
+    """Refuse a note that cannot follow the same patient's one before, or one of a patient who comes again."""
+    if note["patient_id"] is None or note["time"] is None:
+        what = "patient" if note["patient_id"] is None else "time"
+        raise ValueError(f"Row {row:,} of the stream has no {what}. Fill it in, or leave the row out by `filter`.")
+    if isinstance(note["time"], str):
+        raise ValueError(
+            "Column time of the stream holds strings: expected timestamps, dates or days. Cast it: "
+            '`notes.cast_column("time", datasets.Value("timestamp[us]"))`.'
+        )
+    if again:
+        raise ValueError(
+            f"Row {row:,} of the stream is of a patient whose notes had ended before: the notes of a patient must follow "
+            "each other. Sort the table by patient and time, and do not shuffle the stream."
+        )
+    if before and note["time"] < before["time"]:
+        raise ValueError(
+            f"Row {row:,} of the stream is earlier than the same patient's note before it. Sort the table by patient and "
+            "time."
+        )

@@ -34,22 +34,20 @@ def read_times(
 ) -> tuple[pa.ChunkedArray, str]:
     """Times as timestamps in UTC or as numbers of days, none of them odd, and a word for which.
 
+    ValueError for a value that cannot be read, and for numbers that look like dates, where no unit is given.
+
     Args:
         values: the column.
         place: the name of a row, for errors.
         unit: what numbers count: one of `TIME_UNITS`; "yyyymmdd" also with the time of day, or without the day.
         pattern: how strings are written, as for `strptime`.
-
-    Raises:
-        ValueError: for a value that cannot be read, and for numbers that look like dates, where no unit is given.
     """
     kind = values.type
-    if pa.types.is_date(kind):
-        return _parsed(values, lambda some: some.cast(MICROSECONDS), place), "dates"
-    if pa.types.is_timestamp(kind):
-        zoned = pa.timestamp("us", kind.tz)
-        safe = kind.unit in ("s", "ms")  # nanoseconds lose digits, seconds must not overflow
-        return _parsed(values, lambda some: some.cast(zoned, safe=safe).cast(MICROSECONDS), place), "timestamps"
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        zoned = pa.timestamp("us", getattr(kind, "tz", None))
+        safe = getattr(kind, "unit", "s") in ("s", "ms")  # nanoseconds lose digits, seconds must not overflow
+        said = "dates" if pa.types.is_date(kind) else "timestamps"
+        return _parsed(values, lambda some: some.cast(zoned, safe=safe).cast(MICROSECONDS), place), said
     if pa.types.is_integer(kind):
         return _numbers(_parsed(values, lambda some: some.cast(pa.int64()), place), place, unit)
     if pa.types.is_floating(kind):
@@ -87,10 +85,12 @@ def _numbers(values: pa.ChunkedArray, place: Callable[[int], str], unit: str | N
     if unit == "yyyymmdd":
         return _parsed(values, _from_digits, place, "YYYYMMDD, with or without HHMMSS"), "timestamps"
     scale = 1e6 if unit == "seconds" else 1e3
-    # to whole microseconds, which a float of seconds holds exactly until 2255
-    micros = np.round(values.cast(pa.float64()).fill_null(0).to_numpy() * scale).astype(np.int64)
-    found = pa.array(micros, pa.int64(), mask=values.is_null().to_numpy()).cast(MICROSECONDS)
-    return pa.chunked_array([found]), "timestamps"
+
+    def micros(some: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Whole microseconds, which a float of seconds holds exactly until 2255."""
+        return pc.round(pc.multiply(some.cast(pa.float64()), scale)).cast(pa.int64()).cast(MICROSECONDS)
+
+    return _parsed(values, micros, place, unit), "timestamps"
 
 
 def _disguise(numbers: np.ndarray) -> str:
@@ -132,9 +132,8 @@ def _how_to_say(values: pa.ChunkedArray, place: Callable[[int], str]) -> str | N
     """The sentence for dates such as 31/12/2020: which format, and whether day and month can be told apart."""
     row = int(values.is_valid().to_numpy().argmax())
     likely = [one for one in PATTERNS if _reads(values.slice(row, 1), one)]
-    likely = [
-        one for one in likely if "%y" in one
-    ] or likely  # %Y reads two digits too, as a year of the first century
+    # %Y reads two digits too, as a year of the first century
+    likely = [one for one in likely if "%y" in one] or likely
     if not likely:
         return None
     formats = [one for one in likely if _reads(values, one)] or likely

@@ -131,7 +131,7 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
     main_input_name = "input_ids"
     card_kind = "An encoder for episodes of labs and vital signs"
     has_input_layer = False
-    processor_class: type
+    processor_class: Any
 
     def card_use(self) -> str:
         """How to use the model, for its card: code that runs as printed, with two codes that the processor knows."""
