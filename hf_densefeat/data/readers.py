@@ -87,7 +87,10 @@ def read_files(path: Path, resolve: Callable[[Sequence[str], bool], Layout]) -> 
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([CACHE_VERSION, stats, sorted(roles.items()), meds]).encode()).hexdigest()[:32]
     arrow = Path(datasets.config.HF_DATASETS_CACHE) / "hf_densefeat" / f"{key}.arrow"
-    record = _ledger_of(arrow)
+    try:
+        record = json.loads(arrow.with_suffix(".json").read_text()) if arrow.exists() else None
+    except (FileNotFoundError, ValueError):  # no ledger, or not a whole one
+        record = None
     if record is None:
         arrow.parent.mkdir(parents=True, exist_ok=True)
         arrow.parent.chmod(0o700)  # it is patient text, and so is what `datasets` keeps beside it
@@ -116,33 +119,22 @@ def _tables(path: Path, root: Path) -> tuple[list[Path], str]:
         raise ValueError(
             f"{path.name} is a spreadsheet: save it as csv (UTF-8), or pass what pandas.read_excel gives to load_notes."
         )
-    files = [file for file in found if kind_of(file)]
-    details = [file for file in files if len(files) > 1 and "_detail." in file.name]
+    kinds = {file: kind for file in found if (kind := kind_of(file))}
+    details = [file for file in kinds if len(kinds) > 1 and "_detail." in file.name]
     if details:
         logger.info("Left out %s: MIMIC's side tables hold no notes.", ", ".join(file.name for file in details))
-        files = [file for file in files if file not in details]
-    kinds = sorted({kind_of(file) for file in files})
-    if not kinds:
+    files = [file for file in kinds if file not in details]
+    several = sorted({kinds[file] for file in files})
+    if not several:
         raise ValueError(f"{path.name}: expected files named {EXPECTED}; got {len(found):,} files of other kinds.")
-    if len(kinds) > 1:
+    if len(several) > 1:
         raise ValueError(
-            f"{path.name} holds {' and '.join(kinds)} files, which may be the same notes twice: pass one of them, or move "
+            f"{path.name} holds {' and '.join(several)} files, which may be the same notes twice: pass one of them, or move "
             "the others elsewhere."
         )
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(
-                f"{file.name} is empty (0 bytes): expected a table. Was it written, or copied, to its end?"
-            )
-    return files, kinds[0]
-
-
-def _ledger_of(arrow: Path) -> dict[str, Any] | None:
-    """What was counted when the cached table was written; None where there is no table, or no whole ledger of it."""
-    try:
-        return json.loads(arrow.with_suffix(".json").read_text()) if arrow.exists() else None
-    except (FileNotFoundError, ValueError):
-        return None
+    if empty := [file.name for file in files if file.stat().st_size == 0]:
+        raise ValueError(f"{empty[0]} is empty (0 bytes): expected a table. Was it written, or copied, to its end?")
+    return files, several[0]
 
 
 def _column_names(file: Path) -> list[str]:
@@ -335,12 +327,9 @@ def _mended(
                 values = values.cast(kind)
             except pa.ArrowInvalid:
                 cells = values.to_pylist()
-                texts = [decoded(cell) for cell in cells]
-                odd = [
-                    cell is not None and (text or "").encode() != cell for cell, text in zip(cells, texts, strict=True)
-                ]
+                values = pa.array(map(decoded, cells), kind)
+                odd = [cell is not None and cell.decode(errors="ignore").encode() != cell for cell in cells]
                 _count(repaired, "bytes that are not UTF-8, read as Windows-1252", odd, offset)
-                values = pa.array(texts, kind)
             text = values.buffers()[2] if name in roles.values() else None
             # A look at the bytes is ten times faster than a search in every row, and nearly always enough.
             if text and not np.frombuffer(text, np.uint8).all():

@@ -118,11 +118,7 @@ class SplitRecord:
         return SplitRecord(rules, lists, self.ids if self.ids == other.ids else "several")
 
     def trained_on(self, ids: Sequence[Hashable]) -> np.ndarray:
-        """Whether each patient was trained on, (n,).
-
-        Raises:
-            UnknownTrainingPatients: if the list is not there, or ids were hashed in another form.
-        """
+        """Whether each patient was trained on, (n,); an error without the list, or where ids were in another form."""
         if self.lists is None or self.ids != ID_RULE:
             why = f"its ids are in another form ({self.ids})" if self.ids != ID_RULE else f"its folder lacks {LISTED}"
             raise UnknownTrainingPatients(

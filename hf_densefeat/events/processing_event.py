@@ -149,25 +149,19 @@ class EventProcessor(EpisodeProcessor, FeatureExtractionMixin):
     ) -> tuple[list[Row], EventStats]:
         """One row an episode, `input_ids`, `quantiles` and `hours`, and the counts.
 
-        Args:
-            episodes: JSON.
-            max_length: events kept of an episode, of `max_events` at most.
-            empty: read an episode in which no event is left.
-
-        Raises:
-            ValueError: For an episode that cannot be read, or in which no event is left.
+        ValueError for an episode that cannot be read or, unless `empty` ones are taken, in which no event is left.
         """
         limit = min(max_length or self.max_events, self.max_events)
         episode, names, value, hours = events_of(episodes)
         vocabulary = self.get_vocab()
         number = np.array([vocabulary.get(name, 0) for name in names], dtype=np.int64)
-        known = number > 0
-        episode, number, value, hours = episode[known], number[known], value[known], hours[known]
+        known = np.flatnonzero(number)
+        kept = known
         # the sorting below is for episodes that are too long alone
-        if np.bincount(episode, minlength=1).max() > limit:
-            kept = latest_of_each(episode, number, hours, limit)
-            episode, number, value, hours = episode[kept], number[kept], value[kept], hours[kept]
-        order = np.lexsort((value, number, hours, episode))
+        if np.bincount(episode[known], minlength=1).max() > limit:
+            kept = known[latest_of_each(episode[known], number[known], hours[known], limit)]
+        order = kept[np.lexsort((value[kept], number[kept], hours[kept], episode[kept]))]
+        unknown, cut = len(number) - len(known), len(known) - len(kept)
         episode, number, value, hours = episode[order], number[order], value[order], hours[order]
         columns: dict[str, np.ndarray] = {
             "input_ids": number,
@@ -183,8 +177,7 @@ class EventProcessor(EpisodeProcessor, FeatureExtractionMixin):
                 f"Episode {nothing} has no event of a known code, so there is nothing to embed. Leave such episodes out, or "
                 "use the multimodal encoder, which takes a note alone."
             )
-        stats = EventStats(len(episodes), len(number), int((~known).sum()), int(known.sum() - len(number)), limit)
-        return rows, stats
+        return rows, EventStats(len(episodes), len(number), unknown, cut, limit)
 
     def _quantiles(self, number: np.ndarray, value: np.ndarray) -> np.ndarray:
         quantiles, order = np.empty(len(value)), np.argsort(number, kind="stable")
