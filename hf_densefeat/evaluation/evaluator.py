@@ -2,26 +2,17 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 from hf_densefeat.data.splits import refuse_trained
 from hf_densefeat.evaluation.embeddings import embed
 from hf_densefeat.evaluation.metrics import METRICS
 
 
-class Options(TypedDict, total=False):
-    """What both evaluators take by keyword."""
-
-    bootstraps: int  # replicates of `evaluate` over patients, by default 1,000
-    batch_size: int  # passed to `encode`, by default 32
-    max_length: int | None  # passed to `encode` where it takes it
-    cache: str | Path | bool  # disk cache of `evaluate`, see `embed`; by default True
-    seed: int  # of splits, k-means, samples and bootstrap, by default 0
-    allow_trained: bool  # test patients that the model was trained on, instead of refusing them by their number
-
-
+@dataclass(eq=False, repr=False)
 class Evaluator(ABC):
     """Tasks that one encoder after another is measured on; subclasses read them and say what is measured.
 
@@ -29,30 +20,34 @@ class Evaluator(ABC):
     ``greater_is_better`` says whether more of it is better.
     """
 
-    what: ClassVar[str]
-    rows: Mapping[str, Any]  # task name to its rows, with `texts`, `queries` and the ids of who is `tested`
+    tasks: Sequence[Any]  # with different names
+    _: KW_ONLY
+    bootstraps: int = 1000  # replicates of `evaluate` over patients
+    batch_size: int = 32  # passed to `encode`
+    max_length: int | None = None  # passed to `encode` where it takes it
+    cache: str | Path | bool = True  # disk cache of `evaluate`, see `embed`
+    seed: int = 0  # of splits, k-means, samples and bootstrap
+    allow_trained: bool = False  # test whom the model was trained on, instead of refusing them by their number
 
-    def __init__(
-        self,
-        tasks: Sequence[Any],
-        *,
-        headlines: Mapping[str, str],
-        bootstraps: int = 1000,
-        batch_size: int = 32,
-        max_length: int | None = None,
-        cache: str | Path | bool = True,
-        seed: int = 0,
-        allow_trained: bool = False,
-    ) -> None:
-        names = [task.name for task in tasks]
+    what: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
         if len(set(names)) < len(names) or not names:
             raise ValueError(f"Expected at least one task, with different names, but got {names}.")
-        self.tasks, self.bootstraps, self.seed, self.allow_trained = list(tasks), bootstraps, seed, allow_trained
-        self.batch_size, self.max_length, self.cache = batch_size, max_length, cache
-        # an unknown kind is refused where its rows are read
-        headline = headlines.get(tasks[0].kind, next(iter(headlines.values())))
+        # by task, with `texts`, `queries` and the ids of who is `tested`
+        self.rows: dict[str, Any] = {task.name: self._read(task) for task in self.tasks}
+        headline = self._headline(self.tasks[0].kind)
         self.primary_metric = f"{names[0]}_{headline}"
         self.greater_is_better = METRICS[headline].higher_is_better
+
+    @abstractmethod
+    def _read(self, task: Any) -> Any:
+        """The rows of a task."""
+
+    @abstractmethod
+    def _headline(self, kind: str) -> str:
+        """The metric of a kind by which verdicts count."""
 
     def refuse_trained(self, model: Any) -> None:
         """ValueError, with their number, for tested patients that the model was trained on, unless that is allowed."""

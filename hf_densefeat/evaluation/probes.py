@@ -8,14 +8,14 @@ Intervals are the 2.5 and 97.5 percentiles of bootstrap replicates that redraw *
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from sklearn.cluster import KMeans
 
 from hf_densefeat.data.splits import SplitRecord
-from hf_densefeat.evaluation.evaluator import Evaluator, Options
+from hf_densefeat.evaluation.evaluator import Evaluator
 from hf_densefeat.evaluation.linear import ALPHAS, CS, Rows, fit_path, predict
 from hf_densefeat.evaluation.metrics import (
     METRICS_OF,
@@ -29,7 +29,7 @@ from hf_densefeat.evaluation.metrics import (
     plain,
     replicate,
 )
-from hf_densefeat.evaluation.tasks import Kind, ProbeTask, task_rows
+from hf_densefeat.evaluation.tasks import Kind, ProbeRows, ProbeTask, task_rows
 
 logger = logging.getLogger(__name__)
 
@@ -195,41 +195,31 @@ def meds_predictions(task: ProbeTask, result: ProbeResult, time: str = "time") -
     )
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ProbeEvaluator(Evaluator):
-    """Probes of one encoder after another, on tasks that are read once.
+    """Probes of one encoder after another, on `ProbeTask`s that are read and split at once, before any encoding.
 
     Called as ``evaluator(model, tokenizer)`` it gives flat numbers (``mortalityclass_auroc``) for a trainer's log and
     ``metric_for_best_model``; `evaluate` gives intervals, replicates and few-shot curves.
+
+    Raises:
+        ValueError: for tasks that cannot be split or read, see `task_rows`.
     """
+
+    shots: Sequence[int] = ()  # k of the few-shot curves of `evaluate`
+    # of a trained model, or of several (`a | b`): nobody whom it names is tested
+    record: SplitRecord | None = None
 
     what = "probe"
 
-    def __init__(
-        self,
-        tasks: Sequence[ProbeTask],
-        *,
-        shots: Sequence[int] = (),
-        record: SplitRecord | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        """Read the tasks' tables and split them; nothing is encoded yet.
+    def _read(self, task: ProbeTask) -> ProbeRows:
+        rows = task_rows(task, self.seed, self.record, allow_trained=self.allow_trained)
+        if rows.unlabelled:
+            logger.info("Probe %s: %d rows without a label are left out.", task.name, rows.unlabelled)
+        return rows
 
-        Args:
-            tasks: the `ProbeTask`s; names must differ.
-            shots: k of the few-shot curves of `evaluate`; none by default.
-            record: of a trained model, or of several (`a | b`): nobody whom it names is tested.
-            options: bootstraps, batch_size, max_length, cache, seed, allow_trained; see `Options`.
-
-        Raises:
-            ValueError: for tasks that cannot be split or read, see `task_rows`; before any encoding.
-        """
-        super().__init__(tasks, headlines={kind: names[0] for kind, names in METRICS_OF.items()}, **options)
-        self.shots = shots
-        how: dict[str, Any] = {"record": record, "allow_trained": self.allow_trained}
-        self.rows = {task.name: task_rows(task, self.seed, **how) for task in tasks}
-        for name, rows in self.rows.items():
-            if rows.unlabelled:
-                logger.info("Probe %s: %d rows without a label are left out.", name, rows.unlabelled)
+    def _headline(self, kind: str) -> str:
+        return METRICS_OF[kind][0]
 
     def evaluate(self, model: Any, tokenizer: Any = None, *, points: bool = False) -> dict[str, ProbeResult]:
         """Task name to `ProbeResult` with bootstrap intervals; embeddings come from the cache where they are there.

@@ -9,13 +9,13 @@ every encoder, so that `paired_difference` compares two encoders on the same not
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, issparse
 
-from hf_densefeat.evaluation.evaluator import Evaluator, Options
+from hf_densefeat.evaluation.evaluator import Evaluator
 from hf_densefeat.evaluation.metrics import (
     CODES,
     WITH_WORDS,
@@ -128,43 +128,33 @@ def similarity_of(
     )
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SimilarityEvaluator(Evaluator):
-    """Similarity of one encoder after another, on tasks that are read once.
+    """Similarity of one encoder after another, on `SimilarityTask`s that are read at once, before any encoding.
 
     Called as ``evaluator(model, tokenizer)`` it gives flat numbers (``disease_mrr``, ``disease_mrr_binary``) for a
-    trainer's log and ``metric_for_best_model``; `evaluate` gives intervals and replicates.
+    trainer's log and ``metric_for_best_model``; `evaluate` gives intervals and replicates. To choose a model in training
+    ``codes=("float",)`` with ``divisors=(1,)`` is enough.
+
+    Raises:
+        ValueError: for tasks that cannot be read, see `similarity_rows`.
     """
+
+    head: bool = True  # what `encode` gives, with the model's own head if it has one
+    codes: Sequence[str] = CODES  # see `similarity_of`
+    divisors: Sequence[int] = DIVISORS  # see `similarity_of`
 
     what = "similarity"
 
-    def __init__(
-        self,
-        tasks: Sequence[SimilarityTask],
-        *,
-        head: bool = True,
-        codes: Sequence[str] = CODES,
-        divisors: Sequence[int] = DIVISORS,
-        **options: Unpack[Options],
-    ) -> None:
-        """Read the tasks' tables; nothing is encoded yet.
+    def _read(self, task: SimilarityTask) -> SimilarityRows:
+        rows = similarity_rows(task)
+        left_out = {reason: count for reason, count in rows.left_out.items() if count}
+        if left_out:
+            logger.info("Similarity %s: rows apart: %s.", task.name, left_out)
+        return rows
 
-        Args:
-            tasks: the `SimilarityTask`s; names must differ.
-            head: the embeddings that the model's ``encode`` gives, with its own head if it has one; False without that.
-            codes: see `similarity_of`; ``("float",)`` with ``divisors=(1,)`` is enough to choose a model in training.
-            divisors: see `similarity_of`.
-            options: bootstraps, batch_size, max_length, cache, seed, allow_trained; see `Options`.
-
-        Raises:
-            ValueError: for tasks that cannot be read, see `similarity_rows`; before any encoding.
-        """
-        super().__init__(tasks, headlines={name: kind.metrics[0] for name, kind in SIMILARITY.items()}, **options)
-        self.head, self.codes, self.divisors = head, tuple(codes), tuple(divisors)
-        self.rows = {task.name: similarity_rows(task) for task in tasks}
-        for name, rows in self.rows.items():
-            left_out = {reason: count for reason, count in rows.left_out.items() if count}
-            if left_out:
-                logger.info("Similarity %s: rows apart: %s.", name, left_out)
+    def _headline(self, kind: str) -> str:
+        return SIMILARITY[kind].metrics[0]
 
     def evaluate(
         self, model: Any, tokenizer: Any = None, *, points: bool = False, words: Any = None

@@ -55,7 +55,7 @@ class ProbeTask:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ProbeRows:
     """The labelled rows of a task as arrays."""
 
     texts: list[str]
@@ -109,7 +109,7 @@ def _read(task: ProbeTask) -> tuple[list, list, list, list]:
 
 def task_rows(
     task: ProbeTask, seed: int = 0, record: SplitRecord | None = None, *, allow_trained: bool = False
-) -> Rows:
+) -> ProbeRows:
     """Read a task's table: labelled rows, label codes, patient codes, the split.
 
     Args:
@@ -162,7 +162,7 @@ def task_rows(
         chosen, y, patient, part = (some[part == 2] for some in (chosen, y, patient, part))
     tested = patient if task.kind == "clustering" else patient[part == 2]
     who = [] if task.patient is None else [ids[one] for one in np.unique(tested)]
-    return Rows([texts[i] for i in chosen], y, patient, part, classes, chosen, unlabelled, who)
+    return ProbeRows([texts[i] for i in chosen], y, patient, part, classes, chosen, unlabelled, who)
 
 
 def _largest_label(patient: np.ndarray, y: np.ndarray, task: ProbeTask) -> np.ndarray:
