@@ -16,7 +16,7 @@ from hf_densefeat.models.interpolation import Share, choose_share, interpolate_w
 from hf_densefeat.training.arguments import CONTRASTIVE, DenseTrainingArguments
 
 KINDS = ("adjacent", "halves")  # of the validation pairs that choose the share
-MOST = 500  # of each kind, which are encoded for every share
+MOST = 1000  # of each kind, which are encoded for every share that is tried
 
 
 def trained_for_similarity(source: str) -> bool:
@@ -86,4 +86,4 @@ def go_share(
 
 
 def _tried(one: Share) -> str:
-    return f"{one.share:g}: {one.found:.3f}"
+    return f"{one.share:g}: {' and '.join(f'{rank:.3f}' for rank in one.ranks.values())}"

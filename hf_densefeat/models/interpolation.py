@@ -19,50 +19,63 @@ class Share:
 
     Attributes:
         share: 0 for the start, 1 for the trained weights.
-        found: mean reciprocal rank at which a text finds its pair, the mean over kinds of pairs.
-        gain: of `found` over the start.
-        error: standard error of `gain`, paired by text.
+        ranks: kind of pairs to the mean reciprocal rank at which a text finds its pair.
+        gains: kind of pairs to the gain of that over the start, and the standard error of the gain, paired by text.
     """
 
     share: float
-    found: float
-    gain: float = 0.0
-    error: float = 0.0
+    ranks: Mapping[str, float]
+    gains: Mapping[str, tuple[float, float]]
+
+    @property
+    def serves(self) -> bool:
+        """Whether it is ahead of the start for some kind of pairs and not behind for halves, beyond the standard error."""
+        gain, error = self.gains.get("halves", (0.0, 0.0))
+        return gain >= -error and any(gain > error for gain, error in self.gains.values())
 
     def __str__(self) -> str:
         """In words, for a log."""
-        ahead = f", {self.gain:+.4f} ± {self.error:.4f} of the start" if self.share else ""
-        rank = f"validation notes find their pairs at a mean reciprocal rank of {self.found:.4f}"
-        return f"{self.share:g} of the way: {rank}{ahead}"
+        kinds = (f"{kind} {rank:.3f}{self._gain(kind)}" for kind, rank in self.ranks.items())
+        return f"{self.share:g} of the way: validation notes find their pairs at mean reciprocal ranks of {', '.join(kinds)}"
+
+    def _gain(self, kind: str) -> str:
+        gain, error = self.gains[kind]
+        return f" ({gain:+.4f} ± {error:.4f})" if self.share else ""
 
 
 def choose_share(
     ranks: Callable[[float], Mapping[str, Tensor]], *, shares: Sequence[float] = SHARES
 ) -> tuple[Share, list[Share]]:
-    """The share at which validation texts find their pairs best, without labels; 0 unless another is ahead of it for sure.
+    """The largest share that serves validation texts, without labels; 0 if none does.
 
-    A share is scored by the mean over kinds of pairs (adjacent notes, halves of a note) of the mean reciprocal rank. The best
-    takes the place of the start only if it is ahead by more than the standard error of the paired difference.
+    The two halves of a note share what tells it from other notes: an encoder that finds them worse will find worse what a
+    question asks for. Adjacent notes share topics, but an author too, so that a lower rank of theirs need not be a loss. A
+    share serves if it is ahead of the start for some kind of pairs and not behind for halves, by more than the standard error
+    of the paired difference. The largest one is tried first, and the first that serves is taken.
 
     Args:
         ranks: share to {kind: reciprocal ranks (n,)}, of the same texts in the same order for every share.
-        shares: above 0, those that are tried.
+        shares: above 0, in any order.
 
     Returns:
         The choice, and all that was tried, the start first.
     """
     base = ranks(0.0)
-    tried = [Share(0.0, _mean([one.mean() for one in base.values()]))]
-    for share in shares:
-        gains = [found - base[kind] for kind, found in ranks(share).items()]
-        gain, error = _mean([one.mean() for one in gains]), _mean([one.var() / len(one) for one in gains])
-        tried.append(Share(share, tried[0].found + gain, gain, math.sqrt(error / len(gains))))
-    best = max(tried, key=lambda one: one.found)
-    return best if best.gain > best.error else tried[0], tried
+    tried = [_share(0.0, base, base)]
+    for share in sorted(shares, reverse=True):
+        tried.append(_share(share, ranks(share), base))
+        if tried[-1].serves:
+            return tried[-1], tried
+    return tried[0], tried
 
 
-def _mean(values: Sequence[Tensor]) -> float:
-    return float(sum(values) / len(values))
+def _share(share: float, found: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Share:
+    gains = {kind: values - base[kind] for kind, values in found.items()}
+    return Share(
+        share,
+        {kind: float(values.mean()) for kind, values in found.items()},
+        {kind: (float(gain.mean()), math.sqrt(float(gain.var()) / len(gain))) for kind, gain in gains.items()},
+    )
 
 
 @torch.no_grad()
@@ -102,4 +115,5 @@ def interpolate_weights(model: Any, start: Any, share: float, *, new: Collection
             first = theirs[name].to(value.device, torch.promote_types(value.dtype, torch.float32))
             found[name] = torch.lerp(first, value.to(first.dtype), share).to(value.dtype)
     model.load_state_dict(found, strict=False)  # values first, then copies: a tied weight has two names
+    torch.clear_autocast_cache()  # or an encode in the same autocast would go on with the weights of before
     model.views = {}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -48,6 +49,19 @@ def test_half_precision_is_rounded_once(tokenizer):
         assert ((value.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-7).all()
 
 
+def test_an_encode_in_the_same_autocast_sees_the_new_weights(tokenizer):
+    """Autocast keeps a half-precision copy of each weight until it ends."""
+    start = make_model("bert", tokenizer)
+    model, texts = moved(start), ["fever and cough", "no change"]
+    encode = partial(model.encode, tokenizer=tokenizer, view=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        encode(texts)
+        interpolate_weights(model, start, 0.0)
+        found = encode(texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert found.equal(start.encode(texts, tokenizer=tokenizer, view=None))
+
+
 def test_weights_that_the_start_does_not_have_stay_the_models(tokenizer):
     """A masked-LM head that training began anew."""
     start = make_model("bert", tokenizer)
@@ -78,22 +92,40 @@ def test_another_start_is_refused_with_the_weight_that_differs(tokenizer):
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_share_is_the_best_only_beyond_the_standard_error():
-    """Against the formula; a gain within its error, and a loss, leave the start."""
+def test_the_share_is_the_largest_that_is_ahead_and_keeps_the_halves():
+    """Against the formula; a gain within its error, and a loss of halves beyond it, leave what comes before."""
     rng = torch.Generator().manual_seed(0)
     base = {"adjacent": torch.rand(50, generator=rng), "halves": torch.rand(80, generator=rng)}
     noise = {kind: torch.randn(len(one), generator=rng) for kind, one in base.items()}
-    height = {0.0: 0.0, 0.5: 0.3, 1.0: 0.1}
+    noise = {kind: (one - one.mean()) / one.std() for kind, one in noise.items()}
 
-    def ranks(share, scale=1.0):
-        return {kind: one + scale * height[share] + 0.1 * share * noise[kind] for kind, one in base.items()}
+    def ranks_of(**gains):
+        """Gains of each kind at shares of a half and of one, in standard errors."""
 
-    chosen, tried = choose_share(ranks, shares=(0.5, 1.0))
-    assert [one.share for one in tried] == [0.0, 0.5, 1.0]
-    assert chosen is tried[1]
-    gains = {kind: ranks(0.5)[kind] - base[kind] for kind in base}
-    assert chosen.gain == pytest.approx(sum(float(one.mean()) for one in gains.values()) / 2, rel=1e-5)
-    errors = [float(one.std()) / math.sqrt(len(one)) for one in gains.values()]
-    assert chosen.error == pytest.approx(math.hypot(*errors) / 2, rel=1e-5)
-    for scale in (0.001, -1.0):
-        assert choose_share(lambda share, scale=scale: ranks(share, scale), shares=(0.5, 1.0))[0].share == 0
+        def ranks(share):
+            found = {}
+            for kind, at in gains.items():
+                gain = (0.0, *at)[int(2 * share)] / math.sqrt(len(base[kind]))
+                found[kind] = base[kind] + 0.1 * share * (noise[kind] + gain)
+            return found
+
+        return ranks
+
+    chosen, tried = choose_share(ranks_of(adjacent=(3, 2), halves=(-0.5, 1.5)), shares=(0.5, 1.0))
+    assert chosen is tried[1]  # the largest, not that of the largest gain
+    assert [one.share for one in tried] == [0.0, 1.0]
+    for kind, last in {"adjacent": 2, "halves": 1.5}.items():
+        gain, error = chosen.gains[kind]
+        assert error == pytest.approx(0.1 / math.sqrt(len(base[kind])), rel=1e-4)
+        assert gain == pytest.approx(last * error, rel=1e-3)
+        assert chosen.ranks[kind] == pytest.approx(float(base[kind].mean()) + gain, rel=1e-5)
+    for gains, share in (
+        ({"adjacent": (3, 2), "halves": (0, -1.5)}, 0.5),  # the larger one costs the halves
+        ({"adjacent": (0.5, 0.9), "halves": (0.5, 0.9)}, 0),  # nothing is ahead for sure
+        ({"adjacent": (3, 3), "halves": (-2, -2)}, 0),
+        ({"adjacent": (-2, -2), "halves": (3, 3)}, 1),  # what follows may share the author alone
+        ({"adjacent": (0, 2)}, 1),
+        ({"halves": (2, 0)}, 0.5),
+    ):
+        assert choose_share(ranks_of(**gains), shares=(0.5, 1.0))[0].share == share
+    assert choose_share(lambda share: base, shares=(0.5, 1.0))[0].share == 0  # nothing was trained

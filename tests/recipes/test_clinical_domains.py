@@ -1,5 +1,6 @@
 """Real clinical notes and the counter-example as domains of the study, on small tables of their layout."""
 
+import json
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import compare
 import finetune
+import starts
 from domains import findings, mtsamples
 from domains.rows import frequent, split_apart
 
@@ -139,3 +141,22 @@ def test_fine_tuning_gives_each_method_the_same_examples(data, encoder, tmp_path
     assert found["header, 50, start, 0"] == found["header, 50, mlm, 0"] == found["header, 50, mlm+dense, 0"]
     monkeypatch.setattr(finetune, "tuned", None)
     assert finetune.main(list(map(str, words)))["scores"] == found
+
+
+@pytest.mark.slow
+def test_a_start_its_peers_and_words_beside(data, encoder, tmp_path, monkeypatch, capsys):
+    """A run of each kind, measured at a share; the report's differences to the start are those of its means."""
+    monkeypatch.setattr(starts, "CONTRASTIVE", starts.CONTRASTIVE | {"max_steps": 2})
+    words = ["--domain", "mtsamples", "--data", str(data), "--start", str(encoder), "--work", str(tmp_path)]
+    starts.main([*words, "--methods", "adapted,infonce,simcse,mlm", "--shares", "0.5"])
+    kept = np.load(tmp_path / "mtsamples" / "adapted-0-0.5.npz")
+    assert kept["ranks adjacent"].shape == np.load(tmp_path / "mtsamples" / "start.npz")["ranks adjacent"].shape
+    starts.main([*words, "--report"])
+    assert "| adapted, 0.5+words " in capsys.readouterr().out
+    found = json.loads((tmp_path / "mtsamples" / "starts.json").read_text())
+    for name in ("words", "adapted, 0.5", "infonce, 0.5", "simcse, 0.5", "mlm, 0.5", "start+words"):
+        for part, value in found[name]["mean"].items():
+            less = found[name]["minus start"][part]
+            assert less[0] == pytest.approx(value - found["start"]["mean"][part], abs=2e-4)
+            assert less[1] <= less[0] <= less[2]
+    assert found["start"]["minus start"]["content"] == [0, 0, 0]
