@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--report", action="store_true", help="train nothing: words beside, the table, starts.json")
+    parser.add_argument("--reference", default="start", help="what the report's differences are to")
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -213,8 +214,8 @@ def beside_words(arguments: argparse.Namespace, measured: Measured, names: list[
 
 
 def report(arguments: argparse.Namespace, measured: Measured) -> str:
-    """Content and form of all that was measured, less the start on the same redraws; written as JSON too."""
-    folder = arguments.work / arguments.domain
+    """Content and form of all that was measured, less the reference on the same redraws; written as JSON too."""
+    folder, reference = arguments.work / arguments.domain, arguments.reference
     kept = [path.stem for path in folder.glob("*.npz") if not path.name.endswith((".validation.npz", "words.npz"))]
     beside_words(arguments, measured, ["words", *(f"{name}+words" for name in kept)])
     runs: dict[str, list] = {}
@@ -227,11 +228,11 @@ def report(arguments: argparse.Namespace, measured: Measured) -> str:
         task = key.split(":")[0]
         what = "form" if task.removeprefix("validation ") in measured.domain.form else "content"
         parts.setdefault(what + (", validation" if task.startswith("validation ") else ""), []).append(key)
-    rows, numbers = [["", "seeds", *parts, *(f"{part} − start" for part in parts)]], {}
+    rows, numbers = [["", "seeds", *parts, *(f"{part} − {reference}" for part in parts)]], {}
     for name, several in runs.items():
         values, differences = {}, {}
         for part, keys in parts.items():
-            (value, drawn), (other, others) = array(several, keys), array(runs["start"], keys)
+            (value, drawn), (other, others) = array(several, keys), array(runs[reference], keys)
             values[part], differences[part] = value, Estimate.of(value - other, drawn - others)
         shown = [interval(one, digits=3, signed=True) for one in differences.values()]
         rows.append([name, str(len(several)), *(number(value, digits=3) for value in values.values()), *shown])
@@ -239,7 +240,7 @@ def report(arguments: argparse.Namespace, measured: Measured) -> str:
         less = {part: [round(x, 4) for x in (one.value, one.low, one.high)] for part, one in differences.items()}
         numbers[name] = {
             "mean": {part: round(x, 4) for part, x in values.items()},
-            "minus start": less,
+            f"minus {reference}": less,
             "tasks": tasks,
         }
     (folder / "starts.json").write_text(json.dumps(numbers, indent=1) + "\n")
