@@ -27,15 +27,12 @@ class DensePairCollator(PairCollator):
     `input_ids[t + 1]`, and −100 at the last token. Nothing is masked.
 
     Args:
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's, with a padding token, and with a mask token where masks are asked for.
         objective: "mlm", "causal" or None (no labels at all).
         mlm_probability: Share of tokens to predict, in [0, 1].
         whole_word_mask: Mask all tokens of a word or none; needs rows with `word_ids`.
         chunk_length: Cut longer notes, as `TextProcessor(chunk=True)` reads them, into rows of so many tokens. The batch
             then has at least 2B rows, and `chunk_to_note`, which of the 2B notes each row belongs to.
-
-    Raises:
-        ValueError: If the tokenizer has no padding token, or no mask token where masks are asked for.
     """
 
     def __init__(

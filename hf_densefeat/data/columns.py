@@ -46,19 +46,15 @@ def dense_codes(notes: datasets.Dataset, name: str) -> np.ndarray:
         ValueError: If the column does not exist, or holds lists or objects.
     """
     values = column(notes, name)
-    if pa.types.is_integer(values.type) and values.null_count == 0:
-        return np.unique(values.to_numpy(), return_inverse=True)[1].astype(np.int64)
     if pa.types.is_null(values.type):
         return np.zeros(len(values), dtype=np.int64)
     if pa.types.is_nested(values.type):
         raise ValueError(
             f"Column {name} holds {values.type}: expected numbers, strings or times. Remove or rename it."
         )
-    encoded = values.dictionary_encode().unify_dictionaries().combine_chunks()
-    rank = np.zeros(len(encoded.dictionary) + 1, dtype=np.int64)
-    order = pc.array_sort_indices(encoded.dictionary).to_numpy()
-    rank[1:][order] = np.arange(len(order)) + (encoded.null_count > 0)
-    codes: np.ndarray = rank[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False) + 1]
+    rank = pc.rank(values, tiebreaker="dense").to_numpy().astype(np.int64)  # from 1
+    empty = values.is_null().to_numpy()
+    codes: np.ndarray = np.where(empty, 0, rank) if empty.any() else rank - 1
     return codes
 
 

@@ -20,14 +20,8 @@ def identities(
     """Patient ids as integers or strings, in one form; those that are missing are null.
 
     Strings lose the spaces around them; "1.0" and the float 1.0 become 1, and "007" stays as it is. Nothing, NaN and the
-    words that exports write for it (NULL, nan, None, <NA>, in any case) are no patient.
-
-    Args:
-        values: a column of integers, whole floats, decimals or strings, or a list of such values.
-        place: the name of a row, for the error.
-
-    Raises:
-        ValueError: for floats that are not whole or beyond 2^53, above which neighbours are one number, and other types.
+    words that exports write for it (NULL, nan, None, <NA>, in any case) are no patient. ValueError, with the `place` of the
+    first, for floats that are not whole or beyond 2^53, above which neighbours are one number, and for other types.
     """
     if not isinstance(values, pa.ChunkedArray):
         try:

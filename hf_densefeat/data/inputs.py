@@ -25,9 +25,6 @@ class PairDataset(Dataset[dict[str, Any]], ABC):
     Args:
         pairs: the row numbers of both notes of each pair.
         lengths: (num_notes,) int64, tokens or events of each note; batches hold pairs of like length.
-
-    Raises:
-        ValueError: if the rows are not those of the notes that the pairs were made from.
     """
 
     def __init__(self, pairs: NotePairs, lengths: np.ndarray):
@@ -135,15 +132,12 @@ class PairProcessor(Protocol):
     def pairs(
         self, notes: datasets.Dataset, pairs: NotePairs, *, max_length: int | None = None
     ) -> tuple[PairDataset, ReadingStats]:
-        """Read the notes of pairs.
+        """Read the notes of pairs; ValueError for one that cannot be read.
 
         Args:
             notes: with `patient_id`, `time` and `text`.
             pairs: of their rows, as `pair_notes` or `adjacent_pairs` makes them.
             max_length: tokens or events kept of a note.
-
-        Raises:
-            ValueError: if a note cannot be read.
         """
         ...
 

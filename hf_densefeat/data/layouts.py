@@ -26,13 +26,7 @@ FLAGGED = {"MIMIC-III": "iserror"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a table are what.
-
-    Attributes:
-        preset: the name of the layout, or "your columns".
-        roles: our name to the table's.
-        fallback: the column that has the time where the first has none, or None.
-    """
+    """Which columns of a table are what: our names to the table's, and the one that has the time where the first has none."""
 
     preset: str
     roles: dict[str, str]
@@ -50,15 +44,9 @@ class Layout:
 
 
 def match_columns(names: Sequence[str], columns: str | Mapping[str, str], meds: bool = False) -> Layout:
-    """The layout of a table with these names, regardless of case and of spaces around them.
+    """The layout of a table with these names, regardless of case and of spaces around them; `columns` as for `load_notes`.
 
-    Args:
-        names: of the table's columns.
-        columns: "auto", the name of a preset, or our names to the table's.
-        meds: the table is of a MEDS folder.
-
-    Raises:
-        ValueError: if a column is missing, naming those that come close, or two names differ in case alone.
+    ValueError if a column is missing, naming those that come close, or two names differ in case alone.
     """
     if isinstance(columns, Mapping):
         unknown = sorted(set(columns) - set(ROLES))

@@ -223,10 +223,7 @@ def _copies(hashes: np.ndarray, patient: np.ndarray) -> dict[str, np.ndarray]:
     # (text, patient) as one number: how often each occurs, and in how many patients' names a text stands
     own, which, count = np.unique(code * (patient.max() + 1) + patient, return_inverse=True, return_counts=True)
     patients = np.bincount(own // (patient.max() + 1))
-    return {
-        COPIED: count[which] > 1,
-        "a text that another patient has too": patients[code] > 1,
-    }
+    return {COPIED: count[which] > 1, "a text that another patient has too": patients[code] > 1}
 
 
 def _again(*keys: np.ndarray) -> np.ndarray:

@@ -212,11 +212,8 @@ def _overlap(notes: datasets.Dataset, earlier: np.ndarray, later: np.ndarray) ->
     """Return the share of each later note's five-word shingles that its earlier note has too."""
     texts, shares = notes.select_columns("text"), []
     for start in range(0, len(earlier), 1000):
-        pair = slice(start, start + 1000)
-        rows, places = np.unique(np.r_[earlier[pair], later[pair]], return_inverse=True)
-        shingles = [_shingles(text) for text in texts[rows]["text"]]
-        before, after = np.split(places, 2)
-        shares += [np.isin(shingles[b], shingles[a]).mean() for a, b in zip(before, after, strict=True)]
+        sides = [texts[rows[start : start + 1000]]["text"] for rows in (earlier, later)]
+        shares += [np.isin(_shingles(after), _shingles(before)).mean() for before, after in zip(*sides, strict=True)]
     return np.array(shares)
 
 

@@ -71,12 +71,11 @@ def read_files(path: Path, resolve: Callable[[Sequence[str], bool], Layout]) -> 
     A file that was converted before, and has not changed since, is only mapped. The cache (under `HF_HOME`) then holds
     what the files hold. Text that is not UTF-8 is read as Windows-1252, NUL bytes are removed; both are counted.
 
+    ValueError, which names file and row and quotes no text, if there is nothing to read, or a file is damaged.
+
     Args:
         path: The file or folder. A folder with `data/` and `metadata/` is read as MEDS.
         resolve: Given the names of the columns and whether the folder is MEDS, returns their layout, or raises.
-
-    Raises:
-        ValueError: If there is nothing to read, or a file is damaged; it names file and row, and quotes no text.
     """
     meds = path.is_dir() and (path / "data").is_dir() and (path / "metadata").is_dir()
     root = path / "data" if meds else path if path.is_dir() else path.parent

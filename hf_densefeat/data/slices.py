@@ -20,10 +20,7 @@ class NoteTable:
     """A table of notes of any size; files are memory-mapped.
 
     Patients and times stand as they do in the table, because reading them all would take memory that grows with the notes.
-
-    Args:
-        source: as for `load_notes`.
-        columns: as for `load_notes`.
+    Source and columns are those of `load_notes`.
     """
 
     def __init__(self, source: Any, columns: str | Mapping[str, str] = "auto"):

@@ -20,11 +20,7 @@ from hf_densefeat.data.readers import READ_ERRORS, SourceTable, damaged, read_fi
 
 
 def open_source(source: Any, columns: str | Mapping[str, str], split: str | None) -> SourceTable:
-    """The rows of any source; see `load_notes` for what there is.
-
-    Raises:
-        ValueError: for what is none, cannot be read, or has several splits of which none is named.
-    """
+    """The rows of any source of `load_notes`; ValueError for what is none, cannot be read, or has splits and none is named."""
     if isinstance(source, str | os.PathLike):
         return _from_path(source, columns, split)
     if isinstance(source, datasets.DatasetDict):
@@ -91,14 +87,13 @@ def _one_split(parts: datasets.DatasetDict, split: str | None) -> datasets.Datas
 def _plain_table(table: pa.Table) -> pa.Table:
     """Without a frame's index, and with types that `datasets` knows: no dictionaries, no views."""
     table = table.select([name for name in table.column_names if not name.startswith("__index_level_")])
-    columns = []
-    for values in table.columns:
-        if pa.types.is_dictionary(values.type):
-            values = values.cast(values.type.value_type)
-        if str(values.type) == "string_view":
-            values = values.cast(pa.large_string())
-        columns.append(values)
-    return pa.table(columns, names=table.column_names)
+    kinds = {one.name: one.type for one in table.schema}
+    for name, kind in kinds.items():
+        if pa.types.is_dictionary(kind):
+            kinds[name] = kind.value_type
+        if str(kind) == "string_view":
+            kinds[name] = pa.large_string()
+    return table.cast(pa.schema(list(kinds.items())))
 
 
 def _with_meds_splits(table: SourceTable, path: Path) -> SourceTable:

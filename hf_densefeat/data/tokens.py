@@ -150,9 +150,6 @@ class TextProcessor:
 
         Returns:
             A dataset with `input_ids`, `length`, and `word_ids` or `marked` where masks need them; and the counts.
-
-        Raises:
-            ValueError: If `max_length` leaves no room beside the special tokens.
         """
         # tokenizers without a limit say 10^30
         if max_length is None and self.tokenizer.model_max_length < 10**9:
@@ -184,11 +181,9 @@ class TextProcessor:
     def columns(self, texts: list[str], *, max_length: int | None = None) -> dict[str, list[Any]]:
         """See `StreamProcessor`; texts are tokenised without a limit and cut afterwards, so that what is cut is counted.
 
-        A tokenizer that truncates also changes its own state, and with it the key under which `datasets` caches.
-
-        Returns:
-            Columns `input_ids`, `length`, `cut` (tokens that were left out), `marks` (tokens of de-identification marks) and
-            what masks need: `word_ids`, −1 for special tokens, and `marked`, 1 for tokens of marks.
+        A tokenizer that truncates also changes its own state, and with it the key under which `datasets` caches. Columns are
+        `input_ids`, `length`, `cut` (tokens that were left out), `marks` (tokens of de-identification marks) and what masks
+        need: `word_ids`, −1 for special tokens, and `marked`, 1 for tokens of marks.
         """
         texts, tokenizer = [self.prompt + text for text in texts], self.tokenizer
         encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
@@ -224,11 +219,9 @@ class TextProcessor:
 
 
 class TokenPairs(PairDataset):
-    """Pairs of tokenised notes; a row has `input_ids`, and `word_ids` and `marked` where the processor kept them.
+    """Pairs of notes whose tokens `TextProcessor.tokens` returned; they are read memory-mapped.
 
-    Args:
-        tokens: What `TextProcessor.tokens` returns for the notes the pairs were made from; read memory-mapped.
-        pairs: What `adjacent_pairs` returns.
+    A row has `input_ids`, and `word_ids` and `marked` where the processor kept them.
     """
 
     def __init__(self, tokens: datasets.Dataset, pairs: NotePairs):

@@ -8,14 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from hf_densefeat.events.processing_event import EventProcessor
@@ -40,19 +33,14 @@ PERIODS = 16  # of a time, from one hour to twice the episode
 
 
 class EventConfig(PreTrainedConfig):
-    """Sizes of an `EventModel`; `EventProcessor` knows the first three.
+    """Sizes of an `EventModel`, those of a transformer under their usual names; `EventProcessor` knows the first three.
 
     Attributes:
         vocab_size: codes and padding.
         num_bins: bins of equal width that a masked quantile is predicted in.
         max_hours: length of an episode.
-        hidden_size: d.
-        num_hidden_layers: layers.
-        num_attention_heads: heads.
-        intermediate_size: width between the two linear maps of a layer.
         dropout: of embeddings and of the output of each half of a layer. Attention weights and the inside of the feed-forward
             half have none: on a CPU drawing those dropout masks takes as long as the rest of the layer.
-        initializer_range: standard deviation of the initial weights.
         densefeat: pooling, "mean" or "max". Events have no order, so there is no first or last one to pool.
     """
 

@@ -16,12 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from hf_densefeat.data.collator import DensePairCollator
 from hf_densefeat.data.inputs import Row, pad_rows
 from hf_densefeat.events.modeling_event import EpisodeModel, EventConfig, EventModel, prediction_head, transformer
-from hf_densefeat.events.processing_event import (
-    EpisodePairCollator,
-    EpisodeProcessor,
-    EventProcessor,
-    EventStats,
-)
+from hf_densefeat.events.processing_event import EpisodePairCollator, EpisodeProcessor, EventProcessor, EventStats
 from hf_densefeat.events.records import note_of
 
 

@@ -45,13 +45,9 @@ class EventStats:
 
 
 class EpisodeProcessor:
-    """What the processors of episodes have in common as `PairProcessor`s: a subclass reads episodes.
+    """What the processors of episodes have in common as `PairProcessor`s: a subclass reads episodes."""
 
-    Attributes:
-        model_input_names: the columns of a row, and `attention_mask`.
-    """
-
-    model_input_names: tuple[str, ...]
+    model_input_names: tuple[str, ...]  # the columns of a row, and `attention_mask`
 
     def read(self, episodes: Sequence[str], max_length: int | None = None) -> tuple[list[Row], EventStats]:
         """One row an episode, and the counts; ValueError for one that cannot be read or has nothing that can be embedded."""
@@ -112,9 +108,6 @@ class EventProcessor(EpisodeProcessor, FeatureExtractionMixin):
             points: number of quantiles stored of each code, the least and the largest value among them. They are saved,
                 and pushed, with the processor.
             min_count: events that a code needs to become known.
-
-        Raises:
-            ValueError: For episodes that cannot be read, or no code that is frequent enough.
         """
         _, names, value, hours = events_of(episodes)
         place: dict[str, int] = {}

@@ -29,9 +29,6 @@ def pack_episodes(episode, code, value, hours, texts: Sequence[str | None] | int
 
     Returns:
         W strings; events are in the order of their hours. An episode may be empty.
-
-    Raises:
-        ValueError: For arrays of different lengths, numbers that are not finite, and episodes outside 0 … W − 1.
     """
     texts = [None] * texts if isinstance(texts, int) else texts
     episode, code = np.asarray(episode), np.asarray(code)
@@ -63,8 +60,7 @@ def pack_episodes(episode, code, value, hours, texts: Sequence[str | None] | int
 def latest_of_each(episode: np.ndarray, code: np.ndarray, hours: np.ndarray, limit: int) -> np.ndarray:
     """Which events an episode of at most `limit` keeps: the latest of each code, then the latest but one, and so on.
 
-    Returns:
-        Indices into the events (E,). Among events of one rank the later come first.
+    Of (E,) episodes, codes and hours it returns indices. Among events of one rank the later come first.
     """
     order = np.lexsort((-hours, code, episode))
     rank = np.empty(len(episode), dtype=np.int64)
@@ -85,9 +81,6 @@ def event_episodes(events: datasets.Dataset, every: float = 24.0) -> datasets.Da
     Returns:
         `patient_id`, `time` (of the episode's last event, so that it is known by then) and `text`, sorted by patient and
         time. Episodes without events are not there.
-
-    Raises:
-        ValueError: For a missing column, no rows, or values that are not finite.
     """
     ticks, ticks_per_day = time_ticks(events)
     patient, value = dense_codes(events, "patient_id"), column(events, "value")
