@@ -209,7 +209,7 @@ def _hashes(texts: pa.ChunkedArray) -> np.ndarray:
     """A 64-bit hash of each text without its white space: of 10^7 notes, two different ones agree once in 10^5 tables."""
 
     def hashed(text: str | None) -> int:
-        for space in WHITE:  # five times as fast as a regular expression
+        for space in WHITE:  # two to four times as fast as a regular expression
             text = (text or "").replace(space, "")
         return hash(text)
 

@@ -19,6 +19,7 @@ from hf_densefeat.events.records import events_of, latest_of_each
 
 logger = logging.getLogger(__name__)
 
+POINTS = 65  # quantiles that are stored of each code
 MASKED = -1.0  # in place of a quantile that is to be predicted
 
 
@@ -75,8 +76,8 @@ class EventProcessor(EpisodeProcessor, FeatureExtractionMixin):
     Codes unknown to it are dropped, with a warning that counts them. Of an episode with more than `max_events` the latest
     of each code are kept first, then the latest but one, and so on: a morning's only lactate outlives the tenth heart rate.
 
-    A quantile is the mid-rank of the value among the training values of its code, in [0, 1], linear between `points`
-    stored quantiles; values outside the training range become 0 or 1.
+    A quantile is the mid-rank of the value among the training values of its code, in [0, 1], linear between the stored
+    quantiles; values outside the training range become 0 or 1.
 
     Args:
         codes: known codes; code i has number i + 1, 0 is padding.
@@ -96,24 +97,17 @@ class EventProcessor(EpisodeProcessor, FeatureExtractionMixin):
         self.max_events, self.bins, self.max_hours = max_events, bins, max_hours
 
     @classmethod
-    def fit(
-        cls, episodes: Sequence[str], max_events: int = 128, bins: int = 32, points: int = 65, min_count: int = 10
-    ) -> EventProcessor:
-        """Codes, quantiles and hours of training episodes; episodes without events are passed over.
+    def fit(cls, episodes: Sequence[str], max_events: int = 128, min_count: int = 10) -> EventProcessor:
+        """Codes, quantiles and hours of training patients' episodes; episodes without events are passed over.
 
-        Args:
-            episodes: JSON; of training patients only.
-            max_events: see the class.
-            bins: see the class.
-            points: number of quantiles stored of each code, the least and the largest value among them. They are saved,
-                and pushed, with the processor.
-            min_count: events that a code needs to become known.
+        A code needs `min_count` events to become known. `POINTS` quantiles of each, the least and the largest value among
+        them, are saved and pushed with the processor.
         """
         _, names, value, hours = events_of(episodes)
         place: dict[str, int] = {}
         number = np.array([place.setdefault(name, len(place)) for name in names], dtype=np.int64)
         codes, count = list(place), np.bincount(number)
-        grid = np.linspace(0, 1, points)
+        grid = np.linspace(0, 1, POINTS)
         known, values, levels = [], [], []
         for i in sorted(np.flatnonzero(count >= min_count), key=codes.__getitem__):
             quantiles = np.quantile(value[number == i], grid)
@@ -126,7 +120,7 @@ class EventProcessor(EpisodeProcessor, FeatureExtractionMixin):
             raise ValueError(
                 f"Expected a code with at least {min_count} events, got none in {len(episodes)} episodes."
             )
-        return cls(known, values, levels, max_events, bins, float(max(hours.max(), 1.0)))
+        return cls(known, values, levels, max_events, max_hours=float(max(hours.max(), 1.0)))
 
     @property
     def vocab_size(self) -> int:
