@@ -149,12 +149,8 @@ OVERRIDDEN = {
         "_save",
         "_save_checkpoint",
     },
-    "training.trainer.DenseTrainer": {
-        "_clip_grad_norm",
-        "_get_grad_norm",
-        "_load_optimizer_and_scheduler",
-        "_save_optimizer_and_scheduler",
-    },
+    "training.update.UpdateTrainer": {"_clip_grad_norm", "_get_grad_norm"},
+    "training.trainer.DenseTrainer": {"_load_optimizer_and_scheduler", "_save_optimizer_and_scheduler"},
     "data.collator._Masking": {"_calc_word_ids_and_prob_mask", "_whole_word_mask"},
     # what a module of `evaluate` is made of
     "evaluation.geometry_metrics.GeometryMetrics": {"_compute", "_info"},

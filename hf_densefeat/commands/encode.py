@@ -18,7 +18,8 @@ spread over the table, which `_manifest.json` keeps; bits gives 1 where a value 
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_densefeat.commands.settings import Columns, option
+from hf_densefeat.commands.settings import Columns
+from hf_densefeat.training.options import option
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ form.npz hold `mean` and `matrix` for NumPy: a view is (z - mean) @ matrix.
 
 from dataclasses import dataclass
 
-from hf_densefeat.commands.settings import NotesTable, option
+from hf_densefeat.commands.settings import NotesTable
+from hf_densefeat.training.options import option
 
 
 @dataclass(kw_only=True)

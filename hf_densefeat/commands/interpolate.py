@@ -9,7 +9,7 @@ the views are fitted as `densefeat head` does. Compare shares with `densefeat pr
 from dataclasses import dataclass
 
 from hf_densefeat.commands import head
-from hf_densefeat.commands.settings import option
+from hf_densefeat.training.options import option
 
 
 @dataclass(kw_only=True)

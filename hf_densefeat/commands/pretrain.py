@@ -11,12 +11,14 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_densefeat.commands.settings import SYNONYMS, NotesTable, canonical, nearest, option, refuse_unknown
+from hf_densefeat.commands.settings import SYNONYMS, NotesTable, canonical, nearest, refuse_unknown
+from hf_densefeat.training.options import option
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -115,14 +117,14 @@ def written_options() -> dict[str, tuple[Any, str]]:
 
 
 def _default_and_help(value: ast.expr | None) -> tuple[Any, str]:
-    """Of `field(default=..., metadata={"help": ...})`, where they are literals."""
-    words = {}
-    for keyword in value.keywords if isinstance(value, ast.Call) else ():
-        try:
-            words[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
-            continue
-    return words.get("default"), words.get("metadata", {}).get("help", "")
+    """Of `option(default, help=...)` or `field(default=..., metadata={"help": ...})`, where they are literals."""
+    words: dict[str | None, Any] = {}
+    if isinstance(value, ast.Call):
+        parts = {word.arg: word.value for word in value.keywords} | dict(zip(("default",), value.args, strict=False))
+        for name, part in parts.items():
+            with suppress(ValueError):
+                words[name] = ast.literal_eval(part)
+    return words.get("default"), words.get("help") or words.get("metadata", {}).get("help", "")
 
 
 def short_help(options: dict[str, tuple[Any, str]]) -> str:

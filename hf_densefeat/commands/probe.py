@@ -21,7 +21,8 @@ rows' predictions of binary tasks go to that folder in the schema of meds-evalua
 
 from dataclasses import dataclass
 
-from hf_densefeat.commands.settings import NotesTable, option
+from hf_densefeat.commands.settings import NotesTable
+from hf_densefeat.training.options import option
 
 
 @dataclass(kw_only=True)

@@ -6,10 +6,12 @@ import re
 import shlex
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from hf_densefeat.training.options import option
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,12 +20,6 @@ COLUMNS = {"patient_id": "patient_column", "time": "time_column", "text": "text_
 
 
 SYNONYMS = {"model_name_or_path": "model"}  # what transformers' scripts call an option
-
-
-def option(default: Any = MISSING, *, help: str) -> Any:
-    """A field of settings, with its help; it must be given where there is no default."""
-    value: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**value, metadata={"help": help})
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from hf_densefeat.data.pairs import check_kinds
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.objective.statistics import Term
+from hf_densefeat.training.options import option
 
 # What a contrastive start is trained with, where nothing else is said: no language modelling, which costs it more than
 # anything gains, and an anchor to what it knows of unrelated notes.
@@ -41,70 +42,50 @@ class DenseTrainingArguments(TrainingArguments):
     terms alone (lambda_pair 0) and .304 for MLM. The loss: form, such as the kind of a section, .262 against .681.
     """
 
-    mlm_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the language-modelling loss; 0 freezes its head."}
+    mlm_weight: float = option(1.0, help="Weight of the language-modelling loss; 0 freezes its head.")
+    dense_weight: float = option(3.0, help="Weight of the dense objective; 0 is plain MLM.")
+    lambda_sub: float = option(0.003, help="Weight of L_sub, in [0, 2 subspace_dim].")
+    lambda_orth: float = option(0.0, help="Weight of L_orth, in [0, d (d - 1)].")
+    lambda_pair: float = option(
+        0.3, help="Weight of the share of variance that adjacent notes do not share, in [0, 2]."
     )
-    dense_weight: float = field(default=3.0, metadata={"help": "Weight of the dense objective; 0 is plain MLM."})
-    lambda_sub: float = field(default=0.003, metadata={"help": "Weight of L_sub, in [0, 2 subspace_dim]."})
-    lambda_orth: float = field(default=0.0, metadata={"help": "Weight of L_orth, in [0, d (d - 1)]."})
-    lambda_pair: float = field(
-        default=0.3, metadata={"help": "Weight of the share of variance that adjacent notes do not share, in [0, 2]."}
+    lambda_anchor: float = option(
+        0.0, help="Weight of the mean (cos - cos of the frozen start)^2 of unrelated notes, in [0, 4]."
     )
-    lambda_anchor: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the mean (cos - cos of the frozen start)^2 of unrelated notes, in [0, 4]."},
+    subspace_dim: int = option(20, help="k, the dimension of the leading subspaces.")
+    window: str = option(
+        "auto", help="Running covariances: 'none' (the batch alone), 'auto' (d samples) or a number of samples."
     )
-    subspace_dim: int = field(default=20, metadata={"help": "k, the dimension of the leading subspaces."})
-    window: str = field(
-        default="auto",
-        metadata={"help": "Running covariances: 'none' (the batch alone), 'auto' (d samples) or a number of samples."},
+    center: bool = option(True, help="Subtract each side's mean; the paper's Sigma is uncentred.")
+    unbiased: bool = option(
+        False, help="Estimate L_spec without the i = j terms; a patient is then once in an update, where that can be."
     )
-    center: bool = field(default=True, metadata={"help": "Subtract each side's mean; the paper's Sigma is uncentred."})
-    unbiased: bool = field(
-        default=False,
-        metadata={
-            "help": "Estimate L_spec without the i = j terms; a patient is then once in an update, where that can be."
-        },
+    terms: dict | str | None = option(
+        None, help="More terms of the objective, JSON of name to weight, such as rank_deficit."
     )
-    terms: dict | str | None = field(
-        default=None,
-        metadata={"help": "More terms of the objective, JSON of name to weight, such as rank_deficit."},
+    power_iterations: int = option(2, help="Power steps an update; 0 for exact eigenspaces.")
+    keep_graphs: bool = option(
+        False,
+        help="With gradient accumulation: keep the graphs of all micro-batches, in the memory of one step on the whole "
+        "update, instead of running each forward twice.",
     )
-    power_iterations: int = field(default=2, metadata={"help": "Power steps an update; 0 for exact eigenspaces."})
-    keep_graphs: bool = field(
-        default=False,
-        metadata={
-            "help": "With gradient accumulation: keep the graphs of all micro-batches, in the memory of one step on the whole "
-            "update, instead of running each forward twice."
-        },
+    pooling: str | None = option(None, help="mean, cls, last or max; default: the model's.")
+    max_length: int | None = option(None, help="Tokens kept of a note; default: the model's.")
+    long_notes: str | None = option(None, help="truncate, or chunk and average; default: the model's, else truncate.")
+    mlm_probability: float = option(0.30, help="Share of tokens to predict.")
+    whole_word_mask: bool = option(False, help="Mask whole words.")
+    predict_marks: bool = option(False, help="Mask de-identification marks, such as ___, like other tokens.")
+    pairs: list[str] = option(
+        ["adjacent"],
+        help="What is paired: adjacent (notes of a patient), sections, halves (of a note); one or several.",
     )
-    pooling: str | None = field(default=None, metadata={"help": "mean, cls, last or max; default: the model's."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a note; default: the model's."})
-    long_notes: str | None = field(
-        default=None, metadata={"help": "truncate, or chunk and average; default: the model's, else truncate."}
-    )
-    mlm_probability: float = field(default=0.30, metadata={"help": "Share of tokens to predict."})
-    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words."})
-    predict_marks: bool = field(
-        default=False, metadata={"help": "Mask de-identification marks, such as ___, like other tokens."}
-    )
-    pairs: list[str] = field(
-        default_factory=lambda: ["adjacent"],
-        metadata={
-            "help": "What is paired: adjacent (notes of a patient), sections, halves (of a note); one or several."
-        },
-    )
-    pairs_per_patient: int = field(
-        default=1, metadata={"help": "Adjacent pairs of a patient kept together in a batch."}
-    )
-    max_gap: float | None = field(default=None, metadata={"help": "Largest time between adjacent notes, in days."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    pairs_per_patient: int = option(1, help="Adjacent pairs of a patient kept together in a batch.")
+    max_gap: float | None = option(None, help="Largest time between adjacent notes, in days.")
+    preprocessing_num_workers: int | None = option(None, help="Processes that tokenise.")
 
-    hub_private_repo: bool | None = field(
-        default=True, metadata={"help": "Patient text trained it: private unless said."}
-    )
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Buffers are constants here."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many updates (or a share, below 1)."})
+    hub_private_repo: bool | None = option(True, help="Patient text trained it: private unless said.")
+    ddp_broadcast_buffers: bool | None = option(False, help="Buffers are constants here.")
+    logging_steps: float = option(10, help="Log every so many updates (or a share, below 1).")
 
     def __post_init__(self):
         super().__post_init__()
@@ -166,14 +147,7 @@ class DenseTrainingArguments(TrainingArguments):
         for name, weight in {"unshared_variance": self.lambda_pair, "anchor": self.lambda_anchor}.items():
             if weight:
                 own.setdefault(name, weight)
-        options: dict[str, Any] = {
-            "lambda_sub": self.lambda_sub,
-            "lambda_orth": self.lambda_orth,
-            "subspace_dim": self.subspace_dim,
-            "window": window,
-            "center": self.center,
-            "unbiased": self.unbiased,
-            "power_iterations": self.power_iterations or None,
-            "terms": own,
-        }
+        same = ("lambda_sub", "lambda_orth", "subspace_dim", "center", "unbiased")
+        options: dict[str, Any] = {name: getattr(self, name) for name in same}
+        options |= {"window": window, "power_iterations": self.power_iterations or None, "terms": own}
         return DenseObjective(**options | more)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -85,12 +86,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def other_run(folder: Path, run: Mapping[str, Any] | None) -> str | None:
-    """What tells the run that wrote a checkpoint from this one, "seed 42, here 7"; None for the same run."""
+def other_run(folder: Path, run: Mapping[str, Any] | None = None) -> str | None:
+    """That a whole checkpoint is "of another run (seed 42, here 7)"; None for this run."""
     wrote = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("run", {})
     here = json.loads(json.dumps(dict(run or {})))
-    differing = [name for name in wrote if name in here and wrote[name] != here[name]]
-    return ", ".join(f"{name} {wrote[name]}, here {here[name]}" for name in differing) or None
+    differing = [
+        f"{name} {wrote[name]}, here {here[name]}" for name in wrote if here.get(name, wrote[name]) != wrote[name]
+    ]
+    return f"of another run ({', '.join(differing)})" if differing else None
 
 
 def check_whole(folder: Path, run: Mapping[str, Any] | None = None) -> None:
@@ -99,33 +102,30 @@ def check_whole(folder: Path, run: Mapping[str, Any] | None = None) -> None:
         raise CheckpointError(
             f"There is no checkpoint {folder.name}. Name a folder that a run with save_strategy wrote."
         )
-    wrong = damage(folder)
-    if wrong is not None:
+    if wrong := damage(folder):
         before = newest_whole(folder.parent, run, below=_step(folder))
-        advice = f"Resume from {before.name}." if before else "There is no whole checkpoint before it: begin anew."
-        raise CheckpointError(
-            f"{folder.name} is not whole: {wrong}. {advice} To start from its weights alone, pass it as the model instead."
-        )
-    other = other_run(folder, run)
-    if other is not None:
-        raise CheckpointError(
-            f"{folder.name} is of another run ({other}): resume it with its options, or choose another output_dir. To start "
-            "from its weights alone, pass it as the model instead."
-        )
+        wrong, advice = f"not whole: {wrong}", "There is no whole checkpoint before it: begin anew."
+        advice = f"Resume from {before.name}." if before else advice
+    elif wrong := other_run(folder, run):
+        advice = "Resume it with its options, or choose another output_dir."
+    else:
+        return
+    raise CheckpointError(
+        f"{folder.name} is {wrong}. {advice} To start from its weights alone, pass it as the model instead."
+    )
 
 
-def newest_whole(output_dir: Path, run: Mapping[str, Any] | None = None, below: int | None = None) -> Path | None:
+def newest_whole(output_dir: Path, run: Mapping[str, Any] | None = None, below: float = math.inf) -> Path | None:
     """This run's whole checkpoint of most steps, fewer than `below`; a warning names each that is passed over, and why."""
-    folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
+    folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     for folder in sorted(folders, key=_step, reverse=True):
-        if below is not None and _step(folder) >= below:
+        if not 0 <= _step(folder) < below:
             continue
         wrong = damage(folder)
+        if wrong is None and (other := other_run(folder, run)):
+            wrong = f"it is {other}"
         if wrong is None:
-            other = other_run(folder, run)
-            if other is None:
-                return folder
-            wrong = f"it is of another run ({other})"
+            return folder
         logger.warning("%s is passed over: %s.", folder.name, wrong)
     return None
 

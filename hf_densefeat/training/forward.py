@@ -16,13 +16,8 @@ from hf_densefeat.models.pooling import over_chunks
 
 logger = logging.getLogger(__name__)
 
-NOT_ROWS = (
-    "labels",
-    "num_pairs",
-    "chunk_to_note",
-    "lengths",
-    "start",
-)  # of a batch, what the model's forward does not take
+# of a batch, what the model's forward does not take
+NOT_ROWS = ("labels", "num_pairs", "chunk_to_note", "lengths", "start")
 PADDING = 0.05  # largest share of padding that `length_groups` accepts
 MAXIMUM_GROUPS = 8
 CUTS = 32  # places among the rows at which groups may begin

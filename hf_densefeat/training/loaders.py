@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -32,43 +33,18 @@ def pair_loader(
 
     The sampler cuts the global batch, so accelerate must not shard it again.
     """
-    sampler = PairBatchSampler(
-        dataset.pairs,
-        dataset.lengths,
-        batch_size=batch_size,
-        ranks=args.world_size,
-        rank=args.process_index,
-        seed=_data_seed(args),
-        **sampling,
-    )
+    sampler = PairBatchSampler(dataset.pairs, dataset.lengths, batch_size, **_cut(args), **sampling)
     return PairDataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collator,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=_pinned(args),
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
+        **_reading(args),
     )
 
 
-def train_loader(
-    dataset: PairDataset, batch_size: int, *, collator: Callable, args: DenseTrainingArguments
-) -> PairDataLoader:
-    """As `pair_loader`, grouped and mixed as the arguments ask."""
-    return pair_loader(
-        dataset,
-        batch_size,
-        collator=collator,
-        args=args,
-        accumulation=args.gradient_accumulation_steps,
-        pairs_per_patient=args.pairs_per_patient,
-        drop_last=args.dataloader_drop_last,
-        spread_patients=args.unbiased,
-    )
-
-
-def pair_stream(
+def stream_loader(
     notes: IterableDataset,
     batch_size: int,
     *,
@@ -76,38 +52,28 @@ def pair_stream(
     max_length: int | None,
     collator: Callable,
     args: DenseTrainingArguments,
-) -> PairStream:
-    """The micro-batches of this rank of notes that are streamed; it goes on where a checkpoint left it."""
-    return PairStream(
-        notes,
-        partial(processor.columns, max_length=max_length),
-        collator,
-        batch_size,
-        ranks=args.world_size,
-        rank=args.process_index,
-        accumulation=args.gradient_accumulation_steps,
-        pairs_per_patient=args.pairs_per_patient,
-        spread_patients=args.unbiased,
-        kinds=args.pairs,
-        max_gap=args.max_gap,
-        seed=_data_seed(args),
-    )
+) -> DataLoader:
+    """The micro-batches of this rank of a `PairStream`, the loader's dataset, read here or by one worker."""
+    columns, paired = partial(processor.columns, max_length=max_length), {"kinds": args.pairs, "max_gap": args.max_gap}
+    stream = PairStream(notes, columns, collator, batch_size, **paired, **_cut(args), **mixing(args))
+    # a starting loader draws from the generator; drawing from the global one would change a resumed run
+    return DataLoader(stream, batch_size=None, generator=torch.Generator(), **_reading(args))
 
 
-def stream_loader(stream: PairStream, args: DenseTrainingArguments) -> DataLoader:
-    """The stream, read here or by one worker."""
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=_pinned(args),
-        generator=torch.Generator(),  # a starting loader draws from it; drawing from the global one would change a resumed run
-    )
+def mixing(args: DenseTrainingArguments) -> dict[str, Any]:
+    """How pairs are put into the batches of a training step."""
+    return {
+        "accumulation": args.gradient_accumulation_steps,
+        "pairs_per_patient": args.pairs_per_patient,
+        "spread_patients": args.unbiased,
+    }
 
 
-def _data_seed(args: DenseTrainingArguments) -> int:
-    return args.data_seed if args.data_seed is not None else args.seed
+def _cut(args: DenseTrainingArguments) -> dict[str, Any]:
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return {"ranks": args.world_size, "rank": args.process_index, "seed": seed}
 
 
-def _pinned(args: DenseTrainingArguments) -> bool:
-    return args.dataloader_pin_memory and args.device.type != "cpu"
+def _reading(args: DenseTrainingArguments) -> dict[str, Any]:
+    pinned = args.dataloader_pin_memory and args.device.type != "cpu"
+    return {"num_workers": args.dataloader_num_workers, "pin_memory": pinned}

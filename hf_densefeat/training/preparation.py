@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,12 +72,6 @@ def pair_processor(processing_class: Any, model: Any, args: DenseTrainingArgumen
     return processing_class
 
 
-def pair_collator(processor: PairProcessor, model: Any, args: DenseTrainingArguments) -> Callable:
-    """Pairs to the batches that the arguments ask for, with labels for what the model's head predicts."""
-    objective = model.language_modeling if args.mlm_weight else None
-    return processor.collator(objective, mlm_probability=args.mlm_probability, max_length=model.max_length)
-
-
 def _is_column(values: Any) -> bool:
     return isinstance(values, (list, np.ndarray)) and not (len(values) and isinstance(values[0], dict))
 
@@ -86,14 +79,12 @@ def _is_column(values: Any) -> bool:
 def pair_datasets(
     notes: Any,
     name: str,
-    *,
     processor: PairProcessor,
-    max_length: int | None,
-    kinds: Sequence[str],
-    max_gap: float | None,
+    model: Any,
+    args: DenseTrainingArguments,
     stats: dict[str, ReadingStats],
 ) -> Any:
-    """Pairs of the notes, of these kinds, read by the processor, and in `stats[name]` what reading did to them.
+    """Pairs of the notes, read by the processor, and in `stats[name]` what reading did to them.
 
     Notes (`datasets.Dataset`, or what else `load_notes` reads) become a `PairDataset`, each set in a dict of notes does so
     under its own name, and pairs, a stream and None stay as they are. ValueError for several sets to train on.
@@ -105,15 +96,16 @@ def pair_datasets(
             raise ValueError(
                 f"train_dataset has several sets, {', '.join(map(str, notes))}: pass the one to train on."
             )
-        common: dict[str, Any] = {"max_length": max_length, "kinds": kinds, "max_gap": max_gap, "stats": stats}
-        return {key: pair_datasets(value, key, processor=processor, **common) for key, value in notes.items()}
+        return {key: pair_datasets(value, key, processor, model, args, stats) for key, value in notes.items()}
     if not isinstance(notes, Dataset):
         notes = load_notes(notes)
-    if list(kinds) != ["adjacent"] and not isinstance(processor, StreamProcessor):
+    if args.pairs != ["adjacent"] and not isinstance(processor, StreamProcessor):
         raise ValueError(
-            f"pairs is {' '.join(kinds)}, but {type(processor).__name__} reads no plain text that can be cut: use adjacent."
+            f"pairs is {' '.join(args.pairs)}, but {type(processor).__name__} reads no plain text that can be cut: "
+            "use adjacent."
         )
+    paired = pair_notes(notes, args.pairs, max_gap=args.max_gap)
     made: PairDataset
-    made, stats[name] = processor.pairs(*pair_notes(notes, kinds, max_gap=max_gap), max_length=max_length)
+    made, stats[name] = processor.pairs(*paired, max_length=model.max_length)
     logger.info("%s: %s; %s", name, made.pairs, stats[name])
     return made

@@ -81,7 +81,7 @@ class ResumableTrainer(Trainer):
             result = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
         if (
             self.stopped
-        ):  # whoever called would go on with a model that is trained in part, and the process was told to end
+        ):  # the process was told to end, and whoever called would go on with a model that is trained in part
             raise SystemExit(128 + signal.SIGTERM)
         return result
 
@@ -194,12 +194,8 @@ class ResumableTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def _save(self, output_dir=None, state_dict=None):
         """The stock Trainer saves an adapter alone, which opens nowhere without its base model."""
@@ -267,8 +263,6 @@ class _StopWhenTold(TrainerCallback):
         if self.trainer.agreed_to_stop():
             self.trainer.stopped = control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
-            saves = (
-                f"saves checkpoint-{state.global_step}" if control.should_save else "saves nothing (save_strategy no)"
-            )
-            logger.warning("SIGTERM: the run %s and stops.", saves)
+            saved = f"checkpoint-{state.global_step}" if control.should_save else "nothing (save_strategy no)"
+            logger.warning("SIGTERM: the run saves %s and stops.", saved)
         return control

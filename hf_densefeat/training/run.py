@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, PeftType
-from transformers import PreTrainedModel
 
 from hf_densefeat.data.inputs import PairDataset
-from hf_densefeat.objective.base import Objective
 from hf_densefeat.reporting.card import Run, model_card
-from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.reporting.plots import draw
 
 
@@ -58,7 +55,7 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
     return Run(
         mlm_weight=args.mlm_weight,
         dense_weight=args.dense_weight,
-        terms=described_terms(trainer.objective),
+        terms={name: (weight, first_line(function)) for name, (weight, function) in trainer.objective.terms.items()},
         subspace_dim=trainer.objective.subspace_dim,
         settings=settings,
         counts=counts,
@@ -67,6 +64,11 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
         local=not (base_model or getattr(model.config, "_commit_hash", None)),
         evaluated=evaluations[-1] if evaluations else None,
     )
+
+
+def first_line(function: Any) -> str:
+    """Of the docstring of a term."""
+    return (function.__doc__ or "no description").strip().splitlines()[0]
 
 
 # options that change what an update computes
@@ -107,36 +109,21 @@ def _digest(*parts: Any) -> str:
 
 
 def write_card(
-    folder: Path,
-    name: str,
-    model: PreTrainedModel,
-    run: Run,
-    measured: Sequence[Measured],
-    *,
-    tags: str | Sequence[str] = (),
-    **options: Any,
-) -> None:
-    """README.md and its pictures; `options` go to `reporting.card.model_card`.
+    trainer: Any, name: str | None, base_model: str | None, *, tags: str | Sequence[str] = (), **options: Any
+):
+    """README.md and its pictures, those where anything was measured, in `output_dir`.
 
     Args:
-        folder: made if it is not there.
-        name: on the Hub, or of the folder.
-        model: the dense model.
-        run: its facts.
-        measured: what was measured, in order of time; without it there are no pictures.
+        trainer: the `DenseTrainer` of the run.
+        name: of the model, where it has none on the Hub; by default that of the folder.
+        base_model: as for `described_run`.
         tags: one, or several.
-        options: language, license, dataset.
+        options: language, license, dataset: as for `reporting.card.model_card`.
     """
+    folder, measured = Path(str(trainer.args.output_dir)), trainer.measured
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = draw(measured, folder) if measured else ()
-    tags = [tags] if isinstance(tags, str) else tags
-    card = model_card(name, model, run, measured=measured, pictures=pictures, tags=tags, **options)
+    name = trainer.hub_model_id or trainer.args.hub_model_id or name or folder.absolute().name
+    options |= {"tags": [tags] if isinstance(tags, str) else tags, "measured": measured}
+    pictures, run = draw(measured, folder) if measured else (), described_run(trainer, base_model)
+    card = model_card(name, trainer.dense_model, run, pictures=pictures, **options)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def described_terms(objective: Objective) -> dict[str, tuple[float, str]]:
-    """Name to weight and first line of the docstring, for every term of the objective."""
-    return {
-        name: (weight, (function.__doc__ or "no description").strip().splitlines()[0])
-        for name, (weight, function) in objective.terms.items()
-    }

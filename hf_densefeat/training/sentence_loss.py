@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
-from hf_densefeat.objective.moments import PairMoments
+from hf_densefeat.objective.distributed import sum_over_ranks
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.training.arguments import CONTRASTIVE, DenseTrainingArguments
+from hf_densefeat.training.update import moments_of
 
 
 class DenseLoss(nn.Module):
@@ -63,11 +63,8 @@ class DenseLoss(nn.Module):
             with torch.no_grad():
                 f_a, f_b = (self.start[0].to(z_a.device)(dict(one))["sentence_embedding"] for one in features)
                 start = f_a, f_b
-        rows = torch.cat([z_a, z_b]).detach()
-        shift = self.objective.shift if self.objective.shift is not None else mean_over_ranks(rows)
-        cross = self.objective.needs_cross_moment
-        pair = PairMoments.of(z_a.detach(), z_b.detach(), shift, cross=cross, start=start)
-        pair, ranks = sum_over_ranks(pair, shift.new_ones(1))
+        pair = moments_of(z_a, z_b, self.objective, start=start)
+        pair, ranks = sum_over_ranks(pair, pair.a.shift.new_ones(1))
         if not torch.is_grad_enabled():
             return self._weighted(self.objective.evaluate(pair))
         values = self._weighted(self.objective.plan(pair))

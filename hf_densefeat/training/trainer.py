@@ -3,46 +3,36 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_densefeat.data.inputs import PairDataset, ReadingStats
 from hf_densefeat.data.streaming import PairStream
-from hf_densefeat.models.adapters import without_adapter
 from hf_densefeat.models.sentence_transformers import evaluated
 from hf_densefeat.objective.base import Objective
+from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
+from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.objective.statistics import Term
 from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.checkpoints import read_objective, write_objective
-from hf_densefeat.training.checks import check_functions, check_head, check_objective, check_run, check_trainable
-from hf_densefeat.training.forward import Forward, forward_pairs, predicts_by_position
-from hf_densefeat.training.held_out import covariance_rank, evaluation_model, held_out_terms
-from hf_densefeat.training.loaders import pair_loader, pair_stream, stream_loader, train_loader
-from hf_densefeat.training.preparation import (
-    pair_collator,
-    pair_datasets,
-    pair_processor,
-    prepare_model,
-    prepare_tokenizer,
-)
-from hf_densefeat.training.resumable import ResumableTrainer
-from hf_densefeat.training.run import described_run, run_fingerprint, write_card
-from hf_densefeat.training.update import Update, UpdateLog, check_replay, moments_of
+from hf_densefeat.training.checks import check_functions, check_head, check_objective, check_run
+from hf_densefeat.training.forward import predicts_by_position
+from hf_densefeat.training.loaders import mixing, pair_loader, stream_loader
+from hf_densefeat.training.preparation import pair_datasets, pair_processor, prepare_model, prepare_tokenizer
+from hf_densefeat.training.run import run_fingerprint, write_card
+from hf_densefeat.training.update import UpdateLog, UpdateTrainer, covariance_rank, moments_of
 
 
-class DenseTrainer(ResumableTrainer):
+class DenseTrainer(UpdateTrainer):
     """Continued pretraining with the loss of `DenseTrainingArguments`: MLM and the dense terms.
 
     The same global batch gives the same loss and the same gradient however it is cut into ranks and micro-batches. The
@@ -75,11 +65,8 @@ class DenseTrainer(ResumableTrainer):
     the batch cannot support, notes without pairs, and functions of `Trainer` that would never be called.
     """
 
-    args: DenseTrainingArguments
-    objective: Objective
     train_dataset: Any
     eval_dataset: Any
-    stream: PairStream | None
     measured: Sequence[Measured] = ()  # what was measured before and after training, for the model card
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole update
 
@@ -109,7 +96,7 @@ class DenseTrainer(ResumableTrainer):
         # before the first random weight, as the stock Trainer does
         set_seed(args.seed)
         self.model_init = model_init
-        model, adapted = prepare_model(model if model_init is None else self._initialised(None), args, peft_config)
+        model, adapted = prepare_model(super().call_model_init() if model is None else model, args, peft_config)
         processing_class = prepare_tokenizer(processing_class, model)
         self.processor = pair_processor(processing_class, model, args)
         self.evaluator = evaluator
@@ -121,18 +108,19 @@ class DenseTrainer(ResumableTrainer):
         wanted = self.objective.needs_start and args.dense_weight > 0
         self.start: Any = copy.deepcopy(model).requires_grad_(False).eval() if wanted else None
         self.reading_stats: dict[str, ReadingStats] = {}
+        reading = (self.processor, model, args, self.reading_stats)
         with args.main_process_first(desc="tokenising notes"):
-            train_dataset = self._pairs(train_dataset, "train", model, args)
-            eval_dataset = self._pairs(eval_dataset, "eval", model, args)
-        self.update_log, self.stream = UpdateLog(), None
-        self.mlm_weight_before = args.mlm_weight
-        self._micro_batches: list = []
-        self._awaited = 0  # micro-batches of the update for which `compute_loss` has not been called
-        self._update: Update | None = None
+            train_dataset, eval_dataset = (
+                pair_datasets(notes, name, *reading)
+                for notes, name in ((train_dataset, "train"), (eval_dataset, "eval"))
+            )
+        self.update_log, self.mlm_weight_before = UpdateLog(), args.mlm_weight
+        predicted = model.language_modeling if args.mlm_weight else None
+        how: dict[str, Any] = {"mlm_probability": args.mlm_probability, "max_length": model.max_length}
         super().__init__(
             model=adapted,
             args=args,
-            data_collator=data_collator or pair_collator(self.processor, model, args),
+            data_collator=data_collator or self.processor.collator(predicted, **how),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -143,196 +131,9 @@ class DenseTrainer(ResumableTrainer):
             self.start.to(args.device)
         self.model_accepts_loss_kwargs = False  # or the Trainer counts tokens, with one more collective
         check_run(self)
-        self.by_position = self._takes_positions()
-
-    def _pairs(self, notes, name: str, model, args: DenseTrainingArguments):
-        limits: dict[str, Any] = {"max_length": model.max_length, "kinds": args.pairs, "max_gap": args.max_gap}
-        return pair_datasets(notes, name, processor=self.processor, stats=self.reading_stats, **limits)
-
-    def _takes_positions(self) -> bool:
-        """Whether the head is given predicted positions alone; a compiled model would be compiled for each number of them."""
-        wanted = self.args.mlm_weight > 0 and not self.args.torch_compile
-        return wanted and predicts_by_position(self.dense_model, self.data_collator([]))
-
-    def predict(self, *args, **kwargs):
-        """Refused: evaluation keeps moments, not predictions."""
-        raise ValueError(
-            "DenseTrainer keeps no predictions: `trainer.evaluate(notes)` gives the terms of the loss, and "
-            "`trainer.dense_model.encode(texts)` the embeddings."
-        )
-
-    # ---- The loss ----
-
-    def call_model_init(self, trial=None):
-        """A fresh model for a run or a trial, and a fresh objective of the arguments that a trial has set."""
-        model, adapted = prepare_model(self._initialised(trial), self.args, self._peft_config)
-        model._densefeat_tokenizer = self.processing_class
-        if self._given is None:
-            self.objective = self.args.dense_objective(terms=self._terms)
-        else:
-            self.objective.load_state_dict(self._objective_start)
-        self.update_log = UpdateLog()
-        return adapted
-
-    def _initialised(self, trial):
-        return super().call_model_init(trial)
-
-    def create_optimizer(self, *args, **kwargs):
-        """Also with the parameters of the objective; a model without a trainable parameter is refused."""
-        check_trainable(self.model)
-        own = self.objective.parameters() if self.optimizer is None else []
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if own:
-            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
-        return optimizer
-
-    @property
-    def dense_model(self):
-        """The model that is trained, without what wraps it: DDP, FSDP, torch.compile, an adapter."""
-        return without_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Also remember the update's micro-batches: `compute_loss` needs all of them before the first backward."""
-        self._micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._update, self._awaited = None, len(self._micro_batches)
-        self.objective.module.zero_grad()  # the stock Trainer zeroes the gradients of the model alone
-        for batch in self._micro_batches:
-            if self.stream is not None:
-                self.stream.position = batch.pop("stream")
-        return self._micro_batches, None
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This micro-batch's share of the update's loss: shares add up over micro-batches and average over ranks.
-
-        Without `get_batch_samples` before, which `train` calls, the micro-batch is the whole update.
-        """
-        if not self._awaited:
-            self._micro_batches, self._update, self._awaited = [inputs], None, 1
-        self._awaited -= 1
-        if self._update is None:
-            # here and not in get_batch_samples, after which a resumed Trainer restores the random state
-            self._update = self._planned(model)
-        update, ranks = self._update, self.args.world_size
-        made = update.kept.pop(0) if update.kept else self._replayed(model, inputs, update)
-        if update.tokens is None:
-            update.plan(self.objective, moments_of(made, self.objective), inputs["labels"].ne(-100).sum())
-        loss = 0.0
-        if self.args.mlm_weight:
-            mlm = made.mlm / update.tokens.clamp(min=1)
-            update.add({"mlm_loss": mlm * ranks})
-            loss = loss + self.args.mlm_weight * ranks * mlm
-        if self.args.dense_weight:
-            loss = loss + self.args.dense_weight * update.dense_share(self.objective, made, ranks)
-        update.add_slots(inputs["attention_mask"], made.slots)
-        return (loss, made) if return_outputs else loss
-
-    def _planned(self, model) -> Update:
-        """The update, planned where more than one forward is needed for it, or none."""
-        update = Update(len(self._micro_batches), told_to_stop=self.told_to_stop)
-        if not self.args.dense_weight:
-            tokens = sum(batch["labels"].ne(-100).sum() for batch in self._micro_batches)
-            counts = update.counts(tokens.to(self.args.device))
-            update.tokens, update.stops = self.accelerator.reduce(counts, reduction="sum")
-        elif len(self._micro_batches) > 1:
-            # DDP reduces gradients after a forward that it is told to: the last one is made when its turn has come
-            graphs = len(self._micro_batches) - (self.args.world_size > 1) if self.args.keep_graphs else 0
-            update.moments_pass(
-                map(self._with_start, self._micro_batches),
-                partial(self._first_forward, model),
-                self.objective,
-                keep_graphs=graphs,
-                keep_embeddings=self.state.global_step == getattr(self, "_initial_global_step", None),
-            )
-        return update
-
-    def agreed_to_stop(self) -> bool:
-        """Whether any rank was told to, as the collective of the update found."""
-        return self._update is not None and bool(self._update.stops)
-
-    def _first_forward(self, model, inputs) -> Forward:
-        """A forward of the moments pass; without a graph, logits and wrappers are left out where that can be."""
-        if torch.is_grad_enabled():
-            return self.embed_pairs(model, inputs)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile):
-            model = self.dense_model.base_model  # the wrappers are for gradients, and for these three
-        with self.accelerator.autocast():  # which the wrapped model brings, but not its body
-            return self.embed_pairs(model, inputs, predict=False)
-
-    def _replayed(self, model, inputs, update: Update) -> Forward:
-        """The forward of a micro-batch, with the dropout of its first one if there was one."""
-        if update.random_states:
-            update.random_states.pop(0).restore()
-        made = self.embed_pairs(model, inputs)
-        if update.expected:
-            check_replay(update.expected.pop(0), made.rows())
-        return made
-
-    def embed_pairs(self, model, inputs, *, predict: bool = True) -> Forward:
-        """Both notes of each pair through the model; without `predict` the language-modelling loss is 0."""
-        made = forward_pairs(
-            model,
-            self.dense_model,
-            inputs,
-            predict=predict and self.args.mlm_weight > 0,
-            by_position=self.by_position,
-            # a sharded model gathers weights in each forward, and all ranks must make the same number of them
-            grouped=not (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile),
-        )
-        if self.start is None:
-            return made
-        return made._replace(start=inputs["start"] if "start" in inputs else self._start_rows(inputs))
-
-    @torch.no_grad()
-    def _start_rows(self, inputs) -> tuple[Tensor, Tensor]:
-        """Embeddings of the same notes by the frozen start: a second forward, which reads no cache and fits any stream."""
-        with self.accelerator.autocast():
-            made = forward_pairs(
-                self.start.base_model, self.start, inputs, predict=False, by_position=False, grouped=True
-            )
-        return made.z_a, made.z_b
-
-    def _with_start(self, batch: dict) -> dict:
-        """A micro-batch on the device, with the rows of the frozen start, which the replay of its forward reuses."""
-        inputs = self._prepare_inputs(batch)
-        if self.start is not None:
-            batch["start"] = inputs["start"] = self._start_rows(inputs)
-        return inputs
-
-    def _clip_grad_norm(self, model, largest: float | None = None):
-        """Also of what the objective trains along."""
-        own = self.objective.parameters()
-        if not own:
-            return super()._clip_grad_norm(model)
-        largest = self.args.max_grad_norm if largest is None else largest
-        return self.accelerator.clip_grad_norm_([*model.parameters(), *own], largest)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Drop the gradients if they are not finite: reduced over ranks, they are so on all ranks or on none."""
-        if grad_norm is None and self.objective.parameters():
-            grad_norm = self._clip_grad_norm(model, math.inf)
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if math.isfinite(grad_norm):
-            self.update_log.add(self._update)
-        else:
-            self.update_log.skip(self.state.global_step + 1)
-            model.zero_grad(set_to_none=True)
-            self.objective.module.zero_grad()
-        return grad_norm
-
-    # ---- Logs ----
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the terms, unweighted, and the state of the spectrum to the training log."""
-        if "loss" in logs:
-            means = self.update_log.means(partial(self.accelerator.reduce, reduction="mean"))
-            if means and self.objective.covariance is not None:
-                means["effective_rank"] = covariance_rank(self.objective.covariance)
-            logs |= {"skipped_updates": self.update_log.skipped} | means
-            if self.args.mlm_weight != self.mlm_weight_before:  # a callback may change it
-                logs["mlm_weight"] = self.args.mlm_weight
-        super().log(logs, start_time)
-
-    # ---- Data ----
+        # a compiled model would be compiled for each number of positions
+        wanted = args.mlm_weight > 0 and not args.torch_compile
+        self.by_position = wanted and predicts_by_position(self.dense_model, self.data_collator([]))
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, which no one else shards."""
@@ -341,9 +142,11 @@ class DenseTrainer(ResumableTrainer):
         options: dict[str, Any] = {"collator": self.data_collator, "args": self.args}
         if isinstance(self.train_dataset, IterableDataset):
             options |= {"processor": self.processor, "max_length": self.dense_model.max_length}
-            self.stream = pair_stream(self.train_dataset, self._train_batch_size, **options)
-            return stream_loader(self.stream, self.args)
-        return train_loader(self.train_dataset, self._train_batch_size, **options)
+            loader = stream_loader(self.train_dataset, self._train_batch_size, **options)
+            self.stream = cast(PairStream, loader.dataset)
+            return loader
+        options |= {"drop_last": self.args.dataloader_drop_last, **mixing(self.args)}
+        return pair_loader(self.train_dataset, self._train_batch_size, **options)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """All pairs once, longest first, the same masks each time."""
@@ -352,7 +155,7 @@ class DenseTrainer(ResumableTrainer):
         eval_dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if eval_dataset is None:
             raise ValueError("Evaluation needs an eval_dataset: notes with patient_id, time and text.")
-        pairs = self._pairs(eval_dataset, "eval", self.dense_model, self.args)
+        pairs = pair_datasets(eval_dataset, "eval", self.processor, self.dense_model, self.args, self.reading_stats)
         return pair_loader(
             pairs, self.args.eval_batch_size, collator=self.data_collator, args=self.args, shuffle=False
         )
@@ -395,10 +198,7 @@ class DenseTrainer(ResumableTrainer):
         `license`, `tags` and `dataset` are as for `reporting.card.model_card`.
         """
         if self.is_world_process_zero():
-            run = described_run(self, finetuned_from)
-            folder = Path(str(self.args.output_dir))
-            name = self.hub_model_id or self.args.hub_model_id or model_name or folder.absolute().name
-            write_card(folder, name, self.dense_model, run, self.measured, **options)
+            write_card(self, model_name, finetuned_from, **options)
 
     # ---- Evaluation ----
 
@@ -406,25 +206,50 @@ class DenseTrainer(ResumableTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Terms of the whole evaluation set, from its moments, so that they do not depend on the batch size."""
-        model = evaluation_model(self)
+        """Terms of the whole evaluation set, from its moments, so that they do not depend on the batch size.
+
+        Every term unweighted, `loss`, and the effective rank of both sides, centred where the objective is. A `BatchLoss` has
+        no value of a whole set: its terms are means over batches. Without `mlm_weight` there is no `mlm_loss`.
+        """
+        model = self._evaluated_model()
         model.eval()
         self.objective.module.train(False)
-
-        def prepared():
-            for inputs in dataloader:
-                yield self._prepare_inputs(inputs)
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-
-        metrics = held_out_terms(
-            prepared(),
-            partial(self.embed_pairs, model),
-            self.objective,
-            mlm_weight=self.args.mlm_weight,
-            dense_weight=self.args.dense_weight,
-        )
+        metrics = self._held_out_terms(model, dataloader)
         self.objective.module.train()
         if self.evaluator is not None:
             metrics |= evaluated(self.evaluator, self.dense_model, self.processing_class)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]
+
+    def _held_out_terms(self, model, batches) -> dict[str, float]:
+        pair: PairMoments | None = None
+        of_batches = []
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in batches:
+            inputs = self._prepare_inputs(batch)
+            made = self.embed_pairs(model, inputs)
+            shift = mean_over_ranks(made.rows()) if pair is None else pair.a.shift
+            moments = moments_of(made.z_a, made.z_b, self.objective, start=made.start, shift=shift)
+            pair = moments if pair is None else pair + moments
+            of_batches.append(self.objective.of_batch(made.z_a, made.z_b))
+            sums += torch.stack([made.mlm.double(), inputs["labels"].ne(-100).sum().double()])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if pair is None:
+            raise ValueError("The evaluation set has no batch: it needs at least one pair of adjacent notes.")
+        pair, (mlm, tokens) = sum_over_ranks(pair, sums)
+        terms = {name: value.item() for name, value in self.objective.evaluate(pair, of_batches).items()}
+        loss = self.args.dense_weight * terms.pop("loss")
+        if self.args.mlm_weight:
+            terms["mlm_loss"] = (mlm / tokens.clamp(min=1)).item()
+            loss += self.args.mlm_weight * terms["mlm_loss"]
+        pooled = (pair.a.covariance(self.objective.center) + pair.b.covariance(self.objective.center)) / 2
+        return {"loss": loss, **terms, "effective_rank": covariance_rank(pooled)}
+
+    def _evaluated_model(self) -> torch.nn.Module:
+        """The model as `train` wrapped it, or wrapped for evaluation alone."""
+        if self.is_in_train or self.model_wrapped is not self.model or self.accelerator._models:
+            return self.model_wrapped
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.model = self.model_wrapped = self.accelerator.prepare(self.model)
+            return self.model
+        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
