@@ -231,4 +231,6 @@ def _typed(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    import hf_densefeat.commands.main
+
+    hf_densefeat.commands.main.main(["pretrain", *sys.argv[1:]])

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -41,16 +42,6 @@ from hf_densefeat.training.trainer import DenseTrainer
 
 
 def run(settings: Settings, args: DenseTrainingArguments) -> None:
-    """The run, with one line where it is stopped or its folder cannot be written."""
-    try:
-        train_and_measure(settings, args)
-    except KeyboardInterrupt:
-        sys.exit("\nStopped.")
-    except SafetensorError as error:
-        sys.exit(f"pretrain: error: {args.output_dir} could not be written: {error}")
-
-
-def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
     """Read, measure, train, fit the views, save, measure."""
     set_seed(args.seed)
     use_every_core(args)
@@ -64,19 +55,53 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
     except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
         sys.exit(f"pretrain: error: {error_line(error, written_options())}")
 
-    model: Any = trainer.model
     tokenizer = trainer.processing_class
-    before = measure("start", model.to(args.device), tokenizer) if args.should_save else None
-    if head_is_new and args.mlm_weight and settings.head_warmup_steps and not args.resume_from_checkpoint:
+    before = measure("start", trainer.model.to(args.device), tokenizer) if args.should_save else None
+    train(trainer, settings, head_is_new)
+    try:
+        trainer.save_model(_internal_call=True)  # first: whatever fails from here on, the encoder is there
+        if settings.share is not None:
+            said = "all of the way: sharded weights are not interpolated here, see densefeat interpolate"
+            if args.should_save and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+                going: dict[str, Any] = {"share": settings.share, "tokenizer": tokenizer, "seed": args.seed}
+                going["new"] = names_of_head(trainer.dense_model) if head_is_new else ()
+                said = go_share(trainer.dense_model, start, parts.get("validation"), **going)
+            say(args, line("share", said))
+        if settings.views != "none":
+            dense = trainer.dense_model
+            how: dict[str, Any] = {"width": dense.embedding_dimension, "epsilon": settings.views, "seed": args.seed}
+            how["for_similarity"] = dense.config.densefeat["contrastive"]
+            dense.views, tried = fit_views(below(dense, tokenizer), parts, **how)
+            say(args, described(dense.views, tried))
+        trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
+        if before is not None:
+            # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
+            trained = AutoDenseModel.from_pretrained(str(args.output_dir)).to(args.device)
+            name = ("MLM + dense" if args.mlm_weight else "dense") if args.dense_weight else "MLM alone"
+            encoder = Encoded(below(trained, tokenizer), width=trained.embedding_dimension)
+            after = measured_views(measure, encoder, trained.views) or [measure(name, encoder)]
+            report([before, *measure.beside(), *beside, *after], trainer, args)
+    except SafetensorError as error:
+        sys.exit(f"pretrain: error: {args.output_dir} could not be written: {error}")
+    trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
+
+
+def train(trainer: DenseTrainer, settings: Settings, head_is_new: bool) -> None:
+    """A new head alone first, then all; where it is stopped, say how to go on."""
+    args: Any = trainer.args
+    resumed = args.resume_from_checkpoint
+    if head_is_new and args.mlm_weight and settings.head_warmup_steps and not resumed:
         say(args, line("lm head", f"new: it is trained alone first, for {settings.head_warmup_steps} updates"))
         try:
-            warm_up_head(model, settings, args, trainer.train_dataset, tokenizer)
+            warm_up_head(trainer.model, settings, args, trainer.train_dataset, trainer.processing_class)
         except SystemExit:
             say(args, "Stopped by SIGTERM while the new head was trained alone: start anew.")
             raise
     try:
-        last = args.resume_from_checkpoint == "last"
-        result = trainer.train(resume_from_checkpoint=True if last else args.resume_from_checkpoint)
+        result = trainer.train(resume_from_checkpoint=True if resumed == "last" else resumed)
     except KeyboardInterrupt:
         sys.exit(f"\nStopped at update {trainer.state.global_step}. {how_to_resume(trainer)}")
     except SystemExit:
@@ -88,37 +113,6 @@ def train_and_measure(settings: Settings, args: DenseTrainingArguments) -> None:
     say(args, line("trained", f"{trainer.state.global_step:,} updates in {seconds:,.0f} s"))
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
-    trainer.save_model(_internal_call=True)  # first: whatever fails from here on, the encoder is there
-    if settings.share is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        say(
-            args, line("share", "all of the way: sharded weights are not interpolated here, see densefeat interpolate")
-        )
-    elif settings.share is not None:
-        if args.should_save:
-            going: dict[str, Any] = {"share": settings.share, "tokenizer": tokenizer, "seed": args.seed}
-            new = names_of_head(trainer.dense_model) if head_is_new else ()
-            say(args, line("share", go_share(trainer.dense_model, start, parts.get("validation"), new=new, **going)))
-        trainer.save_model(_internal_call=True)
-    if settings.views != "none":
-        dense = trainer.dense_model
-        how: dict[str, Any] = {"width": dense.embedding_dimension, "epsilon": settings.views, "seed": args.seed}
-        how["for_similarity"] = dense.config.densefeat["contrastive"]
-        dense.views, tried = fit_views(below(dense, tokenizer), parts, **how)
-        say(args, described(dense.views, tried))
-        trainer.save_model(_internal_call=True)  # without a push: that is done once, at the end, with what is measured
-    if args.should_save:
-        # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
-        trained = AutoDenseModel.from_pretrained(str(args.output_dir))
-        trained.to(args.device)
-        name = ("MLM + dense" if args.mlm_weight else "dense") if args.dense_weight else "MLM alone"
-        encoder = Encoded(below(trained, tokenizer), width=trained.embedding_dimension)
-        after = measured_views(measure, encoder, trained.views) or [measure(name, encoder)]
-        assert before is not None
-        report([before, *measure.beside(), *beside, *after], trainer, args)
-    trainer.accelerator.wait_for_everyone()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.end_training()
 
 
 def use_every_core(args: DenseTrainingArguments) -> None:
@@ -230,7 +224,7 @@ def warm_up_head(model: Any, settings: Settings, args: DenseTrainingArguments, t
     trained = {id(parameter) for parameter in model.base_model.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) not in trained)
-    changed = {
+    changed: dict[str, Any] = {
         "dense_weight": 0.0,
         "mlm_weight": 1.0,
         "max_steps": settings.head_warmup_steps,
@@ -241,11 +235,8 @@ def warm_up_head(model: Any, settings: Settings, args: DenseTrainingArguments, t
         "push_to_hub": False,
         "report_to": "none",
     }
-    values = {name: value for name, value in args.to_dict().items() if name in args.__dataclass_fields__} | changed
-    values = {name: value for name, value in values.items() if args.__dataclass_fields__[name].init}
-    trainer = DenseTrainer(
-        model, DenseTrainingArguments(**values), train_dataset=train_dataset, processing_class=tokenizer
-    )
+    own = replace(args, **changed)
+    trainer = DenseTrainer(model, own, train_dataset=train_dataset, processing_class=tokenizer)
     show(trainer)
     trainer.train()
     for parameter in model.parameters():

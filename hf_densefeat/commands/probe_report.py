@@ -47,6 +47,12 @@ def measured_beside(found: dict[str, Found], beside: Both | None) -> list[Measur
     return measured
 
 
+def plain(found: ProbeResult) -> dict:
+    """A probe's numbers, without the replicates."""
+    metrics, shots = ({key: asdict(one) for key, one in part.items()} for part in (found.metrics, found.shots))
+    return {"kind": found.kind, "metrics": metrics, "shots": shots, "rows": found.rows, "strength": found.strength}
+
+
 def write_report(found: dict[str, Found], reading: Reading, settings: Settings) -> dict:
     """Page, Markdown, JSON and pictures; returns what the JSON holds."""
     output, base = Path(settings.output), next(iter(found.values()))
@@ -77,7 +83,7 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
         "measured": measured,
         "adjacent": {name: one.adjacent for name, one in found.items()},
         "per_patient": {name: one.per_patient for name, one in found.items()},
-        "probes": {name: {task: _result(r) for task, r in one.results[1].items()} for name, one in found.items()},
+        "probes": {name: {task: plain(r) for task, r in one.results[1].items()} for name, one in found.items()},
         "encode_seconds": {name: one.seconds for name, one in found.items()},
         "settings": {name: getattr(settings, name) for name in ("k", "bootstraps", "seed")}
         | {"shots": reading.probes.shots if reading.probes else []},
@@ -91,32 +97,24 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
 
 def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, settings: Settings) -> str:
     """When, with what, on what and with which options, in a paragraph."""
-    encoders = "; ".join(
-        f"{name}: {one.known.width} dimensions, "
-        + (
-            f"{one.encoder.max_length:,} tokens, which cut {one.geometry['truncated']:.1%} of the notes"
-            if one.encoder.max_length
-            else "vectors as given"
-        )
-        for name, one in found.items()
+    encoders = []
+    for name, one in found.items():
+        length, cut = one.encoder.max_length, one.geometry.get("truncated", 0.0)
+        seen = f"{length:,} tokens, which cut {cut:.1%} of the notes" if length else "vectors as given"
+        encoders.append(f"{name}: {one.known.width} dimensions, {seen}")
+    encoders += [reading.fitted] if reading.fitted else []
+    left_out = (
+        f" (whole patients drawn at random; {reading.left_out:,} notes are left out)" if reading.left_out else ""
     )
-    encoders += f"; {reading.fitted}" if reading.fitted else ""
     whose = " of patients that no model was trained on" if reading.record else ""
     copies = (
-        ""
-        if not counts["copied"]
-        else (
-            f"{counts['copied']:,} of the notes have a text that the same patient has at another time, white space aside: "
-            "they lift what finds a patient's own notes, and --drop_copies leaves them out. "
-        )
+        f"{counts['copied']:,} of the notes have a text that the same patient has at another time, white space aside: "
+        "they lift what finds a patient's own notes, and --drop_copies leaves them out. "
     )
-    sampled = ""
-    if reading.left_out:
-        sampled = f" (whole patients drawn at random; {reading.left_out:,} notes are left out)"
     return (
         f"{datetime.date.today().isoformat()}, hf_densefeat {importlib.metadata.version('hf_densefeat')}. "
-        f"{counts['notes']:,} notes of {counts['patients']:,} patients{sampled}, {counts['pairs']:,} adjacent pairs{whose}. "
-        f"{copies}{encoders}. "
+        f"{counts['notes']:,} notes of {counts['patients']:,} patients{left_out}, {counts['pairs']:,} adjacent pairs{whose}. "
+        f"{copies if counts['copied'] else ''}{'; '.join(encoders)}. "
         f"Subspaces of {settings.k} dimensions, seed {settings.seed}. {different_lengths(found)}"
     )
 
@@ -163,13 +161,3 @@ def write_predictions(output: str, reading: Reading, found: dict[str, Found]) ->
                 path = folder / f"{name} {task.name}.parquet"
                 path.touch(mode=0o600)
                 pq.write_table(meds_predictions(task, one.results[1][task.name]), path)
-
-
-def _result(found: ProbeResult) -> dict:
-    return {
-        "kind": found.kind,
-        "metrics": {name: asdict(estimate) for name, estimate in found.metrics.items()},
-        "shots": {k: asdict(estimate) for k, estimate in found.shots.items()},
-        "rows": found.rows,
-        "strength": found.strength,
-    }

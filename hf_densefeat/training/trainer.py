@@ -135,6 +135,26 @@ class DenseTrainer(UpdateTrainer):
         wanted = args.mlm_weight > 0 and not args.torch_compile
         self.by_position = wanted and predicts_by_position(self.dense_model, self.data_collator([]))
 
+    def call_model_init(self, trial=None):
+        """A fresh model for a run or a trial, and a fresh objective of the arguments that a trial has set."""
+        model, adapted = prepare_model(super().call_model_init(trial), self.args, self._peft_config)
+        model._densefeat_tokenizer = self.processing_class
+        if self._given is None:
+            self.objective = self.args.dense_objective(terms=self._terms)
+        else:
+            self.objective.load_state_dict(self._objective_start)
+        self.update_log = UpdateLog()
+        return adapted
+
+    def predict(self, *args, **kwargs):
+        """Refused: evaluation keeps moments, not predictions."""
+        raise ValueError(
+            "DenseTrainer keeps no predictions: `trainer.evaluate(notes)` gives the terms of the loss, and "
+            "`trainer.dense_model.encode(texts)` the embeddings."
+        )
+
+    # ---- Data ----
+
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, which no one else shards."""
         if self.train_dataset is None:
