@@ -99,14 +99,8 @@ def fit_and_measure(
 ) -> None:
     """Fit views on training patients' notes, save them, and print what held-out patients' notes look like under each.
 
-    Args:
-        encoder: as it is.
-        notes: of all patients.
-        settings: of the command.
-        words: training notes -> the words that are measured beside the encoder.
-        save: of the views, with the record of who is held out from now on.
-        record: of whom the encoder was trained on.
-        **options: of `fit_views`.
+    `words` makes those that are measured beside the encoder of training notes. `save` is given the views, and the record of
+    who is held out from now on. `options` are of `fit_views`.
     """
     print(f"notes      {describe_notes(notes)}")
     how: dict[str, Any] = {"seed": settings.seed, "record": record, "allow_trained": settings.allow_trained}
@@ -218,6 +212,4 @@ def how_to_use(folder: Any, views: Mapping[str, DenseHead]) -> str:
     """A line of sentence-transformers for each view."""
     calls = {"content": "encode(texts)", "form": 'encode(texts, task="form")'}
     used = {name: call for name, call in calls.items() if name in views} or {"search": "encode(texts)"}
-    return "\n".join(
-        f'{f"{name.capitalize()}:":9} SentenceTransformer("{folder}").{call}' for name, call in used.items()
-    )
+    return "\n".join(f'{name.capitalize() + ":":9} SentenceTransformer("{folder}").{used[name]}' for name in used)

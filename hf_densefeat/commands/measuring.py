@@ -157,14 +157,11 @@ class Measurement:
         kinds: how these are paired for the geometry.
         similarity: uses by cosine, as words; None for a patient's own notes, where any patient has two.
         asked_of: the notes for these uses, where they are not the same.
-        tasks: linear probes, with notes of their own.
-        shots: few-shot sizes of these.
+        tasks: linear probes, with notes of their own, and `shots`, their few-shot sizes.
         words: gives the words that are measured beside the encoders, once; None for none.
-        record: of whom the encoders were trained on, as for `ProbeEvaluator`.
-        allow_trained: measure on those too.
+        record: of whom the encoders were trained on, and `allow_trained`, as for `ProbeEvaluator`.
         k: subspace dimension.
-        seed: of few labels and the bootstrap.
-        bootstraps: redraws of the patients.
+        seed: of few labels and the bootstrap, of so many `bootstraps`.
         variants: similarity of codes and of fewer dimensions too.
     """
 

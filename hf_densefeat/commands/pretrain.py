@@ -166,11 +166,12 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Sett
     words = [*options_of(config, known, parser), *argv]
     try:
         settings, args, _, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    except (
-        ValueError,
-        RuntimeError,
-        ImportError,
-    ) as error:  # of TrainingArguments: bf16 on a CPU, dates that do not fit
+        if settings.views != "none":
+            epsilon_of(settings.views)
+        if settings.share not in (None, "auto") and not 0 <= float(settings.share) < math.inf:
+            raise ValueError(f"Expected --share auto, or a number of at least 0, but got {settings.share!r}.")
+    # of TrainingArguments too: bf16 on a CPU, dates that do not fit
+    except (ValueError, RuntimeError, ImportError) as error:
         parser.error(str(error))
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}.{nearest(unknown[0], known)} --help lists the options.")
@@ -180,14 +181,8 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Sett
         parser.error("no notes: pass --notes, a file, folder or Hub name, or name them in the config.")
     if not (settings.model or settings.config_name):
         parser.error("no model: pass --model, a Hub name or folder (or --config_name for a new one).")
-    settings.given = frozenset(word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--"))
-    if settings.share not in (None, "auto") and not _is_share(settings.share):
-        parser.error(f"expected --share auto, or a number of at least 0, but got {settings.share!r}.")
-    if settings.views != "none":
-        try:
-            epsilon_of(settings.views)
-        except ValueError as error:
-            parser.error(f"--views none, or an epsilon: {error}")
+    named = (word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--"))
+    settings.given = frozenset(name.replace("-", "_") for name in named)
     return settings, args
 
 
@@ -211,13 +206,6 @@ def options_of(config: Path | str | None, known: set[str], parser: "HfArgumentPa
         if items not in ([""], ["null"]):
             words += [f"--{key}", *items]
     return words
-
-
-def _is_share(word: str) -> bool:
-    try:
-        return 0 <= float(word) < math.inf
-    except ValueError:
-        return False
 
 
 def _typed(value: Any) -> Any:

@@ -51,11 +51,13 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
     if isinstance(adapted, PeftModel):
         [adapter] = adapted.active_adapters
         settings["adapter"] = f"{PeftType(adapted.peft_config[adapter].peft_type).value}, merged"
+    documents = {name: function.__doc__ for name, (_, function) in trainer.objective.terms.items()}
+    about = {name: (text or "no description").strip().splitlines()[0] for name, text in documents.items()}
     evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
     return Run(
         mlm_weight=args.mlm_weight,
         dense_weight=args.dense_weight,
-        terms={name: (weight, first_line(function)) for name, (weight, function) in trainer.objective.terms.items()},
+        terms={name: (weight, about[name]) for name, (weight, _) in trainer.objective.terms.items()},
         subspace_dim=trainer.objective.subspace_dim,
         settings=settings,
         counts=counts,
@@ -64,11 +66,6 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
         local=not (base_model or getattr(model.config, "_commit_hash", None)),
         evaluated=evaluations[-1] if evaluations else None,
     )
-
-
-def first_line(function: Any) -> str:
-    """Of the docstring of a term."""
-    return (function.__doc__ or "no description").strip().splitlines()[0]
 
 
 # options that change what an update computes
@@ -93,19 +90,12 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
     options |= {f"weight of {name}": weight for name, (weight, _) in objective.terms.items()}
     options |= {"subspace_dim": objective.subspace_dim}
     known = {name: value if isinstance(value, (int, float)) else str(value) for name, value in options.items()}
-    known["model"] = _digest(
-        type(model).__name__.removeprefix("FSDP").encode(), Path(model.name_or_path).name.encode()
-    )
+    name = type(model).__name__.removeprefix("FSDP") + Path(model.name_or_path).name
+    known["model"] = hashlib.sha256(name.encode()).hexdigest()[:16]
     if isinstance(data, PairDataset):
-        known["data"] = _digest(data.pairs.earlier, data.pairs.later, data.lengths)
+        arrays = (data.pairs.earlier, data.pairs.later, data.lengths)
+        known["data"] = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
     return known
-
-
-def _digest(*parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def write_card(

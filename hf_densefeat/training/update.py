@@ -62,22 +62,13 @@ class Update:
 
 
 class UpdateTrainer(ResumableTrainer):
-    """A trainer with the loss of `DenseTrainer`, whose updates do not depend on how a batch is cut.
-
-    Attributes:
-        objective: the loss of the embeddings.
-        start: the frozen start, where the objective needs it.
-        stream: what is read, where notes are streamed.
-        by_position: the head is given predicted positions alone.
-        mlm_weight_before: the weight that training began with; a callback may change it.
-        update_log: what updates are logged with.
-    """
+    """A trainer with the loss of `DenseTrainer`, whose updates do not depend on how a batch is cut."""
 
     args: DenseTrainingArguments
     objective: Objective
-    start: Any
+    start: Any  # the frozen start, where the objective needs it
     stream: PairStream | None = None
-    by_position: bool
+    by_position: bool  # the head is given predicted positions alone
     mlm_weight_before: float
     update_log: UpdateLog
     _update = Update([], 0)
