@@ -107,11 +107,7 @@ def check_stream(args: DenseTrainingArguments, processor: PairProcessor) -> None
 
 
 def check_run(trainer: Any) -> None:
-    """What can be refused only when devices, ranks and sharding are known.
-
-    Args:
-        trainer: the `DenseTrainer`, at the end of its constructor.
-    """
+    """What can be refused only at the end of the constructor, when devices, ranks and sharding are known."""
     args, model, objective = trainer.args, trainer.dense_model, trainer.objective
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if args.n_gpu > 1:

@@ -15,11 +15,9 @@ from hf_densefeat.reporting.plots import draw
 
 
 def described_run(trainer: Any, base_model: str | None = None) -> Run:
-    """What was trained, on how many notes, with which settings, and the last evaluation.
+    """What a `DenseTrainer` trained, on how many notes, with which settings, and the last evaluation.
 
-    Args:
-        trainer: the `DenseTrainer` of the run.
-        base_model: Hub name of what training began with; by default the name that the model was loaded by.
+    `base_model` is the Hub name of what training began with; by default the name that the model was loaded by.
     """
     args, model, adapted, state = trainer.args, trainer.dense_model, trainer.model, trainer.state
     counts = {}
@@ -76,12 +74,9 @@ FINGERPRINT = (
 
 
 def run_fingerprint(trainer: Any) -> dict[str, Any]:
-    """What tells the run from another: options by name, the objective, and digests of the model's name and of the data.
+    """What tells a run from another: options by name, the objective, and digests of the model's name and of the data.
 
     A run may go on with more steps, on other devices, cut into other micro-batches.
-
-    Args:
-        trainer: the `DenseTrainer` of the run.
     """
     args, model, objective, data = trainer.args, trainer.dense_model, trainer.objective, trainer.train_dataset
     options = {name: getattr(args, name) for name in FINGERPRINT.split()}
@@ -101,14 +96,9 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
 def write_card(
     trainer: Any, name: str | None, base_model: str | None, *, tags: str | Sequence[str] = (), **options: Any
 ):
-    """README.md and its pictures, those where anything was measured, in `output_dir`.
+    """README.md, and pictures of what was measured, in the `output_dir` of a `DenseTrainer`.
 
-    Args:
-        trainer: the `DenseTrainer` of the run.
-        name: of the model, where it has none on the Hub; by default that of the folder.
-        base_model: as for `described_run`.
-        tags: one, or several.
-        options: language, license, dataset: as for `reporting.card.model_card`.
+    The model has its name on the Hub, or else `name`, or that of the folder. `options` go to `reporting.card.model_card`.
     """
     folder, measured = Path(str(trainer.args.output_dir)), trainer.measured
     folder.mkdir(parents=True, exist_ok=True)

@@ -298,11 +298,7 @@ class UpdateLog:
         logger.warning("Step %d: non-finite gradient, update skipped.", step)
 
     def means(self, reduce: Callable[[Any], Any]) -> dict[str, float]:
-        """Means over the updates since the last call, without those that were skipped; {} where there was none.
-
-        Args:
-            reduce: the mean over ranks of each tensor in a nest of containers.
-        """
+        """Means over ranks, by `reduce`, and updates since the last call that were not skipped; {} where there was none."""
         # all ranks come here at the same update, so that the collective below is in step
         sums, updates = self._sums, self._updates
         self._sums, self._updates = {}, 0
