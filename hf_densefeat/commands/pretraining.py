@@ -55,8 +55,9 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
     except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
         sys.exit(f"pretrain: error: {error_line(error, written_options())}")
 
+    model: Any = trainer.model
     tokenizer = trainer.processing_class
-    before = measure("start", trainer.model.to(args.device), tokenizer) if args.should_save else None
+    before = measure("start", model.to(args.device), tokenizer) if args.should_save else None
     train(trainer, settings, head_is_new)
     try:
         trainer.save_model(_internal_call=True)  # first: whatever fails from here on, the encoder is there

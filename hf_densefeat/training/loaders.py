@@ -54,7 +54,8 @@ def stream_loader(
     args: DenseTrainingArguments,
 ) -> DataLoader:
     """The micro-batches of this rank of a `PairStream`, the loader's dataset, read here or by one worker."""
-    columns, paired = partial(processor.columns, max_length=max_length), {"kinds": args.pairs, "max_gap": args.max_gap}
+    columns = partial(processor.columns, max_length=max_length)
+    paired: dict[str, Any] = {"kinds": args.pairs, "max_gap": args.max_gap}
     stream = PairStream(notes, columns, collator, batch_size, **paired, **_cut(args), **mixing(args))
     # a starting loader draws from the generator; drawing from the global one would change a resumed run
     return DataLoader(stream, batch_size=None, generator=torch.Generator(), **_reading(args))

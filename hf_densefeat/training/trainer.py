@@ -96,7 +96,8 @@ class DenseTrainer(UpdateTrainer):
         # before the first random weight, as the stock Trainer does
         set_seed(args.seed)
         self.model_init = model_init
-        model, adapted = prepare_model(super().call_model_init() if model is None else model, args, peft_config)
+        given: Any = super().call_model_init() if model is None else model
+        model, adapted = prepare_model(given, args, peft_config)
         processing_class = prepare_tokenizer(processing_class, model)
         self.processor = pair_processor(processing_class, model, args)
         self.evaluator = evaluator

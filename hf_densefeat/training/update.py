@@ -133,7 +133,7 @@ class UpdateTrainer(ResumableTrainer):
             several = len(update.batches) - (self.args.world_size > 1) if self.args.keep_graphs else 0
             graphs = 1 if len(update.batches) == 1 else several
             checked = self.state.global_step == getattr(self, "_initial_global_step", None)
-            pair: PairMoments | None = None
+            pair: Any = None
             for place, batch in enumerate(update.batches):
                 inputs = self._with_start(batch)
                 if place < graphs:
