@@ -81,8 +81,9 @@ def fit_vectors(settings: Any) -> None:
             head.module().save(folder / name)
             np.savez(folder / f"{name}.npz", mean=head.mean.numpy(), matrix=head.matrix.numpy())
 
-    encoder = Encoded.of(notes["text"][:], z)
     how: dict[str, Any] = {"kinds": ("adjacent",), "for_similarity": True}  # the halves of a note have no vectors
+    how["need"] = ("train", "validation", "test")
+    encoder = Encoded.of(notes["text"][:], z)
     fit_and_measure(encoder, notes, settings, lambda part: Words.fit(part["text"][:]), save, **how)
     print(f"Saved to {folder}: each view a Dense module of sentence-transformers and a file for NumPy.")
 
@@ -95,6 +96,7 @@ def fit_and_measure(
     save: Callable[[dict[str, DenseHead], SplitRecord], None],
     *,
     record: SplitRecord | None = None,
+    need: Sequence[str] = ("train", "test"),
     **options: Any,
 ) -> None:
     """Fit views on training patients' notes, save them, and print what held-out patients' notes look like under each.
@@ -104,7 +106,7 @@ def fit_and_measure(
     """
     print(f"notes      {describe_notes(notes)}")
     how: dict[str, Any] = {"seed": settings.seed, "record": record, "allow_trained": settings.allow_trained}
-    parts, record = hold_out(notes, need=("train", "test"), **how)
+    parts, record = hold_out(notes, need=need, **how)
     asked: dict[str, Any] = {"similarity": settings.similarity, "words": partial(words, parts["train"])}
     measure = Measurement(parts["test"], seed=settings.seed, **asked)
     if measure.others:

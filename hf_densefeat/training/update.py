@@ -80,7 +80,7 @@ class UpdateTrainer(ResumableTrainer):
 
     @property
     def whole_forwards(self) -> bool:
-        """Whether wrappers and compilation ask for the same forwards of whole batches on all ranks, not of parts of them."""
+        """Whether the model is sharded or compiled: all ranks then call it, as it is wrapped, the same number of times."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
 
     # ---- The loss ----
