@@ -52,7 +52,8 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
     try:
         beside = kept_measurements(settings, args)
         trainer, measure, parts, start, head_is_new = prepare(settings, args)
-    except (ValueError, OSError) as error:  # what is wrong with notes, model, options or Hub, before hours of training
+    # what is wrong with notes, model, options, Hub or disk, before hours of training
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"pretrain: error: {error_line(error, written_options())}")
 
     model: Any = trainer.model
