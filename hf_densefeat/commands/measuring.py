@@ -159,10 +159,10 @@ class Measurement:
         asked_of: the notes for these uses, where they are not the same.
         tasks: linear probes, with notes of their own, and `shots`, their few-shot sizes.
         words: gives the words that are measured beside the encoders, once; None for none.
-        record: of whom the encoders were trained on, and `allow_trained`, as for `ProbeEvaluator`.
+        record: of whom the encoders were trained on, as for `ProbeEvaluator`.
         k: subspace dimension.
-        seed: of few labels and the bootstrap, of so many `bootstraps`.
         variants: similarity of codes and of fewer dimensions too.
+        options: of both evaluators, such as `seed` and `allow_trained`.
     """
 
     def __init__(
@@ -176,11 +176,9 @@ class Measurement:
         shots: Sequence[int] = (),
         words: Callable[[], Words] | None = None,
         record: SplitRecord | None = None,
-        allow_trained: bool = False,
         k: int = 20,
-        seed: int = 0,
-        bootstraps: int = 1000,
         variants: bool = False,
+        **options: Any,
     ) -> None:
         asked_of = notes if asked_of is None else asked_of
         table, self.pairs = (notes, pairs_if_any(notes)) if tuple(kinds) == ("adjacent",) else pair_notes(notes, kinds)
@@ -188,10 +186,10 @@ class Measurement:
         if similarity is None:
             similarity = ["same_patient"] if len(pairs_if_any(asked_of)) else []
         wanted = similarity_tasks(similarity, asked_of)
-        how: dict[str, Any] = {"cache": False, "seed": seed, "allow_trained": allow_trained, "bootstraps": bootstraps}
+        options["cache"] = False  # what is encoded here is kept in memory
         plain: dict[str, Any] = {} if variants else {"codes": ("float",), "divisors": (1,)}
-        self.similarity = SimilarityEvaluator(wanted, **how, **plain) if wanted else None
-        self.probes = ProbeEvaluator(tasks, record=record, shots=shots, **how) if tasks else None
+        self.similarity = SimilarityEvaluator(wanted, **options, **plain) if wanted else None
+        self.probes = ProbeEvaluator(tasks, record=record, shots=shots, **options) if tasks else None
         self.evaluators = [one for one in (self.similarity, self.probes) if one]
         asked = {text for one in self.evaluators for text in one.texts()}
         self.others = sorted(asked - set(self.texts))  # so that no text is encoded twice
