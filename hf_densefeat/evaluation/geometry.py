@@ -188,13 +188,13 @@ def subspace_distance(z_a: Tensor, z_b: Tensor, k: int = 20, center: bool = Fals
     return _distance(_leading(z_a, k, center, "z_a"), _leading(z_b, k, center, "z_b"))
 
 
-def halves_of(n: int, groups: Tensor | None = None, draws: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Disjoint random halves of the rows, as row numbers; whole groups (integer codes, (n,)) go to one side."""
+def halves_of(n: int, groups: Tensor | None = None, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Four draws of disjoint random halves of the rows, as row numbers; whole groups (integer codes, (n,)) go to one side."""
     generator = torch.Generator().manual_seed(seed)
     code = torch.arange(n) if groups is None else torch.unique(torch.as_tensor(groups), return_inverse=True)[1]
     count = int(code.max()) + 1
     halves = []
-    for _ in range(draws):
+    for _ in range(4):
         order = torch.randperm(count, generator=generator)
         first = torch.zeros(count, dtype=torch.bool)
         first[order[: count // 2]] = True
@@ -202,14 +202,12 @@ def halves_of(n: int, groups: Tensor | None = None, draws: int = 4, seed: int = 
     return halves
 
 
-def patient_subspaces(
-    z: Tensor, patients: Tensor, k: int = 20, center: bool = True, seed: int = 0
-) -> dict[str, float]:
+def patient_subspaces(z: Tensor, patients: Tensor, k: int = 20, seed: int = 0) -> dict[str, float]:
     """Subspace distance of the earlier and the later half of each patient's notes (paper, Table 2), with its floor.
 
     Rows must be in time order within a patient. They are cut in the middle; the floor cuts the same rows at random, so
-    both compare sets of the same size. Patients with a half that does not support ``k`` directions (fewer than 2k notes,
-    or 2k + 2 centred, or too few distinct ones) are counted in ``patients_skipped``, not used.
+    both compare sets of the same size, each without its mean. Patients with a half that does not support ``k`` directions
+    (fewer than 2k + 2 notes, or too few distinct ones) are counted in ``patients_skipped``, not used.
 
     Returns:
         ``k``, ``patients``, ``patients_skipped`` and, with at least one patient, the means over patients of
@@ -220,10 +218,10 @@ def patient_subspaces(
     pairs = []
     for rows in groups:
         middle, own = len(rows) // 2, z[rows]
-        if middle < k + int(center):
+        if middle <= k:
             continue
         cuts = [(torch.arange(middle), torch.arange(middle, len(rows))), *halves_of(len(rows), seed=seed)]
-        bases = [(_basis(_checked(own[a]), center), _basis(_checked(own[b]), center)) for a, b in cuts]
+        bases = [(_basis(_checked(own[a]), True), _basis(_checked(own[b]), True)) for a, b in cuts]
         if min(side.shape[1] for pair in bases for side in pair) >= k:
             distance, *floors = (_distance(u[:, :k], v[:, :k]) for u, v in bases)
             pairs.append((distance, sum(floors) / len(floors)))

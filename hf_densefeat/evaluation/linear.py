@@ -40,8 +40,8 @@ def ridge_path(rows: Rows, y: np.ndarray, alphas: Sequence[float] = ALPHAS) -> n
     return np.vstack([w, np.full((1, len(penalties)), y.mean())]).T[:, :, None]
 
 
-def logistic_path(rows: Rows, y: np.ndarray, classes: int = 2, cs: Sequence[float] = CS) -> np.ndarray:
-    """Coefficients (cs, d + 1, 1 or classes) of L2 logistic regression for each C; the intercept is last.
+def logistic_path(rows: Rows, y: np.ndarray, classes: int) -> np.ndarray:
+    """Coefficients (strengths, d + 1, 1 or classes) of L2 logistic regression for each C of `CS`; the intercept is last.
 
     `sklearn.linear_model.LogisticRegression(C=c)`, sigmoid for two classes and softmax for more, each C from the
     solution of the one before. A class without a row gets the probability 0. L-BFGS ends where the gradient is small:
@@ -51,7 +51,7 @@ def logistic_path(rows: Rows, y: np.ndarray, classes: int = 2, cs: Sequence[floa
     model, present, kept = LogisticRegression(warm_start=True, max_iter=400), np.unique(y), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for c in cs:
+        for c in CS:
             model.set_params(C=c).fit(rows, y)
             kept.append(np.vstack([model.coef_.T, model.intercept_]).astype(np.float64))
     found = np.stack(kept)

@@ -167,20 +167,20 @@ def probe(
     )
 
 
-def meds_predictions(task: ProbeTask, result: ProbeResult, time: str = "time") -> pa.Table:
+def meds_predictions(task: ProbeTask, result: ProbeResult) -> pa.Table:
     """The test rows' predictions in the schema of meds-evaluation, one row a prediction. It holds patient ids.
 
     Columns: ``subject_id`` int64, ``prediction_time`` timestamp[us], ``boolean_value``, ``predicted_boolean_value``
     (at the validation rows' threshold), ``predicted_boolean_probability`` float32.
 
     Raises:
-        ValueError: if the task is not binary, comes as a mapping of splits, or lacks integer patients or the time.
+        ValueError: if the task is not binary, comes as a mapping of splits, or lacks integer patients or the column ``time``.
     """
     if task.kind != "binary" or isinstance(task.dataset, dict) or task.patient is None:
         raise ValueError(
             f"Probe {task.name!r}: MEDS predictions need a binary task on one table with a patient column."
         )
-    columns = [np.asarray(task.column(task.dataset, name)) for name in (task.patient, time)]
+    columns = [np.asarray(task.column(task.dataset, name)) for name in (task.patient, "time")]
     patients, times = (column[result.test_index] for column in columns)
     if patients.dtype.kind not in "iu":
         raise ValueError(f"Probe {task.name!r}: MEDS subject ids are integers; the column {task.patient!r} is not.")

@@ -209,23 +209,23 @@ def same_label(
 
 
 def same_group(
-    scores: Scores, group: np.ndarray, following: np.ndarray, *, beside: Scores | None = None, k: int = NEIGHBOURS
+    scores: Scores, group: np.ndarray, following: np.ndarray, *, beside: Scores | None = None
 ) -> dict[str, np.ndarray]:
     """A patient's other notes among everybody's, and the note that follows among those of others; no label is used.
 
     Of N rows ``group`` has the patient codes and ``following`` the row of the patient's next note, −1 for none.
 
     Returns:
-        ``mrr`` and ``recall_at_k``: all other notes of the patient are relevant; ``adjacent_mrr`` and
-        ``adjacent_recall_at_k``: the next one is, and the patient's other notes are not searched. Each (N,).
+        ``mrr`` and ``recall_at_10``: all other notes of the patient are relevant; ``adjacent_mrr`` and
+        ``adjacent_recall_at_10``: the next one is, and the patient's other notes are not searched. Each (N,).
     """
     own, target, every = _equal(_codes(group)), torch.as_tensor(following), torch.arange(len(group))
 
     def follows(rows: Tensor) -> Tensor:
         return target[rows, None] == every
 
-    anyone = ranking(scores, own, lambda rows: rows[:, None] != every, beside=beside, k=k)
-    adjacent = ranking(scores, follows, lambda rows: ~own(rows) | follows(rows), beside=beside, k=k)
+    anyone = ranking(scores, own, lambda rows: rows[:, None] != every, beside=beside)
+    adjacent = ranking(scores, follows, lambda rows: ~own(rows) | follows(rows), beside=beside)
     names = [name for name in anyone if name.startswith(("mrr", "recall"))]
     return {name: anyone[name] for name in names} | {f"adjacent_{name}": adjacent[name] for name in names}
 
