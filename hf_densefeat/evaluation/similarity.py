@@ -26,8 +26,7 @@ from hf_densefeat.evaluation.metrics import (
     rows_of_some_patients,
 )
 from hf_densefeat.evaluation.ranking import Rows, coded, cosines, unit_rows
-from hf_densefeat.evaluation.similarity_kinds import SIMILARITY, similarity_rows
-from hf_densefeat.evaluation.similarity_tasks import SimilarityRows, SimilarityTask
+from hf_densefeat.evaluation.similarity_kinds import SIMILARITY, SimilarityRows, SimilarityTask, similarity_rows
 
 logger = logging.getLogger(__name__)
 
