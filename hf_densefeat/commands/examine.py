@@ -189,7 +189,7 @@ class Reading(Measurement):
             "cache": not self.settings.no_cache,
             "key": encoder_key(encoder.model, encoder.tokenizer) if encoder.tokenizer else None,
         }
-        # apart, so that another task does not cost another pass over the notes
+        # other texts are encoded apart, so that another task does not cost another pass over the notes
         z, cut = embed(encoder.model, self.texts, return_cut=True, **how)
         rows = torch.from_numpy(z)
         if self.others:

@@ -67,7 +67,7 @@ def usage() -> str:
 
 
 def launch_if_several(name: str, words: list[str]) -> None:
-    """With `--num_processes N`: start the command in so many, and end with their status."""
+    """Start the command in `--num_processes` processes, where that is asked for, and end with their status."""
     words = [part for word in words for part in (word.split("=") if word.startswith("--num_processes=") else [word])]
     if "--num_processes" in words[:-1]:
         place = words.index("--num_processes")

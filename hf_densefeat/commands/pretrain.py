@@ -117,7 +117,7 @@ def written_options() -> dict[str, tuple[Any, str]]:
 
 
 def _default_and_help(value: ast.expr | None) -> tuple[Any, str]:
-    """Of `option(default, help=...)` or `field(default=..., metadata={"help": ...})`, where they are literals."""
+    """What `option(default, help=...)` or `field(default=..., metadata={"help": ...})` say, where it is a literal."""
     words: dict[str | None, Any] = {}
     if isinstance(value, ast.Call):
         parts = {word.arg: word.value for word in value.keywords} | dict(zip(("default",), value.args, strict=False))
@@ -170,7 +170,7 @@ def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Sett
             epsilon_of(settings.views)
         if settings.share not in (None, "auto") and not 0 <= float(settings.share) < math.inf:
             raise ValueError(f"Expected --share auto, or a number of at least 0, but got {settings.share!r}.")
-    # of TrainingArguments too: bf16 on a CPU, dates that do not fit
+    # TrainingArguments refuses too: bf16 on a CPU, steps of saving and of evaluation that do not fit
     except (ValueError, RuntimeError, ImportError) as error:
         parser.error(str(error))
     if unknown:
@@ -194,7 +194,7 @@ def options_of(config: Path | str | None, known: set[str], parser: "HfArgumentPa
         return []
     if not Path(config).is_file():
         parser.error(f"--config: there is no file {config}.")
-    # as strings: the parser knows the types, YAML would read `no` as False and 1e-5 as text
+    # values are read as strings: the parser knows the types; YAML would read `no` as False and 1e-5 as text
     values = yaml.load(Path(config).read_text(), Loader=yaml.BaseLoader) or {}
     words = []
     for key, value in values.items():

@@ -120,7 +120,7 @@ class DenseTrainingArguments(TrainingArguments):
         return made
 
     def __deepcopy__(self, memo: dict) -> "DenseTrainingArguments":
-        """As `__copy__`."""
+        """Copy as `__copy__` does."""
         made = object.__new__(type(self))
         made.__dict__ |= copy.deepcopy(self.__dict__, memo)
         return made

@@ -35,7 +35,7 @@ class SavedState(TrainerState):
     """Saved without the best checkpoint's folder, a path of this machine: `best_global_step` says which one it is."""
 
     def save_to_json(self, json_path: str) -> None:
-        """As in transformers."""
+        """Save as transformers does, without that path."""
         state = copy.copy(self)
         state.best_model_checkpoint = None
         TrainerState.save_to_json(state, json_path)
@@ -87,7 +87,7 @@ def damage(folder: Path) -> str | None:
 
 
 def other_run(folder: Path, run: Mapping[str, Any] | None = None) -> str | None:
-    """That a whole checkpoint is "of another run (seed 42, here 7)"; None for this run."""
+    """What tells the run that wrote a checkpoint from this one, "of another run (seed 42, here 7)"; None for this run."""
     wrote = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("run", {})
     here = json.loads(json.dumps(dict(run or {})))
     differing = [

@@ -16,7 +16,7 @@ from hf_densefeat.models.pooling import over_chunks
 
 logger = logging.getLogger(__name__)
 
-# of a batch, what the model's forward does not take
+# keys of a batch that the model's forward does not take
 NOT_ROWS = ("labels", "num_pairs", "chunk_to_note", "lengths", "start")
 PADDING = 0.05  # largest share of padding that `length_groups` accepts
 MAXIMUM_GROUPS = 8

@@ -57,7 +57,7 @@ def stream_loader(
     columns = partial(processor.columns, max_length=max_length)
     paired: dict[str, Any] = {"kinds": args.pairs, "max_gap": args.max_gap}
     stream = PairStream(notes, columns, collator, batch_size, **paired, **_cut(args), **mixing(args))
-    # a starting loader draws from the generator; drawing from the global one would change a resumed run
+    # a loader draws a seed when it starts: drawn from the global generator, that would change a resumed run
     return DataLoader(stream, batch_size=None, generator=torch.Generator(), **_reading(args))
 
 

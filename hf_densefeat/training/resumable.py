@@ -66,7 +66,7 @@ class ResumableTrainer(Trainer):
         self.add_callback(_StopWhenTold(self))
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
-        """As in transformers. See the class for what a checkpoint has to be."""
+        """Train as transformers does, from a checkpoint that is checked first: see the class."""
         output_dir = Path(str(self.args.output_dir))
         warn_of_unfinished(output_dir)
         if resume_from_checkpoint is True:
@@ -146,7 +146,7 @@ class ResumableTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        """As `_load_from_checkpoint`."""
+        """The stock Trainer would take the merged encoder for the adapter here too."""
         if isinstance(self.model, PeftModel):
             load_adapter(self.model, Path(self.state.best_model_checkpoint) / ADAPTER)
         else:
@@ -167,9 +167,9 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        # from here to `finally`, `_get_output_dir` and `_push_from_checkpoint` know that it is not whole
+        # until `finally`, `_get_output_dir` and `_push_from_checkpoint` must know that the checkpoint is not whole
         self._being_written = True
-        # nor does the stock Trainer delete old ones now: it would look for them among the unfinished
+        # the stock Trainer must not delete old checkpoints now: it would look for them among the unfinished
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -210,7 +210,7 @@ class ResumableTrainer(Trainer):
             save_adapter(adapted, Path(output_dir or self.args.output_dir) / ADAPTER)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, with the model card where it is the run's own folder that a person saves to."""
+        """Save as transformers does, and the model card too where a person saves to the run's own folder."""
         if not _internal_call and output_dir in (None, self.args.output_dir):
             self.create_model_card()
         super().save_model(output_dir, _internal_call)

@@ -60,7 +60,7 @@ def described_run(trainer: Any, base_model: str | None = None) -> Run:
         settings=settings,
         counts=counts,
         base_model=base_model or model.name_or_path or None,
-        # what came from the Hub knows its commit
+        # a model that came from the Hub knows its commit
         local=not (base_model or getattr(model.config, "_commit_hash", None)),
         evaluated=evaluations[-1] if evaluations else None,
     )

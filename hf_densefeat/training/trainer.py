@@ -196,7 +196,7 @@ class DenseTrainer(UpdateTrainer):
             write_objective(Path(output_dir), state, skipped=self.update_log.skipped, stream=position)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """As `_save_optimizer_and_scheduler`."""
+        """The stock Trainer knows nothing of what `_save_optimizer_and_scheduler` wrote: it is restored here."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return

@@ -86,7 +86,7 @@ class UpdateTrainer(ResumableTrainer):
     # ---- The loss ----
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Also remember the update's micro-batches: `compute_loss` needs all of them before the first backward."""
+        """Remember the update's micro-batches: `compute_loss` needs all of them before the first backward."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._update = Update(batches, len(batches))
         self.objective.module.zero_grad()  # the stock Trainer zeroes the gradients of the model alone
@@ -129,7 +129,7 @@ class UpdateTrainer(ResumableTrainer):
         forwards run without gradient, and the random state from which each is to be replayed is kept.
         """
         if self.args.dense_weight:
-            # DDP reduces gradients after a forward that it is told to: the last of several is made when its turn has come
+            # DDP reduces gradients after the forward of the last micro-batch alone, which is made when its turn has come
             several = len(update.batches) - (self.args.world_size > 1) if self.args.keep_graphs else 0
             graphs = 1 if len(update.batches) == 1 else several
             checked = self.state.global_step == getattr(self, "_initial_global_step", None)
@@ -209,7 +209,7 @@ class UpdateTrainer(ResumableTrainer):
     # ---- The step ----
 
     def create_optimizer(self, *args, **kwargs):
-        """Also with the parameters of the objective; a model without a trainable parameter is refused."""
+        """Add the parameters of the objective; a model without a trainable parameter is refused."""
         check_trainable(self.model)
         own = self.objective.parameters() if self.optimizer is None else []
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -218,7 +218,7 @@ class UpdateTrainer(ResumableTrainer):
         return optimizer
 
     def _clip_grad_norm(self, model, largest: float | None = None):
-        """Also of what the objective trains along."""
+        """The stock Trainer would leave the gradients of what the objective trains along as they are."""
         own = self.objective.parameters()
         if not own:
             return super()._clip_grad_norm(model)
@@ -288,7 +288,7 @@ class UpdateLog:
         """Count one that was not; RuntimeError for the 50th in a row."""
         self.skipped += 1
         self._in_a_row += 1
-        # float16's loss scale needs some; more is a run that trains nothing
+        # the loss scale of float16 needs some skips; a run with more of them trains nothing
         if self._in_a_row == MAXIMUM_SKIPPED:
             raise RuntimeError(
                 f"{MAXIMUM_SKIPPED} updates in a row had a gradient that is not finite, up to step {step}: nothing is being "
