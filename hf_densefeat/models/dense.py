@@ -18,8 +18,14 @@ from hf_densefeat.models.families import auto_class, check_family, language_mode
 from hf_densefeat.models.head import DenseHead
 from hf_densefeat.models.modules import SentenceModule, through
 from hf_densefeat.models.pooling import POOLINGS, pool, without_prompt
-from hf_densefeat.models.sentence_transformers import SentenceSettings, placed_modules, read_folder, write_folder
-from hf_densefeat.models.tokenizers import ABSENT, NO_LIMIT, check_vocabulary, load_tokenizer
+from hf_densefeat.models.sentence_transformers import (
+    NO_LIMIT,
+    SentenceSettings,
+    placed_modules,
+    read_folder,
+    write_folder,
+)
+from hf_densefeat.models.tokenizers import ABSENT, check_vocabulary, load_tokenizer
 from hf_densefeat.models.views import VIEWS
 
 Native: Any = PreTrainedModel if TYPE_CHECKING else object  # what the mixin is mixed into
@@ -216,13 +222,7 @@ class DenseFeatureMixin(Native):
         return (z, cut) if return_cut else z
 
     def encode_stream(self, texts: Iterable[str], *, block: int = 10_000, **options: Any) -> Iterator[Any]:
-        """What `encode` gives of `block` texts at a time, in order: for texts that do not fit in memory.
-
-        Args:
-            texts: a generator, or anything else to iterate over.
-            block: texts in memory at once; sorted by length among themselves.
-            options: of `encode`.
-        """
+        """What `encode(..., **options)` gives of `block` texts at a time, in order: for texts that do not fit in memory."""
         remaining = iter(texts)
         while some := list(itertools.islice(remaining, block)):
             yield self.encode(some, **options)

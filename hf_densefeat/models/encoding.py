@@ -70,17 +70,9 @@ def pooled_texts(
 ) -> tuple[Tensor, Tensor]:
     """Pooled states (N, d), float32 on the CPU, and whether each text was cut (N,).
 
-    Texts are sorted by characters, tokenised 1,000 at a time, and each slice is sorted by tokens: little is padded.
-
-    Args:
-        model: with `DenseFeatureMixin`, in evaluation mode; the other arguments are as of its `encode`.
-        texts: with their prompt.
-        tokenizer: the model's.
-        batch_size: most rows of a forward; on a CPU a batch has no more than 2,048 positions.
-        max_length: tokens kept of a text; None for what the model says.
-        excluded: tokens at the beginning of each text that are not pooled.
-        progress: show a progress bar.
-        input_layer: (N, 2 d), with the mean of the input embeddings beside.
+    Texts are sorted by characters, tokenised 1,000 at a time, and each slice is sorted by tokens: little is padded. On a CPU
+    a batch has no more than 2,048 positions. Arguments are as of `DenseFeatureMixin.encode`, of texts with their prompt, of
+    which `excluded` tokens are not pooled; with `input_layer` the mean of the input embeddings stands beside, (N, 2 d).
     """
     z = torch.empty(len(texts), model.config.hidden_size * (1 + input_layer))
     cut = torch.zeros(len(texts), dtype=torch.bool)

@@ -13,6 +13,7 @@ from hf_densefeat.models.head import DenseHead
 from hf_densefeat.models.modules import BESIDE, EMBEDDING, Fetch, SentenceModule, dense_options, read_json, write_json
 from hf_densefeat.models.pooling import POOLINGS
 
+NO_LIMIT = 10**9  # tokenizers without a limit say 1e30
 ROUTER, TYPE = "router_config.json", "sentence_transformers.models.{}"
 MODULES, TRANSFORMER, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 TOKENIZER = "tokenizer_config.json"
@@ -89,11 +90,7 @@ def fetcher(name_or_path: str, hub: dict[str, Any]) -> Fetch:
 
 
 def read_folder(name_or_path: str, hub: dict[str, Any]) -> SentenceFolder:
-    """What a folder or Hub repository says, in the layout of any release from 2 to 6.
-
-    Args:
-        name_or_path: folder or Hub name.
-        hub: options of `from_pretrained` that say where and how to look.
+    """What a folder or Hub repository says, in the layout of any release from 2 to 6; `hub` says where and how to look.
 
     Raises:
         ValueError: for what another model than ours would have to compute.
@@ -138,7 +135,7 @@ def _read(fetch: Fetch) -> SentenceFolder:
     length = transformer.get("max_seq_length") or read_json(fetch(TOKENIZER)).get("model_max_length")
     return SentenceFolder(
         pooling,
-        int(length) if length and length < 10**9 else None,  # tokenizers without a limit say 10^30
+        int(length) if length and length < NO_LIMIT else None,
         SentenceSettings(
             tuple(tail),
             settings.get("prompts") or {},
@@ -191,12 +188,7 @@ def _read_pooling(config: dict[str, Any]) -> tuple[str, bool]:
 
 
 def write_folder(target: Path | str, model: Any) -> None:
-    """Write the files into a folder that has a transformers model, in the older form, which every release from 2 to 6 reads.
-
-    Args:
-        target: the model's folder.
-        model: with `DenseFeatureMixin`.
-    """
+    """Write a dense model's files into its folder, in the older form, which every release from 2 to 6 reads."""
     settings, modules = model.sentence, placed_modules(model)
     for path, module in modules.items():
         module.save(Path(target) / path)
@@ -296,12 +288,7 @@ class _Live(torch.nn.Module):
 
 
 def as_sentence_transformer(model: Any, tokenizer: Any) -> Any:
-    """A SentenceTransformer that encodes with a model in memory, as it is now: nothing is copied or saved.
-
-    Args:
-        model: with `DenseFeatureMixin`.
-        tokenizer: the model's.
-    """
+    """A SentenceTransformer that encodes with a dense model in memory, as it is now: nothing is copied or saved."""
     from sentence_transformers import SentenceTransformer
 
     settings = model.sentence

@@ -13,8 +13,6 @@ ABSENT = (
     "tokenizer.save_pretrained(FOLDER)."
 )
 
-NO_LIMIT = 10**9  # tokenizers without a limit say 1e30
-
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
     """ValueError for a tokenizer with tokens for which the model has no embedding: words that were added to it."""
