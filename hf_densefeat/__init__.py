@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_densefeat.models.dense import AutoDenseModel, DenseFeatureMixin
     from hf_densefeat.models.head import DenseHead
     from hf_densefeat.models.interpolation import interpolate_weights
-    from hf_densefeat.objective.batch_loss import BatchLoss
+    from hf_densefeat.objective.base import BatchLoss
     from hf_densefeat.objective.moments import Moments
     from hf_densefeat.objective.objective import DenseObjective
     from hf_densefeat.objective.statistics import Statistics, sees_pairing
@@ -76,7 +76,7 @@ _ROOMS = {
     "models.dense": "AutoDenseModel DenseFeatureMixin",
     "models.head": "DenseHead",
     "models.interpolation": "interpolate_weights",
-    "objective.batch_loss": "BatchLoss",
+    "objective.base": "BatchLoss",
     "objective.moments": "Moments",
     "objective.objective": "DenseObjective",
     "objective.statistics": "Statistics sees_pairing",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_densefeat.objective.statistics import Statistics, TermFunction
+from hf_densefeat.objective.subspace import eigenspace
 
 
 def unshared_variance(s: Statistics) -> Tensor:
@@ -72,9 +73,7 @@ def normalised(s: Statistics) -> tuple[Tensor, Tensor]:
 
 def eigenvalues(matrix: Tensor) -> Tensor:
     """Eigenvalues (d,), largest first and at least 0, whose gradient has no differences of eigenvalues."""
-    with torch.no_grad():
-        # LAPACK raises on NaN, where the loss can say NaN and be skipped
-        vectors = torch.linalg.eigh(torch.where(matrix.isfinite().all(), matrix, 0))[1].flip(1)
+    vectors = eigenspace(matrix).basis
     # l_i = u_i^T S u_i with u_i held constant has the value and the gradient of the eigenvalue
     values: Tensor = (vectors * (matrix @ vectors)).sum(0).clamp(min=0)
     return values

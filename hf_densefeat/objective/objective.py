@@ -264,8 +264,7 @@ class DenseObjective(Objective):
     def _eigenspace(self, i: int, side: Side) -> Eigenspace:
         covariance, scale = side.scaled
         if self.power_iterations is None:
-            # LAPACK raises on NaN, where the loss can say NaN and be skipped
-            space = eigenspace(torch.where(covariance.trace().isfinite(), covariance, 0))
+            space = eigenspace(covariance)
         else:
             basis = self.bases[i]
             if basis is None:

@@ -61,7 +61,7 @@ class Eigenspace:
 @torch.no_grad()
 def eigenspace(covariance: Tensor) -> Eigenspace:
     """All of it, exactly. Equals `np.linalg.eigh`, largest first."""
-    values, basis = torch.linalg.eigh(covariance)
+    values, basis = torch.linalg.eigh(_finite(covariance))
     return Eigenspace(basis.flip(1), values.flip(0).clamp(min=0), values.new_zeros(()))
 
 

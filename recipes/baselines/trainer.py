@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hf_densefeat.objective.batch_loss import BatchLoss
+from hf_densefeat import BatchLoss
 from hf_densefeat.training.trainer import DenseTrainer
 
 

@@ -10,8 +10,7 @@ from conftest import QUIET, make_model, make_notes
 from scipy.integrate import trapezoid
 from scipy.stats import entropy
 
-from hf_densefeat import DenseTrainer, DenseTrainingArguments, geometry_report
-from hf_densefeat.objective.batch_loss import BatchLoss
+from hf_densefeat import BatchLoss, DenseTrainer, DenseTrainingArguments, geometry_report
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 from baselines.affine import apply_affine, fit_all_but_the_top, fit_whitening
