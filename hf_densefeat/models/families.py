@@ -4,15 +4,7 @@ import logging
 from typing import Any
 
 import transformers
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 logger = logging.getLogger(__name__)
@@ -40,9 +32,10 @@ def auto_class(config: Any) -> Any:
     if encoder and not config.is_encoder_decoder and hasattr(transformers, encoder):
         return getattr(transformers, encoder)
     # a BERT with is_decoder is a decoder
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        return AutoModelForMaskedLM
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return transformers.AutoModelForMaskedLM
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
 
 
 def positions_of(model: Any) -> int | None:
@@ -63,48 +56,51 @@ def check_family(model: PreTrainedModel) -> None:
     Raises:
         ValueError: with the reason, and what to take instead.
     """
-    name, config, body = type(model).__name__, model.config, model.base_model
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} is an encoder-decoder: it has no one embedding of a text. Use an encoder, or the "
-            "encoder alone, such as T5EncoderModel with mlm_weight=0."
-        )
-    if model.main_input_name != "input_ids":
-        raise ValueError(f"{name} reads {model.main_input_name}, not tokens of a text. Use a text encoder.")
-    if not hasattr(config, "hidden_size"):
-        raise ValueError(f"{name} is not a text encoder: its config has no hidden_size. Use a model of text alone.")
-    head = language_modeling_of(name)
-    if head and body is model:
-        raise ValueError(f"{name} has no body apart from its head: no hidden states to pool.")
-    if (
-        head == "causal"
-        and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        and not getattr(config, "is_decoder", False)
-    ):
-        raise ValueError(
-            f"{name} would see the tokens that it is to predict: its config says is_decoder=False. Load the masked-LM "
-            "model of this family, or set is_decoder=True in the config."
-        )
-    if head and type(model).__module__.startswith("transformers."):  # code from the Hub has mappings of its own
-        opened: Any = MODEL_MAPPING.get(type(config), ())
-        classes = opened if isinstance(opened, tuple) else (opened,)
-        if type(body) not in classes:
-            others = f"as {classes[0].__name__}" if classes else "not at all"
-            raise ValueError(
-                f"{name} has the body {type(body).__name__}, but AutoModel would open its folder {others}: nobody else "
-                "would get its embeddings. Use an encoder, or a decoder that is not a part of a larger model."
-            )
-    heads, key_heads = (getattr(config, f"num_{which}_heads", None) for which in ("attention", "key_value"))
-    if isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads:
-        raise ValueError(
-            f"{name} cannot compute: in its config num_attention_heads is {heads}, which is no multiple of "
-            f"num_key_value_heads, {key_heads}."
-        )
-    if config.model_type in REASONS:
-        raise ValueError(f"{name} is refused: {REASONS[config.model_type]}. Use another family.")
-    if config.model_type in SEES_PADDING:
+    name, reason = type(model).__name__, _reason_against(model)
+    if reason:
+        raise ValueError(f"{name} {reason}")
+    if model.config.model_type in SEES_PADDING:
         logger.warning(
             "%s sees padding: an embedding depends on the lengths of the other texts of its batch. encode(texts, "
             "batch_size=1) avoids that.",
             name,
         )
+
+
+def _reason_against(model: PreTrainedModel) -> str | None:
+    config, body, head = model.config, model.base_model, language_modeling_of(type(model).__name__)
+    if config.is_encoder_decoder:
+        return (
+            "is an encoder-decoder: it has no one embedding of a text. Use an encoder, or the encoder alone, such as "
+            "T5EncoderModel with mlm_weight=0."
+        )
+    if model.main_input_name != "input_ids":
+        return f"reads {model.main_input_name}, not tokens of a text. Use a text encoder."
+    if not hasattr(config, "hidden_size"):
+        return "is not a text encoder: its config has no hidden_size. Use a model of text alone."
+    if head and body is model:
+        return "has no body apart from its head: no hidden states to pool."
+    bidirectional = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if head == "causal" and bidirectional:
+        return (
+            "would see the tokens that it is to predict: its config says is_decoder=False. Load the masked-LM model of this "
+            "family, or set is_decoder=True in the config."
+        )
+    opened: Any = transformers.MODEL_MAPPING.get(type(config), ())
+    classes = opened if isinstance(opened, tuple) else (opened,)
+    # code from the Hub has mappings of its own
+    if head and type(model).__module__.startswith("transformers.") and type(body) not in classes:
+        others = f"as {classes[0].__name__}" if classes else "not at all"
+        return (
+            f"has the body {type(body).__name__}, but AutoModel would open its folder {others}: nobody else would get its "
+            "embeddings. Use an encoder, or a decoder that is not a part of a larger model."
+        )
+    heads, key_heads = (getattr(config, f"num_{which}_heads", None) for which in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads:
+        return (
+            f"cannot compute: in its config num_attention_heads is {heads}, which is no multiple of num_key_value_heads, "
+            f"{key_heads}."
+        )
+    if config.model_type in REASONS:
+        return f"is refused: {REASONS[config.model_type]}. Use another family."
+    return None

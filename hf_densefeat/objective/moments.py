@@ -156,11 +156,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class PairMoments:
-    """Moments of both sides of pairs, row i of b after row i of a, what they share, and where asked for what more there is.
+    """Moments of both sides of pairs, row i of b after row i of a, and sums over the pairs; `p + q` is that of the pairs of both.
 
-    `product_sum` () is sum (z_a - a.shift) . (z_b - b.shift) over the pairs, and `cross` (d, d), whose trace it is, sum
-    (z_a - a.shift)(z_b - b.shift)^T, or None. `anchor` holds the sums with the rows of the frozen start, or None. `p + q` is
-    that of the pairs of both.
+    | field       | value                                                       | shape   |
+    |-------------|-------------------------------------------------------------|---------|
+    | product_sum | sum (z_a - a.shift) . (z_b - b.shift)                       | ()      |
+    | cross       | sum (z_a - a.shift)(z_b - b.shift)^T, where it is asked for | (d, d)  |
+    | anchor      | sums with the rows of the frozen start, where there is one  |         |
     """
 
     a: Moments

@@ -84,9 +84,8 @@ class DenseObjective(Objective):
             the sum of weight * value.
 
     `terms` holds all terms, the paper's three first. The state (running covariances, tracked bases) is float32 or wider
-    and a function of the global moments alone, so the same on all ranks; `state_dict` and `load_state_dict` save and
-    restore it. After each call `diagnostics` holds the `trace` of Sigma, the eigenvalue `gap` at k in units of the mean
-    eigenvalue, and the `subspace_rank`, at most k; `covariance` is that of both sides, detached.
+    and a function of the global moments alone, so the same on all ranks. After each call `diagnostics` holds the `trace`
+    of Sigma, the eigenvalue `gap` at k in units of the mean eigenvalue, and the `subspace_rank`, at most k.
 
     Raises:
         ValueError: for an option out of range, and for a term whose name, weight or function cannot be one.
