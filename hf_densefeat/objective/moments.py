@@ -156,7 +156,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class PairMoments:
-    """Moments of both sides of pairs, row i of b after row i of a, and sums over the pairs; `p + q` is that of the pairs of both.
+    """Moments of both sides of pairs, row i of b after row i of a, and sums over pairs; `p + q` is that of the pairs of both.
 
     | field       | value                                                       | shape   |
     |-------------|-------------------------------------------------------------|---------|

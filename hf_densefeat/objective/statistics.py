@@ -211,8 +211,6 @@ class Statistics:
         if not self.center:
             both = self.pair.a + self.pair.b
             return both.covariance(center=True), both.resolution(center=True)
-        if self.a.average is None and self.b.average is None:
-            return self.pooled, self.resolution
         return (self.a.batch_covariance + self.b.batch_covariance) / 2, self.resolution
 
 
