@@ -211,15 +211,19 @@ class DenseFeatureMixin(Native):
             else:
                 tokenizer, prompt = tokenizer or self._default_tokenizer(), self.sentence.prompt(prompt_name)
                 texts = [prompt + text for text in texts] if prompt else list(texts)
-                how = {"batch_size": batch_size, "max_length": max_length, "progress": show_progress_bar}
+                how: dict[str, Any] = {
+                    "batch_size": batch_size,
+                    "max_length": max_length,
+                    "progress": show_progress_bar,
+                }
                 excluded = self.sentence.excluded(prompt, tokenizer)
                 z, cut = pooled_texts(self, texts, tokenizer, excluded=excluded, input_layer=wide, **how)
         z, *inputs = z.split(self.config.hidden_size, dim=1)
         z = torch.cat([through(self.tail, z), *inputs], 1)
         z = z if found is None else found(z)
         z = torch.nn.functional.normalize(z, dim=1) if normalize_embeddings else z
-        z, cut = (z.numpy(), cut.numpy()) if convert_to_numpy else (z, cut)
-        return (z, cut) if return_cut else z
+        both = (z.numpy(), cut.numpy()) if convert_to_numpy else (z, cut)
+        return both if return_cut else both[0]
 
     def encode_stream(self, texts: Iterable[str], *, block: int = 10_000, **options: Any) -> Iterator[Any]:
         """What `encode(..., **options)` gives of `block` texts at a time, in order: for texts that do not fit in memory."""
@@ -304,7 +308,8 @@ def as_dense(
         raise ValueError(f"Expected long_notes to be truncate or chunk but got {long_notes!r}.")
     if not isinstance(model, DenseFeatureMixin):
         check_family(model)
-        model.__class__ = _dense_class(type(model))
+        native: Any = type(model)
+        model.__class__ = _dense_class(native)
     causal = model.language_modeling == "causal"
     said = {"pooling": "last" if causal else "mean"} | (getattr(model.config, "densefeat", None) or {})
     given = {"pooling": pooling, "max_length": max_length, "long_notes": long_notes}
