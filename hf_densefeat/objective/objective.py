@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_densefeat.objective.anchor import Rows
 from hf_densefeat.objective.base import Objective, check_name, checked_value
-from hf_densefeat.objective.closed_form import ClosedForm
+from hf_densefeat.objective.closed_form import Pooled, paper_terms, pooled_of
 from hf_densefeat.objective.extra_terms import EXTRA_TERMS
 from hf_densefeat.objective.moments import PairGradient, PairMoments
 from hf_densefeat.objective.running import averaged, gain_of, no_average
@@ -125,7 +125,7 @@ class DenseObjective(Objective):
         self.averages: list[Average | None] = [None, None]
         self.average_cross: Tensor | None = None
         self.bases: list[Tensor | None] = [None, None]
-        self._pooled: tuple[Tensor, Tensor] | None = None
+        self._pooled: Pooled | None = None
         self._planned: tuple[dict[str, Tensor], PairGradient] | None = None
         self.diagnostics: dict[str, Tensor] = {}
 
@@ -146,9 +146,8 @@ class DenseObjective(Objective):
         """The same from the moments of the pairs, differentiable in them; advances the running state by one step."""
         with torch.autocast(pair.a.shift.device.type, enabled=False):
             seen = self._advance(pair.detached())
-            form = ClosedForm(seen)
-            self._pooled = form.pooled
-            closed = dict(zip(PAPER, form.values(pair), strict=True))
+            self._pooled = pooled_of(seen)
+            closed = dict(zip(PAPER, paper_terms(seen, self._pooled, pair), strict=True))
             statistics = seen.of(pair)
             values = {
                 name: closed[name] if self._is_closed(name) else checked_value(name, function(statistics))
@@ -215,7 +214,7 @@ class DenseObjective(Objective):
             self.averages[i] = Average(**saved, gain=torch.zeros_like(saved["noise"])) if saved else None
 
     def _is_closed(self, name: str) -> bool:
-        """Whether `ClosedForm` computes this term: not one that another function has replaced, and not all estimates."""
+        """Whether `paper_terms` computes this term: not one that another function has replaced, and not all estimates."""
         unlike = ("spectral_spreading" if self.unbiased else "", "" if self.center else "orthogonality")
         return name not in unlike and PAPER.get(name) is self.terms[name][1]
 
