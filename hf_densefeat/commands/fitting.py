@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,11 @@ def fit_views(
         )
     given = None if epsilon == "auto" else epsilon_of(epsilon)
     content, tried = choose_content(train, validation, width=width, for_similarity=for_similarity, epsilon=given)
-    form = fit_form(train, tried[0], width=width)
-    if content is None and form is not None:  # the first view is the default: the encoder as it is
-        content = DenseHead(torch.zeros(width).double(), torch.eye(width).double(), math.inf)
+    # also where content is the last layer alone: what kind of text it is shows in the words
+    form = fit_form(train, replace(tried[0], input_layer=not for_similarity), width=width)
+    if form is not None:
+        as_it_is = DenseHead(torch.zeros(width).double(), torch.eye(width).double(), math.inf)
+        content = (content or as_it_is).widened(len(form.mean))  # the first view is the default
     views = {"content": content, "form": form}
     return {name: head for name, head in views.items() if head is not None}, tried
 

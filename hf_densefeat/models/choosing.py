@@ -142,7 +142,7 @@ def fit_content(sides: Sides, choice: Choice, *, width: int) -> DenseHead:
 def fit_form(train: Mapping[str, Sides], choice: Choice, *, width: int) -> DenseHead | None:
     """The form view by what adjacent notes share and, where there are some, halves do not; None without adjacent notes.
 
-    It is centred, and of the layers of the content view, because a folder of sentence-transformers has them once.
+    It is centred, and of the layers of the choice.
     """
     if "adjacent" not in train:
         return None

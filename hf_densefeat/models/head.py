@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +92,12 @@ class DenseHead:
             )
         mean, matrix = self.mean.to(z.device), self.matrix.to(z.device)
         return ((z.double() - mean) @ matrix).to(z.dtype)
+
+    def widened(self, width: int) -> DenseHead:
+        """The same map of embeddings (N, width) whose further columns it does not read."""
+        more = width - len(self.mean)
+        pad = torch.nn.functional.pad
+        return replace(self, mean=pad(self.mean, (0, more)), matrix=pad(self.matrix, (0, 0, 0, more)))
 
     def module(self) -> SentenceModule:
         """The map as a `Dense` module of sentence-transformers without activation, z W^T + b; its metadata say the rest."""

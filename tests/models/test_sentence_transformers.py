@@ -7,6 +7,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
 
 from hf_densefeat import (
+    AutoDenseModel,
     DenseHead,
     DenseTrainer,
     DenseTrainingArguments,
@@ -16,6 +17,7 @@ from hf_densefeat import (
     SimilarityTask,
 )
 from hf_densefeat.models.sentence_transformers import as_sentence_transformer
+from hf_densefeat.models.views import PairCovariances, form_head
 
 NOTES = make_notes()
 TEXTS = NOTES["text"][:20]
@@ -88,3 +90,20 @@ def test_encode_takes_their_arguments(tokenizer):
     )
     assert isinstance(found, np.ndarray)
     np.testing.assert_allclose(found, (z / z.norm(dim=1, keepdim=True)).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_content_view_of_the_last_layer_beside_a_form_view_of_both(tmp_path, tokenizer):
+    """One folder: the widened view gives what it gave, here and in sentence-transformers."""
+    model = make_model("bert", tokenizer)
+    z = model.encode(TEXTS, tokenizer, view=None, input_layer=True)
+    content = DenseHead.fit(z[:, :24])
+    form = form_head(PairCovariances.of(z[:-1], z[1:]), epsilon=1.0)
+    model.views = {"content": content.widened(z.shape[1]), "form": form}
+    expected = content(model.encode(TEXTS, tokenizer, view=None))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    for found in (model.encode(TEXTS, tokenizer), AutoDenseModel.from_pretrained(str(tmp_path)).encode(TEXTS)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs.encode(TEXTS, convert_to_tensor=True), expected, rtol=0, atol=1e-5)
+    assert theirs.encode(TEXTS, task="form").shape == (len(TEXTS), z.shape[1])
