@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from hf_densefeat.commands.encode import Settings
 from hf_densefeat.commands.measuring import load, quiet
-from hf_densefeat.data.slices import NoteTable
+from hf_densefeat.data.notes import NoteTable
 from hf_densefeat.evaluation.embeddings import encoder_key
 from hf_densefeat.evaluation.ranking import coded
 from hf_densefeat.training.checkpoints import entries_of, sync_folder

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -11,8 +12,47 @@ import datasets
 import numpy as np
 
 from hf_densefeat.data.columns import column, dense_codes, order_of_notes, time_ticks
-from hf_densefeat.data.spans import SPANS
 
+SECTION_HEADER = re.compile(
+    r"^(?:#+ *\S.*|[A-Z][A-Z0-9 /&,()'-]{2,60}:?|[A-Z][A-Za-z0-9 /&,()'-]{2,60}:)[ \t]*$", re.MULTILINE
+)
+BORDERS = (re.compile(r"[.!?;:]\s+|\s*\n\s*|[。！？；]"), re.compile(r"\s+"))  # of sentences and lines, of words
+SHORTEST_HALF = 40  # characters: a clause. A half of a few words says too little to be found by
+
+
+def sections(text: str) -> list[str]:
+    """Cut a text before its header lines; one without headers is one section.
+
+    A header is a markdown heading, a line in capitals, or a short line that ends in a colon. A header without a text of
+    its own goes with the section that follows.
+    """
+    pieces, start = [], 0
+    for match in SECTION_HEADER.finditer(text):
+        before = text[start : match.start()].strip()
+        if before and not SECTION_HEADER.fullmatch(before):
+            pieces.append(before)
+            start = match.start()
+    return [*pieces, text[start:].strip()]
+
+
+def halves(text: str) -> list[str]:
+    """Cut a text in two near its middle; [] for one that is too short.
+
+    The cut is the end of a sentence or line in the middle third that is nearest to the middle, or else the nearest space
+    there. Each half has at least `SHORTEST_HALF` characters.
+    """
+    text = text.strip()
+    size = len(text)
+    for border in BORDERS:
+        cuts = [match.end() for match in border.finditer(text, size // 3, size - size // 3)]
+        if cuts:
+            cut = min(cuts, key=lambda place: abs(2 * place - size))
+            both = [text[:cut].rstrip(), text[cut:].lstrip()]
+            return both if min(map(len, both)) >= SHORTEST_HALF else []
+    return []
+
+
+SPANS: dict[str, Callable[[str], list[str]]] = {"sections": sections, "halves": halves}
 PAIRS = ("adjacent", *SPANS)
 
 
@@ -65,8 +105,8 @@ def pair_notes(
     """Pair notes, or spans of notes, in one way or in several at once.
 
     * `adjacent`: a note and the same patient's next note (`adjacent_pairs`).
-    * `sections`: a section and the next one of its note (`spans.sections`).
-    * `halves`: the two halves of a note (`spans.halves`), as the inverse cloze task (Lee et al., 2019) and the independent
+    * `sections`: a section and the next one of its note (`sections`).
+    * `halves`: the two halves of a note (`halves`), as the inverse cloze task (Lee et al., 2019) and the independent
       crops of Contriever (Izacard et al., 2022) pair two spans of one text. Here no two spans share a token.
 
     Sections and halves need no second note of a patient, and are of one matter even where adjacent notes share nothing

@@ -18,6 +18,11 @@ LOOKS = {
     12: "dates with a time, YYYYMMDDHHMM",
     14: "dates with a time, YYYYMMDDHHMMSS",
 }
+UNITS = (  # of numbers up to MOST_DAYS, 10^8, 10^10, 10^13, 10^16 and beyond
+    "",
+    "a unit shorter than days (divide minutes by 1440)",
+    *(f"{unit} since 1970" for unit in ("seconds", "milliseconds", "microseconds", "nanoseconds")),
+)
 MOST_DAYS = 1e6  # what is beyond counts something shorter than days
 # 31/12/2020, 12-31-20 3:04 PM; 01-JAN-2020
 PATTERNS = [
@@ -107,16 +112,7 @@ def _disguise(numbers: np.ndarray) -> str:
         if (1900 if digits == 4 else 1800) <= years["min"] and years["max"] <= (2100 if digits == 4 else 2300):
             return LOOKS[digits]
     # A single number decides: days since the year 0 are below a million until 2737, and MIMIC shifts dates up to 2200.
-    for limit, what in (
-        (MOST_DAYS, ""),
-        (1e8, "a unit shorter than days (divide minutes by 1440)"),
-        (1e10, "seconds since 1970"),
-        (1e13, "milliseconds since 1970"),
-        (1e16, "microseconds since 1970"),
-    ):
-        if most <= limit:
-            return what
-    return "nanoseconds since 1970"
+    return UNITS[int(np.searchsorted([MOST_DAYS, 1e8, 1e10, 1e13, 1e16], most))]
 
 
 def _from_digits(values: pa.ChunkedArray) -> pa.ChunkedArray:

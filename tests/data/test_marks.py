@@ -8,9 +8,8 @@ import pytest
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from hf_densefeat import DensePairCollator, DenseTrainingArguments
-from hf_densefeat.data.marks import MARKS
 from hf_densefeat.data.pairs import pair_notes
-from hf_densefeat.data.tokens import TextProcessor
+from hf_densefeat.data.tokens import MARKS, TextProcessor
 from hf_densefeat.training.preparation import pair_processor
 
 TEXTS = {

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_densefeat.data.pairs import pair_notes
-from hf_densefeat.data.spans import SHORTEST_HALF, SPANS, halves, sections
+from hf_densefeat.data.pairs import SHORTEST_HALF, SPANS, halves, pair_notes, sections
 
 SENTENCES = "He came with chest pain since two days. No fever was seen. Aspirin was given at once. Home on Monday."
 NOTE = "Preamble\n\nHISTORY\n\nChief Complaint:\nchest pain, 3: days\nand cough\n# Plan\ngo home"
