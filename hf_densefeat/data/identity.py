@@ -33,11 +33,8 @@ def identities(
         return values
     if pa.types.is_floating(kind):
         values = pc.if_else(pc.is_finite(values), values, None)
-        odd = (
-            pc.or_(pc.not_equal(values, pc.floor(values)), pc.greater(pc.abs(values), 2**53))
-            .fill_null(False)
-            .to_numpy()
-        )
+        whole = pc.and_(pc.equal(values, pc.floor(values)), pc.less_equal(pc.abs(values), 2**53))
+        odd = pc.invert(whole).fill_null(False).to_numpy()
         if odd.any():
             raise ValueError(
                 f"Column patient_id holds floats that are no identifiers, first {place(int(odd.argmax()))}: "

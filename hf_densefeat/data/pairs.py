@@ -105,8 +105,8 @@ def pair_notes(
     """Pair notes, or spans of notes, in one way or in several at once.
 
     * `adjacent`: a note and the same patient's next note (`adjacent_pairs`).
-    * `sections`: a section and the next one of its note (`sections`).
-    * `halves`: the two halves of a note (`halves`), as the inverse cloze task (Lee et al., 2019) and the independent
+    * `sections`: a section and the next one of its note.
+    * `halves`: the two halves of a note, as the inverse cloze task (Lee et al., 2019) and the independent
       crops of Contriever (Izacard et al., 2022) pair two spans of one text. Here no two spans share a token.
 
     Sections and halves need no second note of a patient, and are of one matter even where adjacent notes share nothing

@@ -200,13 +200,8 @@ class EpisodePairs(PairDataset):
 class EpisodePairCollator(PairCollator):
     """B pairs of episodes to one batch of 2B rows, earlier episodes first, with a share of the values masked.
 
-    The batch holds what the processor's `pad` gives, `labels` (the bin of each masked value's quantile, −100 elsewhere)
-    and `num_pairs`. A masked quantile is replaced by `MASKED`: its value is not in the batch but as a label.
-
-    Args:
-        processor: what the episodes were read with.
-        objective: "mlm", or None: nothing is masked, no labels.
-        mask_probability: share of the values to predict.
+    The label of a masked value is the bin of its quantile. `MASKED` stands in its place: the value is not in the batch but
+    as a label. With the objective None nothing is masked, and there are no labels.
     """
 
     def __init__(self, processor: Any, objective: str | None = "mlm", mask_probability: float = 0.30):
