@@ -40,11 +40,9 @@ class PairDataset(Dataset[dict[str, Any]], ABC):
         """Return the rows of these notes."""
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
         return len(self.pairs)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
-        """Return one pair."""
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:

@@ -26,7 +26,10 @@ FLAGGED = {"MIMIC-III": "iserror"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a table are what: our names to the table's, and the one that has the time where the first has none."""
+    """Which columns of a table are what: `roles` are our names to the table's.
+
+    Where the column of times has none, the column `fallback` has it.
+    """
 
     preset: str
     roles: dict[str, str]

@@ -81,11 +81,9 @@ class NotePairs:
     whole: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
         return len(self.earlier)
 
     def __str__(self) -> str:
-        """Return one line of counts."""
         paired = len(np.unique(self.patient))
         kinds = ", ".join(f"{count:,} {name}" for name, count in self.kinds.items())
         what = f"{self.num_notes:,} {'texts' if kinds else 'notes'} of {self.num_patients:,} patients"

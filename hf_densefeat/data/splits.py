@@ -58,8 +58,8 @@ class SplitRecord:
 
     A patient was trained on if any rule says so or he is listed. Lists are needed where a table brought its own splits.
     They are pairs of a random key and the hashes of the training patients' ids with it: whoever has an id can ask for it.
-    So they are patient data, and stand in a file for the user alone, which no push takes along; None if it is not there.
-    `ids` says how ids were brought to one form before they were hashed.
+    So they are patient data, and stand in a file for the user alone, which no push takes along. `lists` is None if that file
+    is lost. `ids` says how ids were brought to one form before they were hashed.
     """
 
     rules: tuple[HashRule, ...] = ()

@@ -50,7 +50,7 @@ class PairStream(IterableDataset[Batch]):
         notes: A stream with `patient_id`, `time` (timestamps, dates, or numbers of days) and `text`.
         tokenize: Texts to columns, as `StreamProcessor.columns` does.
         collate: Pairs of tokenised notes to a batch, such as a `DensePairCollator`.
-        batch_size: As `ranks`, `accumulation` and what else `sampling` has: for `PairBatchSampler`.
+        batch_size: Goes to `PairBatchSampler`, with `ranks`, `accumulation` and all of `sampling`.
         kinds: Kinds of pairs, as for `pair_notes`.
         max_gap: Largest time between the two notes of a pair, in days; pairs further apart are left out.
         buffer: Pairs held, and mixed; rounded down to whole step batches, at least one.
@@ -88,7 +88,6 @@ class PairStream(IterableDataset[Batch]):
         self.state, self.position = json.loads(state), state
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches."""
         position, number, done = self.state["position"], self.state["number"], self.state["steps"]
         runs = count()
         first = self._pass(position, runs)

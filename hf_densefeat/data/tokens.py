@@ -67,7 +67,6 @@ class TokenStats:
         return counts | ({"tokens of de-identification marks": self.marks} if self.marks else {})
 
     def __str__(self) -> str:
-        """Return one line of counts."""
         text = f"{self.tokens:,} tokens in {self.notes:,} notes (median {self.median:.0f}, longest {self.longest:,})"
         if self.marks:
             text += f", {self.marks / self.tokens:.1%} of them de-identification marks"

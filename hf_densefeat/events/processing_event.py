@@ -38,7 +38,6 @@ class EventStats:
         return {"events": self.events, f"events over {self.max_length} an episode, cut": self.cut}
 
     def __str__(self) -> str:
-        """Return one line of counts."""
         return (
             f"{self.events:,} events in {self.episodes:,} episodes; {self.unknown:,} of unknown codes dropped, "
             f"{self.cut:,} over {self.max_length:,} an episode cut"

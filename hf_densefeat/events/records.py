@@ -60,7 +60,8 @@ def pack_episodes(episode, code, value, hours, texts: Sequence[str | None] | int
 def latest_of_each(episode: np.ndarray, code: np.ndarray, hours: np.ndarray, limit: int) -> np.ndarray:
     """Which events an episode of at most `limit` keeps: the latest of each code, then the latest but one, and so on.
 
-    Of (E,) episodes, codes and hours it returns indices. Among events of one rank the later come first.
+    Episodes, codes and hours are (E,), one an event; the result is indices into them. Among events of one rank the later
+    come first.
     """
     order = np.lexsort((-hours, code, episode))
     rank = np.empty(len(episode), dtype=np.int64)
