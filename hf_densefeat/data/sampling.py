@@ -106,7 +106,8 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
             rng = np.random.default_rng((self.seed, self.epoch))
             # whole runs are shuffled, so that what is to stay together does
             run = _runs(self.patient, self.pairs_per_patient)
-            order = np.argsort(np.argsort(rng.permutation(run.max(initial=-1) + 1))[run], kind="stable")
+            place = np.argsort(rng.permutation(run.max(initial=-1) + 1))  # of each run in a random order
+            order = np.argsort(place[run], kind="stable")
             longest = np.zeros(n, dtype=np.int64)
             np.maximum.at(longest, run, self.length)
             batches: list[np.ndarray] = []

@@ -121,6 +121,12 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
     has_input_layer = False
     processor_class: Any
 
+    def __init__(self, config: Any):
+        super().__init__(config)
+        pooling = config.densefeat["pooling"]
+        if pooling not in ("mean", "max"):
+            raise ValueError(f"Expected pooling mean or max for events, got {pooling!r}.")
+
     def card_use(self) -> str:
         """How to use the model, for its card: code that runs as printed, with two codes that the processor knows."""
         return CARD_USE.format(*self._default_tokenizer().codes[:2] * 2, repository="{repository}", width="{width}")
@@ -178,9 +184,6 @@ class EventModel(EventPreTrainedModel):
 
     def __init__(self, config: EventConfig):
         super().__init__(config)
-        pooling = (config.densefeat or {})["pooling"]
-        if pooling not in ("mean", "max"):
-            raise ValueError(f"Expected pooling mean or max for events, got {pooling!r}.")
         self.embeddings = EventEmbeddings(config)
         self.layers = transformer(config, config.num_hidden_layers)
         self.post_init()

@@ -191,10 +191,6 @@ class MultimodalModel(MultimodalPreTrainedModel):
 
     def __init__(self, config: MultimodalConfig):
         super().__init__(config)
-        if config.densefeat["pooling"] not in ("mean", "max"):
-            raise ValueError(
-                f"Expected pooling mean or max for notes with events, got {config.densefeat['pooling']!r}."
-            )
         d, text = config.hidden_size, config.text_config
         # the body of the masked-LM class: by themselves some bodies add a pooler, whose weights nothing would train
         self.text = AutoModelForMaskedLM.from_config(text).base_model
