@@ -18,13 +18,7 @@ from hf_densefeat.models.families import auto_class, check_family, language_mode
 from hf_densefeat.models.head import DenseHead
 from hf_densefeat.models.modules import SentenceModule, through
 from hf_densefeat.models.pooling import POOLINGS, pool, without_prompt
-from hf_densefeat.models.sentence_transformers import (
-    NO_LIMIT,
-    SentenceSettings,
-    placed_modules,
-    read_folder,
-    write_folder,
-)
+from hf_densefeat.models.sentence_transformers import SentenceSettings, placed_modules, read_folder, write_folder
 from hf_densefeat.models.tokenizers import ABSENT, check_vocabulary, load_tokenizer
 from hf_densefeat.models.views import VIEWS
 
@@ -233,7 +227,7 @@ class DenseFeatureMixin(Native):
 
     def _rows(self, texts: list[str], tokenizer: Any, max_length: int | None) -> Rows:
         limit = max_length or self.max_length or tokenizer.model_max_length
-        rows = token_rows(texts, tokenizer, limit if limit < NO_LIMIT else None, chunk=self.long_notes == "chunk")
+        rows = token_rows(texts, tokenizer, limit, chunk=self.long_notes == "chunk")
         known = getattr(self.get_input_embeddings(), "num_embeddings", math.inf)
         if any(max(ids, default=0) >= known for ids in rows.tokens["input_ids"]):
             check_vocabulary(tokenizer, self)

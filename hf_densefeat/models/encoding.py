@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hf_densefeat.models.pooling import over_chunks
 
+NO_LIMIT = 10**9  # tokenizers without a limit say 1e30
 SLICE, CHARACTERS = 1000, 4_000_000  # texts, and characters, whose tokens are in memory at once
 CACHED_TOKENS = 2048  # tokens of a batch whose hidden states stay in a processor's cache; by `benchmark.py encode`
 
@@ -30,11 +31,12 @@ class Rows(NamedTuple):
     cut: list[bool] | None = None
 
 
-def token_rows(texts: Sequence[str], tokenizer: Any, limit: int | None, *, chunk: bool) -> Rows:
-    """Tokens of texts, at most `limit` a row: a longer text is cut, or is several rows; whole where there is no limit."""
-    chunk = chunk and limit is not None
-    how: dict[str, Any] = {"truncation": limit is not None, "max_length": limit, "return_overflowing_tokens": chunk}
-    encoded = tokenizer(list(texts), **how)
+def token_rows(texts: Sequence[str], tokenizer: Any, limit: int, *, chunk: bool) -> Rows:
+    """Tokens of texts, at most `limit` a row: a longer text is cut, or is several rows; whole from `NO_LIMIT` on."""
+    limited = limit < NO_LIMIT
+    chunk = chunk and limited
+    how: dict[str, Any] = {"truncation": limited, "max_length": limit if limited else None}
+    encoded = tokenizer(list(texts), return_overflowing_tokens=chunk, **how)
     tokens = dict(encoded)
     owner = tokens.pop("overflow_to_sample_mapping", None)
     cut = [False] * len(texts)

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import cached_file
 
+from hf_densefeat.models.encoding import NO_LIMIT
 from hf_densefeat.models.head import DenseHead
 from hf_densefeat.models.modules import BESIDE, EMBEDDING, Fetch, SentenceModule, dense_options, read_json, write_json
 from hf_densefeat.models.pooling import POOLINGS
 
-NO_LIMIT = 10**9  # tokenizers without a limit say 1e30
 ROUTER, TYPE = "router_config.json", "sentence_transformers.models.{}"
 MODULES, TRANSFORMER, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 TOKENIZER = "tokenizer_config.json"
