@@ -60,8 +60,7 @@ def test_an_encoder_that_was_trained_for_similarity_gets_a_mild_view_of_halves()
     assert str(choice) == "halves, epsilon 10, last layer"
     assert (len(head.mean), float(head.mean.abs().max())) == (10, 0)
     assert (
-        str(choose_content(train, validation, width=10)[1][0])
-        == "adjacent, epsilon 0.03, centred, last and input layer"
+        str(choose_content(train, validation, width=10)[1][0]) == "halves, epsilon 0.03, centred, last and input layer"
     )
     train.pop("halves")
     (choice, *_) = choose_content(train, validation, width=12, for_similarity=True, epsilon=1.0)[1]
@@ -103,3 +102,20 @@ def test_pairs_that_share_an_author_and_not_the_matter_choose_no_view():
     strong = next(one for one in order if one.epsilon == 0.03 and one.center)
     assert strong.ranks["adjacent"] > order[0].ranks["adjacent"]
     assert strong.gain < 0
+
+
+def test_adjacent_notes_are_preferred_where_they_teach_more_than_halves():
+    """They share what a patient's notes have in common, below the matter of each, which halves share too."""
+
+    def sides(n, seed):
+        rng = torch.Generator().manual_seed(seed)
+        common, (one, other) = 0.5 * torch.randn(n, 2, generator=rng), torch.randn(2, n, 8, generator=rng)
+        noise = 3 * torch.randn(4, n, 4, generator=rng)
+        rows = [torch.cat([common, *both], 1) for both in zip((one, other, one, one), noise, strict=True)]
+        return {"adjacent": (rows[0], rows[1]), "halves": (rows[2], rows[3])}
+
+    train, validation = sides(400, 0), sides(300, 1)
+    head, (choice, *_) = choose_content(train, validation, width=14)
+    assert choice.pairs == head.pairs == "adjacent"
+    train["adjacent"] = train["halves"]  # then they teach the same
+    assert choose_content(train, validation, width=14)[1][0].pairs == "halves"
