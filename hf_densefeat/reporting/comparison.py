@@ -78,7 +78,7 @@ def judged(measured: Sequence[Measured]) -> Measured:
     Geometry is that of the first view. An encoder has views where `view` names them.
     """
     views = [one for one in measured if "view" in one] or [measured[-1]]
-    merged: Any = {**views[0], "name": " or ".join(one["name"] for one in views)}
+    merged: Any = {**views[0], "name": "the better view" if len(views) > 1 else views[0]["name"]}
     for key in views[0].get("differences", {}):
         sign = metric_named(key.rsplit(" ", 1)[1]).sign
         best: Any = max(views, key=lambda one: sign * (one["differences"][key][0] or 0.0))
