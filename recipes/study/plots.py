@@ -115,7 +115,7 @@ def plot_trade(points: dict[str, tuple[str, list[tuple[float, float]]]], path: P
         axes.annotate("", (content, form), (1.02, place), textcoords=axes.get_yaxis_transform(), arrowprops=arrow)
         text = {"fontsize": 9, "fontweight": "bold" if ours else "normal", "va": "center"}
         axes.text(1.03, place, title, transform=axes.get_yaxis_transform(), **text)
-    marks = "★ the default   ◇ ours, changed   ○ other objectives   □ no training"
+    marks = "★ the default   ◇ ours, changed, or another encoder   ○ other objectives   □ no training"
     lines = "\nline: from its content view (•) over the embedding as it is to its form view"
     axes.set_title(marks + lines * any(len(one) > 1 for _, one in points.values()), fontsize=9)
     axes.set(xlabel="content, mean over tasks →", ylabel="form, mean over tasks →")
