@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from hf_densefeat.commands.pretrain import Settings
-from hf_densefeat.data.pairs import pair_notes
+from hf_densefeat.data.pairs import pairs_by_kind
 from hf_densefeat.models.choosing import reciprocal_ranks
 from hf_densefeat.models.interpolation import Share, choose_share, interpolate_weights
 from hf_densefeat.training.arguments import CONTRASTIVE, DenseTrainingArguments
@@ -61,11 +61,7 @@ def go_share(
         model.config.densefeat["share"] = float(share)
         return f"{float(share):g} of the way"
     sides = {}
-    for kind in KINDS:
-        try:
-            texts, pairs = pair_notes(validation, kind)
-        except ValueError:  # no validation patient has two notes, or no note is long enough
-            continue
+    for kind, (texts, pairs) in pairs_by_kind(validation, KINDS).items():
         rows = np.random.default_rng(seed).permutation(len(pairs))[:MOST]
         sides[kind] = [texts.select(side[rows])["text"][:] for side in (pairs.earlier, pairs.later)]
     if not sides:

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from hf_densefeat.commands.measuring import Encoded, Measurement, load, quiet, s
 from hf_densefeat.commands.settings import writable
 from hf_densefeat.commands.vectors import numbered_notes, read_vectors
 from hf_densefeat.data.notes import describe_notes
-from hf_densefeat.data.pairs import pair_notes
+from hf_densefeat.data.pairs import pairs_by_kind
 from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
 from hf_densefeat.evaluation.words import Words
-from hf_densefeat.models.choosing import Choice, Sides, choose_content, fit_form
+from hf_densefeat.models.choosing import Choice, Sides, choose_views
 from hf_densefeat.models.head import DenseHead
 from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.reporting.tables import before_after_table, terminal
@@ -165,14 +164,7 @@ def fit_views(
             "Views are chosen by %d pairs of validation texts: fewer than %d cannot tell.", known, FEW_PAIRS
         )
     given = None if epsilon == "auto" else epsilon_of(epsilon)
-    content, tried = choose_content(train, validation, width=width, for_similarity=for_similarity, epsilon=given)
-    # also where content is the last layer alone: what kind of text it is shows in the words
-    form = fit_form(train, replace(tried[0], input_layer=not for_similarity), width=width)
-    if form is not None:
-        as_it_is = DenseHead(torch.zeros(width).double(), torch.eye(width).double(), math.inf)
-        content = (content or as_it_is).widened(len(form.mean))  # the first view is the default
-    views = {"content": content, "form": form}
-    return {name: head for name, head in views.items() if head is not None}, tried
+    return choose_views(train, validation, width=width, for_similarity=for_similarity, epsilon=given)
 
 
 def epsilon_of(word: str) -> float:
@@ -191,11 +183,7 @@ def encoded_pairs(
 ) -> dict[str, Sides]:
     """Embeddings of adjacent notes and of the halves of notes, of each kind that the notes have."""
     found = {}
-    for kind in kinds:
-        try:
-            table, pairs = pair_notes(notes, kind)
-        except ValueError:  # there is no pair of this kind
-            continue
+    for kind, (table, pairs) in pairs_by_kind(notes, kinds).items():
         z = encode(table["text"][:])
         found[kind] = (z[pairs.earlier], z[pairs.later])
     return found

@@ -158,6 +158,17 @@ def pair_notes(
     return datasets.concatenate_datasets(tables), pairs
 
 
+def pairs_by_kind(notes: datasets.Dataset, kinds: Sequence[str]) -> dict[str, tuple[datasets.Dataset, NotePairs]]:
+    """`pair_notes` of each of the kinds; those of which the notes have no pair are left out."""
+    found = {}
+    for kind in check_kinds(kinds):
+        try:
+            found[kind] = pair_notes(notes, kind)
+        except ValueError:  # no patient has two notes, or no note is long enough
+            continue
+    return found
+
+
 def pair_texts(notes: datasets.Dataset, kinds: str | Sequence[str] = "adjacent", **options: Any) -> datasets.Dataset:
     """The texts of `pair_notes`, with its options, as a table `earlier, later`: what sentence-transformers' trainer takes."""
     table, pairs = pair_notes(notes, kinds, **options)

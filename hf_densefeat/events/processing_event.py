@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,14 +45,14 @@ class EventStats:
         )
 
 
-class EpisodeProcessor:
+class EpisodeProcessor(ABC):
     """What the processors of episodes have in common as `PairProcessor`s: a subclass reads episodes."""
 
     model_input_names: tuple[str, ...]  # the columns of a row, and `attention_mask`
 
+    @abstractmethod
     def read(self, episodes: Sequence[str], max_length: int | None = None) -> tuple[list[Row], EventStats]:
         """One row an episode, and the counts; ValueError for one that cannot be read or has nothing that can be embedded."""
-        raise NotImplementedError
 
     def rows(self, episodes: Sequence[str], max_length: int | None = None) -> dict[str, list[np.ndarray]]:
         """The columns of all rows, not padded; `pad` makes tensors of them."""

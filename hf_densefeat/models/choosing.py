@@ -65,12 +65,41 @@ def reciprocal_ranks(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+def paired_gain(found: Tensor, base: Tensor) -> tuple[float, float]:
+    """Mean gain of values (n,) over those of the same texts before, and its standard error."""
+    gain = found - base
+    return float(gain.mean()), math.sqrt(float(gain.var()) / len(gain))
+
+
 def side_by_side(z: Tensor, width: int) -> Tensor:
     """Scales (D,) by which the first `width` columns and the others each have a mean square distance of 1 to their mean."""
     parts = (part.double() for part in z.split([width, z.shape[1] - width], dim=1))
     spread = [(part - part.mean(0)).square().sum(1).mean().sqrt().expand(part.shape[1]) for part in parts]
     scale = torch.cat(spread)
     return torch.where(scale > 0, scale, 1).reciprocal()
+
+
+def choose_views(
+    train: Mapping[str, Sides],
+    validation: Mapping[str, Sides],
+    *,
+    width: int,
+    for_similarity: bool = False,
+    epsilon: float | None = None,
+) -> tuple[dict[str, DenseHead], list[Choice]]:
+    """The views "content" and "form", as far as pairs speak for them, and what was tried for content: see `choose_content`.
+
+    The form view of an encoder of language modelling reads the input layer too, also where content is the last layer alone:
+    which kind of text it is shows in the words. Content is then widened, because a folder has its layers once; it is the
+    encoder as it is where no content view serves, because the first view of a folder is the default.
+    """
+    content, tried = choose_content(train, validation, width=width, for_similarity=for_similarity, epsilon=epsilon)
+    form = fit_form(train, width=width, input_layer=not for_similarity)
+    if form is not None:
+        as_it_is = DenseHead(torch.zeros(width).double(), torch.eye(width).double(), math.inf)
+        content = (content or as_it_is).widened(len(form.mean))
+    views = {"content": content, "form": form}
+    return {name: head for name, head in views.items() if head is not None}, tried
 
 
 def choose_content(
@@ -132,36 +161,35 @@ def choose_content(
 
 
 def _gain(found: Mapping[str, Tensor], base: Mapping[str, Tensor], kinds: Sequence[str]) -> tuple[float, float]:
-    """Mean gain of rank over the kinds of pairs, and its standard error, paired by text; 0 and 0 without a kind."""
-    gains, n = [found[kind] - base[kind] for kind in kinds], max(len(kinds), 1)
-    error = math.sqrt(sum(float(gain.var()) / len(gain) for gain in gains)) / n
-    return sum(float(gain.mean()) for gain in gains) / n, error
+    """Mean over the kinds of pairs of `paired_gain`; 0 and 0 without a kind."""
+    gains, n = [paired_gain(found[kind], base[kind]) for kind in kinds], max(len(kinds), 1)
+    return sum(gain for gain, _ in gains) / n, math.hypot(*(error for _, error in gains)) / n
 
 
 def fit_content(sides: Sides, choice: Choice, *, width: int) -> DenseHead:
     """The content view of a choice, of embeddings as they come: the scales of `side_by_side` are a part of its matrix."""
-    sides = _columns(sides, choice, width)
+    sides = _columns(sides, choice.input_layer, width)
     scale = side_by_side(torch.cat(sides), width)
     head = content_head(_covariances(sides, scale), epsilon=choice.epsilon, center=choice.center)
     return _unscaled(head, scale, choice.pairs)
 
 
-def fit_form(train: Mapping[str, Sides], choice: Choice, *, width: int) -> DenseHead | None:
-    """The form view by what adjacent notes share and, where there are some, halves do not; None without adjacent notes.
+def fit_form(train: Mapping[str, Sides], *, width: int, input_layer: bool) -> DenseHead | None:
+    """The centred form view by what adjacent notes share and, where there are some, halves do not.
 
-    It is centred, and of the layers of the choice.
+    None without adjacent notes.
     """
     if "adjacent" not in train:
         return None
-    sides = {kind: _columns(pair, choice, width) for kind, pair in train.items() if len(pair[0])}
+    sides = {kind: _columns(pair, input_layer, width) for kind, pair in train.items() if len(pair[0])}
     scale = side_by_side(torch.cat(sides["adjacent"]), width)
     pairs = {kind: _covariances(pair, scale) for kind, pair in sides.items()}
     head = form_head(pairs["adjacent"], epsilon=FORM_EPSILON, halves=pairs.get("halves"))
     return _unscaled(head, scale, "adjacent")
 
 
-def _columns(sides: Sides, choice: Choice, width: int) -> Sides:
-    return sides if choice.input_layer else (sides[0][:, :width], sides[1][:, :width])
+def _columns(sides: Sides, input_layer: bool, width: int) -> Sides:
+    return sides if input_layer else (sides[0][:, :width], sides[1][:, :width])
 
 
 def _covariances(sides: Sides, scale: Tensor) -> PairCovariances:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_densefeat.models.choosing import paired_gain
+
 SHARES = (0.25, 0.5, 0.75, 1.0)
 LOST = 0.03  # of the start's rank of halves, at most
 
@@ -73,12 +75,8 @@ def choose_share(
 
 
 def _share(share: float, found: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Share:
-    gains = {kind: values - base[kind] for kind, values in found.items()}
-    return Share(
-        share,
-        {kind: float(values.mean()) for kind, values in found.items()},
-        {kind: (float(gain.mean()), math.sqrt(float(gain.var()) / len(gain))) for kind, gain in gains.items()},
-    )
+    ranks = {kind: float(values.mean()) for kind, values in found.items()}
+    return Share(share, ranks, {kind: paired_gain(values, base[kind]) for kind, values in found.items()})
 
 
 @torch.no_grad()

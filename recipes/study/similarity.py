@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from hf_densefeat import DenseHead
 from hf_densefeat.evaluation.similarity import similarity_of
 from hf_densefeat.evaluation.similarity_kinds import similarity_rows
-from hf_densefeat.models.choosing import choose_content, fit_form
+from hf_densefeat.models.choosing import choose_views
 
 BOOTSTRAPS = 1000
 SHOWN = {  # metrics that the tables have, by kind
@@ -91,8 +91,8 @@ class SimilarityMeasures:
             for part in (self.domain.pairs, self.domain.judged)
         )
         width = width or train["adjacent"][0].shape[1]
-        content, (choice, *_) = choose_content(train, validation, width=width, for_similarity=for_similarity)
-        heads = {"content view": content, "form view": fit_form(train, choice, width=width)}
+        views, (choice, *_) = choose_views(train, validation, width=width, for_similarity=for_similarity)
+        heads = {f"{name} view": views.get(name) for name in ("content", "form")}
         return {title: mapped(encode, head, width) for title, head in heads.items()}, str(choice)
 
 

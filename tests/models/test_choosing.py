@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_densefeat.models.choosing import Choice, choose_content, fit_content, reciprocal_ranks
+from hf_densefeat.models.choosing import Choice, choose_content, choose_views, fit_content, reciprocal_ranks
 
 
 def made(n, seed, noise=3.0, mean=0.0):
@@ -119,3 +119,15 @@ def test_adjacent_notes_are_preferred_where_they_teach_more_than_halves():
     assert choice.pairs == head.pairs == "adjacent"
     train["adjacent"] = train["halves"]  # then they teach the same
     assert choose_content(train, validation, width=14)[1][0].pairs == "halves"
+
+
+def test_content_as_it_is_beside_a_form_view_of_both_layers():
+    """Where no content view serves, the first view is the encoder as it is, of the columns that the form view reads."""
+    generator = torch.Generator().manual_seed(0)
+    train, validation = ({"adjacent": tuple(torch.randn(2, n, 20, generator=generator))} for n in (200, 100))
+    views, (choice, *_) = choose_views(train, validation, width=10)
+    z = validation["adjacent"][0]
+    assert str(choice) == "the encoder as it is"
+    torch.testing.assert_close(views["content"](z), z[:, :10])
+    assert views["form"](z).shape == z.shape
+    assert choose_views(train, validation, width=10, for_similarity=True)[0]["form"](z[:, :10]).shape == (100, 10)
