@@ -6,10 +6,11 @@
 
 Every method trains from the same start on the same training notes for the updates of `CONTRASTIVE`: `adapted` as
 `densefeat pretrain` does by itself; `adjacent`, `halves` and `both` are that on these pairs; the peers are InfoNCE,
-unsupervised SimCSE and masked-language modelling, whose new head is first trained alone. The weights are then turned
-back to each share of the way and measured: similarity on test and validation notes (the tasks of `compare.py`, as the
-embeddings are), and without labels the ranks at which validation notes find their pairs. Kept in --work: `METHOD-SEED`,
-a sentence-transformers folder, and `METHOD-SEED-SHARE.npz`; what is there is not made again.
+unsupervised SimCSE, TSDAE (sentence-transformers'), masked-language modelling, whose new head is first trained alone, and
+MOSAIC, masked-language modelling and InfoNCE at once. The weights are then turned back to each share of the way and
+measured: similarity on test and validation notes (the tasks of `compare.py`, as the embeddings are), and without labels
+the ranks at which validation notes find their pairs. Kept in --work: `METHOD-SEED`, a sentence-transformers folder, and
+`METHOD-SEED-SHARE.npz`; what is there is not made again.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from domains.documents import LENGTH, open_encoder, read_parts
 from domains.rows import rows_with
 from safetensors.torch import save_file
 from scipy.sparse import csr_matrix, hstack
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import DenoisingAutoEncoderLoss
 from study.runs import save
 from study.similarity import BOOTSTRAPS, SHOWN
 from torch.nn.functional import normalize
@@ -56,7 +59,9 @@ METHODS = {
     "both": {"pairs": ["adjacent", "halves"]},
     "infonce": PEER,
     "simcse": PEER,
+    "tsdae": PEER,
     "mlm": PEER | {"mlm_weight": 1.0, "dense_weight": 0.0},
+    "mosaic": PEER | {"mlm_weight": 1.0, "dense_weight": 1.0},
 }
 
 
@@ -125,22 +130,61 @@ def train(arguments: argparse.Namespace, domain: Domain, method: str, seed: int,
         logging_steps=20,
         disable_tqdm=True,
     )
-    tokenizer = AutoTokenizer.from_pretrained(arguments.start)
-    options = {"train_dataset": domain.self_pairs if method == "simcse" else train_notes(arguments)}
-    if method in ("infonce", "simcse"):
-        options["objective"] = BatchLoss(info_nce, name="pair_loss")
-    trainer = DenseTrainer(arguments.start, args, processing_class=tokenizer, **options)
-    model = trainer.dense_model
-    if method == "mlm":
-        warm_up_head(model, Settings(), args, trainer.train_dataset, tokenizer)
-    trainer.train()
+    trained = denoised(arguments, args) if method == "tsdae" else paired(arguments, args, domain, method)
     plain = AutoModel.from_pretrained(arguments.start)
-    plain.load_state_dict(model.base_model.state_dict(), strict=False)  # a pooler of no use stays
+    plain.load_state_dict(trained, strict=False)  # a pooler of no use stays
     partial = folder.with_suffix(".tmp")
     shutil.copytree(arguments.start, partial, dirs_exist_ok=True)
     weights = {name: value.contiguous() for name, value in plain.state_dict().items()}
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     partial.rename(folder)
+
+
+def paired(arguments: argparse.Namespace, args: DenseTrainingArguments, domain: Domain, method: str) -> dict:
+    """Weights of the encoder after training on pairs."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.start)
+    options = {"train_dataset": domain.self_pairs if method == "simcse" else train_notes(arguments)}
+    if method in ("infonce", "simcse", "mosaic"):
+        options["objective"] = BatchLoss(info_nce, name="pair_loss")
+    trainer = DenseTrainer(arguments.start, args, processing_class=tokenizer, **options)
+    if args.mlm_weight:
+        warm_up_head(trainer.dense_model, Settings(), args, trainer.train_dataset, tokenizer)
+    trainer.train()
+    return trainer.dense_model.base_model.state_dict()
+
+
+def denoised(arguments: argparse.Namespace, args: DenseTrainingArguments) -> dict:
+    """Weights of the encoder after TSDAE (Wang et al., 2021): a decoder writes a note from the embedding of 40 % of its words.
+
+    The decoder shares the encoder's weights, its cross-attention is new. As many notes an update as the others have.
+    """
+    model = SentenceTransformer(arguments.start, device="cuda" if torch.cuda.is_available() else "cpu")
+    model.max_seq_length = args.max_length
+    drawn = np.random.default_rng(args.seed)
+
+    def with_words_left_out(text: str) -> str:
+        words = text.split()
+        return " ".join(word for word in words if drawn.random() < 0.4) or words[0]
+
+    whole = [text for text in train_notes(arguments)["text"] if text.split()]
+    pairs = datasets.Dataset.from_dict({"damaged": [with_words_left_out(text) for text in whole], "whole": whole})
+    same = (
+        "output_dir",
+        "max_steps",
+        "learning_rate",
+        "warmup_steps",
+        "lr_scheduler_type",
+        "weight_decay",
+        "seed",
+        "bf16",
+    )
+    same += ("use_cpu", "dataloader_drop_last", "save_strategy", "report_to", "disable_tqdm")
+    options = {name: getattr(args, name) for name in same}
+    options["per_device_train_batch_size"] = 2 * args.per_device_train_batch_size
+    SentenceTransformerTrainer(
+        model, SentenceTransformerTrainingArguments(**options), pairs, loss=DenoisingAutoEncoderLoss(model)
+    ).train()
+    return model[0].auto_model.state_dict()
 
 
 def train_notes(arguments: argparse.Namespace) -> datasets.Dataset:
