@@ -1,6 +1,7 @@
 """Small models, a tokenizer, synthetic notes and short trainings, made here: nothing is downloaded."""
 
 import datetime
+import gc
 import os
 import subprocess
 import sys
@@ -38,6 +39,8 @@ LAMBDA_SUB, LAMBDA_ORTH, K = 0.1, 0.01, 3  # of `make_trainer`
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+    # a Trainer collects garbage when it begins: of all that was imported that took ten times as long as a small training
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The rooms depend on each other one way, and every one of them can be imported."""
 
 import ast
+import functools
 import importlib
 import inspect
 from pathlib import Path
@@ -30,6 +31,7 @@ MATHEMATICS = [
 ]
 
 
+@functools.cache
 def imports(module, *, deferred=True):
     """Full dotted names of all that a module imports, anywhere in it, or without what functions import when they run."""
     names, tree = set(), ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text())
@@ -43,7 +45,7 @@ def imports(module, *, deferred=True):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def ours(module, *, deferred=True):

@@ -1,1 +1,1 @@
-"""The console command: `densefeat pretrain`, `densefeat probe`, `densefeat head`, `densefeat interpolate`."""
+"""The console command `densefeat`: one module a command, listed in `main.COMMANDS`."""

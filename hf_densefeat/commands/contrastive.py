@@ -31,7 +31,7 @@ def trained_for_similarity(source: str) -> bool:
 
 
 def take_defaults(settings: Settings, args: DenseTrainingArguments) -> str:
-    """Set what the command was not told to what a contrastive start needs; returns this in words."""
+    """Set the options that were not given to what a contrastive start needs; return these in words."""
     chosen = {name: value for name, value in CONTRASTIVE.items() if name not in settings.given}
     if "num_train_epochs" in settings.given:
         chosen.pop("max_steps", None)

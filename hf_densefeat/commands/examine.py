@@ -39,7 +39,7 @@ from hf_densefeat.evaluation.geometry import (
 from hf_densefeat.evaluation.probes import SHOTS
 from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
 from hf_densefeat.evaluation.words import Words
-from hf_densefeat.reporting.comparison import Both
+from hf_densefeat.reporting.comparison import TaskResults
 
 logger = logging.getLogger("probe")
 
@@ -56,7 +56,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found of one encoder; without adjacent notes, what is of these is empty."""
+    """What was measured of one encoder; what is of adjacent notes is empty where there are none."""
 
     encoder: Encoder
     known: Encoded
@@ -65,7 +65,7 @@ class Found:
     adjacent: dict[str, float]
     per_patient: dict[str, float]
     angles: tuple[np.ndarray, np.ndarray] | None
-    results: Both
+    results: TaskResults
     seconds: float
 
 
@@ -78,7 +78,7 @@ def examine_all(settings: Settings) -> tuple["Reading", dict[str, Found]]:
 
 
 def check_words(settings: Settings) -> None:
-    """ValueError for words of tasks and uses that are none, and for a folder that cannot be written."""
+    """ValueError for words that name no task or use, and for a folder that cannot be written."""
     writable(settings.output, "output")
     if settings.meds:
         Path(settings.meds).mkdir(mode=0o700, parents=True, exist_ok=True)  # it will hold patient ids
@@ -203,7 +203,7 @@ class Reading(Measurement):
         if len(self.pairs) > 3:
             earlier, later = rows[self.pairs.earlier], rows[self.pairs.later]
             groups = torch.from_numpy(self.pairs.patient)
-            adjacent = geometry_report(earlier, later, k, groups, seed)
+            adjacent = geometry_report(earlier, later, k=k, groups=groups, seed=seed)
             patients = torch.from_numpy(np.unique(np.asarray(self.notes["patient_id"]), return_inverse=True)[1])
             per_patient = patient_subspaces(rows, patients, k, seed=seed)
             if adjacent["k"]:

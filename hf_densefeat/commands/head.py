@@ -27,7 +27,7 @@ class Fitting(NotesTable):
     epsilon: str = option(
         "auto", help="auto (the default): .03, or 10 if the encoder was trained for similarity; a number; or center"
     )
-    pooling: str | None = option(None, help="mean, cls, last or max; default: the encoder's, else mean")
+    pooling: str | None = option(None, help="mean, cls, last, max or mean_sqrt_len; default: the encoder's")
     max_length: int | None = option(None, help="tokens of a note; default: what the encoder can see")
     batch_size: int = option(32, help="notes at once")
     similarity: list[str] | None = option(None, help="same_patient (the default) or column:kind, as in probe")
@@ -55,7 +55,7 @@ def run(settings: Settings) -> None:
     from hf_densefeat.commands.fitting import fit_model, fit_vectors, opened
 
     if bool(settings.model) == bool(settings.vectors):
-        raise ValueError("expected either --model, a folder or Hub name, or --vectors, a table.")
+        raise ValueError("Expected either --model, a folder or Hub name, or --vectors, a table.")
     if settings.vectors:
         fit_vectors(settings)
     else:

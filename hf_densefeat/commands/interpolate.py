@@ -22,7 +22,7 @@ class Settings(head.Fitting):
 
 
 def run(settings: Settings) -> None:
-    """Load both, interpolate, fit the head, save, measure.
+    """Load both, interpolate, fit the views, save, measure.
 
     Raises:
         ValueError: for models that are not of one training, and for a share, notes or an epsilon that cannot be used.

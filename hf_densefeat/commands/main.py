@@ -1,4 +1,4 @@
-"""`densefeat`: continued pretraining, measurement and the dense head from a shell."""
+"""`densefeat`: continued pretraining, encoding, measurement and views, from a shell."""
 
 import subprocess
 import sys

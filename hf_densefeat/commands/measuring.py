@@ -26,7 +26,7 @@ from hf_densefeat.evaluation.words import NAME as WORDS
 from hf_densefeat.evaluation.words import WordRows, Words
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.tokenizers import load_tokenizer
-from hf_densefeat.reporting.comparison import Both, Measured, measured_of
+from hf_densefeat.reporting.comparison import Measured, TaskResults, measured_of
 
 
 def quiet(level: int = logging.WARNING) -> None:
@@ -47,7 +47,7 @@ def loading(source: str) -> Iterator[None]:
     except OSError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         where = "In the folder" if Path(source).is_dir() else "There is no such folder, and from the Hub"
-        raise ValueError(f"the model {source!r} cannot be loaded. {where}: {reason}.") from error
+        raise ValueError(f"The model {source!r} cannot be loaded. {where}: {reason}.") from error
 
 
 def load(source: str, device: Any = None, **options: Any) -> tuple[Any, Any]:
@@ -195,24 +195,24 @@ class Measurement:
         self.others = sorted(asked - set(self.texts))  # so that no text is encoded twice
         self.fit_words = words
         self.words: WordRows | None = None
-        self.of_words: Both | None = None
-        self.first: Both | None = None
+        self.of_words: TaskResults | None = None
+        self.first: TaskResults | None = None
 
     def refuse_trained(self, model: Any) -> None:
         """ValueError for tested patients that the model was trained on."""
         for one in self.evaluators:
             one.refuse_trained(model)
 
-    def results(self, known: Any) -> Both:
+    def results(self, known: Any) -> TaskResults:
         """Similarity and probes of an encoder, with words beside it, which are measured before the first one."""
         if self.fit_words and self.evaluators and self.words is None:
             self.words = self.fit_words().known(self.texts + self.others)
             self.of_words = self._results(self.words, None)
         return self._results(known, self.words)
 
-    def _results(self, known: Any, words: WordRows | None) -> Both:
+    def _results(self, known: Any, words: WordRows | None) -> TaskResults:
         uses = self.similarity.evaluate(known, words=words) if self.similarity else {}
-        return uses, self.probes.evaluate(known) if self.probes else {}
+        return TaskResults(uses, self.probes.evaluate(known) if self.probes else {})
 
     def __call__(self, name: str, model: Any, tokenizer: Any = None) -> Measured:
         """Numbers by name: geometry, similarity and probes with intervals, differences to the first call and to words."""

@@ -39,7 +39,7 @@ class Settings(NotesTable):
     )
     probe: list[str] = option([], help="Linear probes, label:kind each, as in probe.")
     beside: str | None = option(
-        None, help="JSON of measurements that the table shows beside this run's, such as MLM alone."
+        None, help="JSON file of an earlier run's measurements, such as MLM alone, shown as a column of the table."
     )
     share: str | None = option(
         None,

@@ -210,7 +210,9 @@ def objective_in_words(args: DenseTrainingArguments) -> str:
 def load_model(settings: Settings, args: DenseTrainingArguments) -> tuple[Any, bool]:
     """The model, and whether its language-modelling head has just been made."""
     if not settings.model:
-        return AutoDenseModel.from_config(AutoConfig.from_pretrained(str(settings.config_name)), args.pooling), False
+        return AutoDenseModel.from_config(
+            AutoConfig.from_pretrained(str(settings.config_name)), pooling=args.pooling
+        ), False
     model, loading = AutoDenseModel.from_pretrained(settings.model, pooling=args.pooling, output_loading_info=True)
     return model, bool(set(loading["missing_keys"]) & set(names_of_head(model)))
 

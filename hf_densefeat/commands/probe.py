@@ -54,7 +54,7 @@ class Settings(NotesTable):
 def run(settings: Settings) -> dict:
     """Read, encode, measure, write; returns what `report.json` holds."""
     if not settings.model and not settings.vectors:
-        raise ValueError("nothing to measure: pass --model, a folder or Hub name, or --vectors, a table.")
+        raise ValueError("Nothing to measure: pass --model, a folder or Hub name, or --vectors, a table.")
     from hf_densefeat.commands.examine import examine_all
     from hf_densefeat.commands.probe_report import show, write_predictions, write_report
 

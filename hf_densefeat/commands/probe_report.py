@@ -16,7 +16,7 @@ from hf_densefeat.commands.probe import Settings
 from hf_densefeat.data.notes import copied
 from hf_densefeat.evaluation.probes import ProbeResult, meds_predictions
 from hf_densefeat.evaluation.words import NAME as WORDS
-from hf_densefeat.reporting.comparison import Both, Measured, measured_of, plain_numbers, verdict
+from hf_densefeat.reporting.comparison import Measured, TaskResults, measured_of, plain_numbers, verdict
 from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
 from hf_densefeat.reporting.plots import Picture, plot_projection
 from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
@@ -34,7 +34,7 @@ def draw_projection(found: dict[str, Found], reading: Reading, settings: Setting
     return plot_projection(sets, rows.y[some], rows.classes, label=task.label, path=place)
 
 
-def measured_beside(found: dict[str, Found], beside: Both | None) -> list[Measured]:
+def measured_beside(found: dict[str, Found], beside: TaskResults | None) -> list[Measured]:
     """The encoders, and words after the first one; a single encoder is compared with words, which then come first."""
     first = next(iter(found.values())).results if len(found) > 1 or beside is None else beside
     measured = []
@@ -67,9 +67,9 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
         adjacent={name: one.adjacent for name, one in found.items()} if base.adjacent else None,
         per_patient={name: one.per_patient for name, one in found.items()} if base.per_patient else None,
         angles=angles,
-        shots=few_shot_curves({name: one.results[1] for name, one in found.items()}),
+        shots=few_shot_curves({name: one.results.probes for name, one in found.items()}),
         projection=draw_projection(found, reading, settings),
-        rows=rows_table(base.results[0]) + rows_table(base.results[1])[1:],
+        rows=rows_table(base.results.similarity) + rows_table(base.results.probes)[1:],
     )
     counts = {"notes": len(reading.notes), "notes_left_out": reading.left_out}
     counts |= {"patients": reading.pairs.num_patients, "pairs": len(reading.pairs), "copied": copied(reading.notes)}
@@ -83,7 +83,7 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
         "measured": measured,
         "adjacent": {name: one.adjacent for name, one in found.items()},
         "per_patient": {name: one.per_patient for name, one in found.items()},
-        "probes": {name: {task: plain(r) for task, r in one.results[1].items()} for name, one in found.items()},
+        "probes": {name: {task: plain(r) for task, r in one.results.probes.items()} for name, one in found.items()},
         "encode_seconds": {name: one.seconds for name, one in found.items()},
         "settings": {name: getattr(settings, name) for name in ("k", "bootstraps", "seed")}
         | {"shots": reading.probes.shots if reading.probes else []},
@@ -160,4 +160,4 @@ def write_predictions(output: str, reading: Reading, found: dict[str, Found]) ->
             if task.kind == "binary":
                 path = folder / f"{name} {task.name}.parquet"
                 path.touch(mode=0o600)
-                pq.write_table(meds_predictions(task, one.results[1][task.name]), path)
+                pq.write_table(meds_predictions(task, one.results.probes[task.name]), path)

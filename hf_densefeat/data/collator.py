@@ -39,6 +39,7 @@ class DensePairCollator(PairCollator):
         self,
         tokenizer: PreTrainedTokenizerBase,
         objective: Literal["mlm", "causal"] | None = "mlm",
+        *,
         mlm_probability: float = 0.30,
         whole_word_mask: bool = False,
         chunk_length: int | None = None,

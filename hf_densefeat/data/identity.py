@@ -49,9 +49,9 @@ def identities(
 
 
 def id_keys(ids: pa.ChunkedArray | Sequence[Any]) -> list[str]:
-    """The text of each id by which he is split and recorded, (n,), with "" for none.
+    """The text by which each patient is split and recorded, (n,); "" for a missing id.
 
-    It is wider than identity: 007 and 7, or a UUID in capitals, may be one patient in two tables, and share a key.
+    It is coarser than identity: 007 and 7, or a UUID in capitals, may be one patient in two tables, and share a key.
     """
     texts = pc.utf8_lower(identities(ids).cast(pa.string())).fill_null("")
     keys: list[str] = pc.replace_substring_regex(texts, r"^0+(\d)", r"\1").to_pylist()

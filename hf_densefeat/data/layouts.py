@@ -43,7 +43,7 @@ class Layout:
             raise ValueError(
                 f"Cannot take {self.roles}: {hidden or 'one column'} would be there twice. Rename or remove columns."
             )
-        return table.rename_columns(names)
+        return table.rename_columns(names) if names else table
 
 
 def match_columns(names: Sequence[str], columns: str | Mapping[str, str], meds: bool = False) -> Layout:

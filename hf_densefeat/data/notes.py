@@ -31,9 +31,9 @@ PLACEHOLDERS = ("0001-01-01", "1900-01-01", "9999-12-31")  # what they write for
 def load_notes(
     source: Any,
     columns: str | Mapping[str, str] = "auto",
+    *,
     split: str | None = None,
     on_missing: Literal["error", "drop"] = "error",
-    *,
     time_unit: str | None = None,
     time_format: str | None = None,
     drop_copies: bool = False,
@@ -162,7 +162,7 @@ def _checked(
 
 
 def no_notes(table: datasets.Dataset, preset: str) -> dict[str, np.ndarray]:
-    """Mark the rows that are no notes, by the reason; each is seen in the row alone."""
+    """Mark the rows that are no notes, by reason; each reason shows in the row alone."""
     blank, word = _no_texts(column(table, "text"))
     return {
         "a mark that they are errors": _flagged(table, preset),
@@ -172,7 +172,7 @@ def no_notes(table: datasets.Dataset, preset: str) -> dict[str, np.ndarray]:
 
 
 def other_codes(table: datasets.Dataset, preset: str) -> np.ndarray:
-    """Mark the events of a MEDS table that have text but are no notes, where codes tell: NOTE//… beside others."""
+    """Mark the events of a MEDS table that have a text but are no notes: codes other than NOTE//…, if any code is one."""
     if preset != "MEDS" or "code" not in table.column_names:
         return np.zeros(len(table), dtype=bool)
     notes: np.ndarray = pc.starts_with(column(table, "code"), pattern="NOTE").fill_null(False).to_numpy()
@@ -229,7 +229,7 @@ def _copies(hashes: np.ndarray, patient: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _again(*keys: np.ndarray) -> np.ndarray:
-    """Mark rows of which an earlier one agrees in every key."""
+    """Mark rows that agree with an earlier one in every key."""
     order = np.lexsort(keys)
     same = np.logical_and.reduce([key[order][1:] == key[order][:-1] for key in keys])
     again = np.zeros(len(order), dtype=bool)

@@ -202,6 +202,7 @@ def _cut(batch: dict[str, list[Any]], rows: list[int], kind: str) -> dict[str, l
 
 def adjacent_pairs(
     notes: datasets.Dataset,
+    *,
     max_gap: float | None = None,
     same: str | Sequence[str] = (),
     max_overlap: float | None = None,

@@ -1,4 +1,4 @@
-"""Who is trained on and who is held out: no patient is in two parts, and a model's record says in which he was.
+"""Who is trained on and who is held out: no patient is in two parts, and a model's record says in which each was.
 
 `hold_out` decides for every command and `parts_of_patients` for every table of ids; both ask the `SplitRecord`.
 """
@@ -36,7 +36,7 @@ class UnknownTrainingPatients(ValueError):
 
 @dataclass(frozen=True)
 class HashRule:
-    """A split by a hash of (seed, patient id): it says of any patient, of any table, where he was, and names none.
+    """A split by a hash of (seed, patient id): it gives the part of any patient of any table, and names none.
 
     A patient's place is his hash as a share of its range. Validation ends at the first of `cuts`, test at the second if
     there are three `shares`, and train has the rest.
@@ -186,8 +186,8 @@ def parts_of_patients(
 ) -> np.ndarray:
     """The part of each patient, 0 (train), 1 (validation) or 2 (test), (n,): nobody whom the record names is held out.
 
-    The table's own parts stand if they hold out nobody who was trained on. Without such, the record's rule decides in any
-    table; where it is none, or has trained patients in its held-out parts, these train, and others are held out.
+    The table's own parts stand if they hold out nobody who was trained on. Without such, the record's rule splits any table,
+    but whom another of its rules or lists trained on trains. Without a rule the shares are drawn from the other patients.
 
     Args:
         ids: different patients.
@@ -276,10 +276,10 @@ def parts_in_table(names: Sequence[Any], rows: np.ndarray, patient: np.ndarray, 
 
 def hold_out(
     notes: datasets.Dataset,
+    *,
     fractions: Sequence[float] = SHARES,
     seed: int = 0,
     split_column: str | None = "split",
-    *,
     record: SplitRecord | None = None,
     allow_trained: bool = False,
     need: Collection[str] = (),
@@ -321,10 +321,10 @@ def hold_out(
 
 def split_by_patient(
     notes: datasets.Dataset,
+    *,
     fractions: Sequence[float] = SHARES,
     seed: int = 0,
     split_column: str | None = "split",
-    *,
     record: SplitRecord | None = None,
     allow_trained: bool = False,
 ) -> datasets.DatasetDict:
@@ -346,4 +346,5 @@ def split_by_patient(
         ValueError: If the table's own splits share a patient, have a name we do not know, or hold out somebody whom the
             record names, or if nobody is left to be held out.
     """
-    return hold_out(notes, fractions, seed, split_column, record=record, allow_trained=allow_trained)[0]
+    options: dict[str, Any] = {"fractions": fractions, "seed": seed, "split_column": split_column}
+    return hold_out(notes, **options, record=record, allow_trained=allow_trained)[0]

@@ -1,1 +1,1 @@
-"""What an encoder became: geometry, similarity, probes."""
+"""Measures of a frozen encoder: geometry, similarity, probes."""

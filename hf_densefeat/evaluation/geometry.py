@@ -57,7 +57,7 @@ def _without_rounding(values: Tensor, z: Tensor, center: bool) -> Tensor:
     return values
 
 
-def spectrum(z: Tensor, center: bool = False) -> Tensor:
+def spectrum(z: Tensor, *, center: bool = False) -> Tensor:
     """Eigenvalues of the covariance, largest first: ``λ_i = s_i²/N``, shape ``(min(N, d),)``, float64.
 
     Equals ``scipy.linalg.svdvals(z) ** 2 / len(z)``. ``N`` divides, with and without centring. The absolute accuracy
@@ -76,7 +76,7 @@ def effective_rank_of_spectrum(values: Tensor) -> float:
     return float(torch.special.entr(values / total).sum().exp()) if total > 0 else 0.0
 
 
-def effective_rank(z: Tensor, center: bool = False) -> float:
+def effective_rank(z: Tensor, *, center: bool = False) -> float:
     """Number of directions in use: ``exp(-Σ p_i log p_i)``, ``p_i = λ_i/Σ_j λ_j`` (paper, section 5.2 and A.1).
 
     Equals ``exp(scipy.stats.entropy(eigenvalues))``. Range ``[1, min(N, d)]``, ``[1, min(N - 1, d)]`` centred, so it
@@ -84,7 +84,7 @@ def effective_rank(z: Tensor, center: bool = False) -> float:
     and centred) uses no direction and gives 0.0. (RankMe takes the entropy of the singular values, not of their
     squares: its numbers are larger.)
     """
-    return effective_rank_of_spectrum(spectrum(z, center))
+    return effective_rank_of_spectrum(spectrum(z, center=center))
 
 
 def _condition_of_spectrum(values: Tensor, attainable: int, floor: float) -> tuple[float, float]:
@@ -96,7 +96,7 @@ def _condition_of_spectrum(values: Tensor, attainable: int, floor: float) -> tup
     return float(top / values[-1]), float(top / values.quantile(0.5))
 
 
-def condition_number(z: Tensor, center: bool = False, floor: float = CONDITION_FLOOR) -> float:
+def condition_number(z: Tensor, *, center: bool = False, floor: float = CONDITION_FLOOR) -> float:
     """Largest over smallest attainable covariance eigenvalue: ``λ_1/max(λ_r, floor · λ_1)``, ``r = min(N, d)``.
 
     ``r = min(N - 1, d)`` centred: eigenvalues that the row count forces to zero do not count. Range ``[1, 1/floor]``.
@@ -109,7 +109,7 @@ def condition_number(z: Tensor, center: bool = False, floor: float = CONDITION_F
     `geometry_report`.
     """
     n, d = z.shape
-    return _condition_of_spectrum(spectrum(z, center), min(n - int(center), d), floor)[0]
+    return _condition_of_spectrum(spectrum(z, center=center), min(n - int(center), d), floor)[0]
 
 
 def mean_cosine(z: Tensor) -> float:
@@ -151,7 +151,7 @@ def _leading(z: Tensor, k: int, center: bool, name: str) -> Tensor:
     return directions[:, :k]
 
 
-def principal_angles(z_a: Tensor, z_b: Tensor, k: int = 20, center: bool = False) -> Tensor:
+def principal_angles(z_a: Tensor, z_b: Tensor, k: int = 20, *, center: bool = False) -> Tensor:
     """Angles between the leading k-dimensional subspaces, radians in ``[0, π/2]``, smallest first, shape ``(k,)``.
 
     Equals ``scipy.linalg.subspace_angles(U_a, U_b)`` in reverse order.
@@ -173,7 +173,7 @@ def _distance(u: Tensor, v: Tensor) -> float:
     return 2 * float((v - u @ (u.T @ v)).square().sum())
 
 
-def subspace_distance(z_a: Tensor, z_b: Tensor, k: int = 20, center: bool = False) -> float:
+def subspace_distance(z_a: Tensor, z_b: Tensor, k: int = 20, *, center: bool = False) -> float:
     """Squared projector distance of the leading subspaces: ``‖P_a - P_b‖_F² = 2k - 2‖U_aᵀU_b‖_F²`` (paper, A.2).
 
     Range ``[0, 2k]``. Twice the sum of the squared sines of the principal angles. Only the subspaces are compared, so
@@ -188,7 +188,7 @@ def subspace_distance(z_a: Tensor, z_b: Tensor, k: int = 20, center: bool = Fals
     return _distance(_leading(z_a, k, center, "z_a"), _leading(z_b, k, center, "z_b"))
 
 
-def halves_of(n: int, groups: Tensor | None = None, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+def halves_of(n: int, groups: Tensor | None = None, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Four draws of disjoint random halves of the rows, as row numbers; whole groups (integer codes, (n,)) go to one side."""
     generator = torch.Generator().manual_seed(seed)
     code = torch.arange(n) if groups is None else torch.unique(torch.as_tensor(groups), return_inverse=True)[1]
@@ -202,7 +202,7 @@ def halves_of(n: int, groups: Tensor | None = None, seed: int = 0) -> list[tuple
     return halves
 
 
-def patient_subspaces(z: Tensor, patients: Tensor, k: int = 20, seed: int = 0) -> dict[str, float]:
+def patient_subspaces(z: Tensor, patients: Tensor, k: int = 20, *, seed: int = 0) -> dict[str, float]:
     """Subspace distance of the earlier and the later half of each patient's notes (paper, Table 2), with its floor.
 
     Rows must be in time order within a patient. They are cut in the middle; the floor cuts the same rows at random, so
@@ -262,7 +262,7 @@ def geometry_state(report: dict[str, float]) -> State:
 
 
 def _spectral(z: Tensor, center: bool) -> dict[str, float]:
-    values = spectrum(z, center)
+    values = spectrum(z, center=center)
     condition, over_median = _condition_of_spectrum(values, min(len(z) - int(center), z.shape[1]), CONDITION_FLOOR)
     total = float(values.sum())
     resolved = int((values > CONDITION_FLOOR * values[0]).sum())
@@ -284,7 +284,7 @@ def _subspaces(sides: list[Tensor], k: int, center: bool, halves: list[tuple[Ten
     bases = [[(_basis(z[a], center), _basis(z[b], center)) for a, b in halves] for z in sides]
     raw = {"subspace_noise_floor": distance([pair for side in bases for pair in side])}
     if len(sides) == 2:
-        # Crosswise, so that these two halves share no row either: same N, same independence as the floor.
+        # Half a of one side against half b of the other: they share no row, as those of the noise floor.
         crossed = [p for (ua, ub), (va, vb) in zip(*bases, strict=True) for p in ((ua, vb), (ub, va))]
         raw["subspace_distance_half"] = distance(crossed)
         raw["subspace_distance"] = distance([(_basis(sides[0], center), _basis(sides[1], center))])
@@ -302,7 +302,7 @@ def _warn_once(used: int, k: int, n: int, groups: int, d: int) -> None:
 
 
 def geometry_report(
-    z: Tensor, z_next: Tensor | None = None, k: int = 20, groups: Tensor | None = None, seed: int = 0
+    z: Tensor, z_next: Tensor | None = None, *, k: int = 20, groups: Tensor | None = None, seed: int = 0
 ) -> dict[str, float]:
     """All measures in one flat dictionary; names ending in ``_centered`` are with each side's mean removed.
 

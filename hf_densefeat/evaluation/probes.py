@@ -213,7 +213,7 @@ class ProbeEvaluator(Evaluator):
     what = "probe"
 
     def _read(self, task: ProbeTask) -> ProbeRows:
-        rows = task_rows(task, self.seed, self.record, allow_trained=self.allow_trained)
+        rows = task_rows(task, seed=self.seed, record=self.record, allow_trained=self.allow_trained)
         if rows.unlabelled:
             logger.info("Probe %s: %d rows without a label are left out.", task.name, rows.unlabelled)
         return rows

@@ -234,6 +234,7 @@ def few_labels(
     z: Rows,
     y: np.ndarray,
     group: np.ndarray,
+    *,
     labels: Sequence[int] = LABELS,
     draws: int = 10,
     seed: int = 0,

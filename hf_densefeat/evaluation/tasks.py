@@ -108,7 +108,7 @@ def _read(task: ProbeTask) -> tuple[list, list, list, list]:
 
 
 def task_rows(
-    task: ProbeTask, seed: int = 0, record: SplitRecord | None = None, *, allow_trained: bool = False
+    task: ProbeTask, *, seed: int = 0, record: SplitRecord | None = None, allow_trained: bool = False
 ) -> ProbeRows:
     """Read a task's table: labelled rows, label codes, patient codes, the split.
 

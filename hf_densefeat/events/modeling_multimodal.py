@@ -115,7 +115,7 @@ class MultimodalPairCollator(EpisodePairCollator):
     ):
         super().__init__(processor, objective, mask_probability)
         self.events = EpisodePairCollator(processor.events, objective, mask_probability)
-        self.text = DensePairCollator(processor.tokenizer, objective, mask_probability)
+        self.text = DensePairCollator(processor.tokenizer, objective, mlm_probability=mask_probability)
 
     def row(self, row: Row, seed: tuple[int, int]) -> Row:
         """The row with masked tokens and values, and the labels of both."""

@@ -91,13 +91,13 @@ class EventProcessor(EpisodeProcessor, FeatureExtractionMixin):
 
     model_input_names = ("input_ids", "quantiles", "hours", "attention_mask")
 
-    def __init__(self, codes=(), values=(), levels=(), max_events=128, bins=32, max_hours=24.0, **kwargs):
+    def __init__(self, codes=(), values=(), levels=(), *, max_events=128, bins=32, max_hours=24.0, **kwargs):
         super().__init__(**kwargs)
         self.codes, self.values, self.levels = list(codes), list(values), list(levels)
         self.max_events, self.bins, self.max_hours = max_events, bins, max_hours
 
     @classmethod
-    def fit(cls, episodes: Sequence[str], max_events: int = 128, min_count: int = 10) -> EventProcessor:
+    def fit(cls, episodes: Sequence[str], *, max_events: int = 128, min_count: int = 10) -> EventProcessor:
         """Codes, quantiles and hours of training patients' episodes; episodes without events are passed over.
 
         A code needs `min_count` events to become known. `POINTS` quantiles of each, the least and the largest value among
@@ -120,7 +120,7 @@ class EventProcessor(EpisodeProcessor, FeatureExtractionMixin):
             raise ValueError(
                 f"Expected a code with at least {min_count} events, got none in {len(episodes)} episodes."
             )
-        return cls(known, values, levels, max_events, max_hours=float(max(hours.max(), 1.0)))
+        return cls(known, values, levels, max_events=max_events, max_hours=float(max(hours.max(), 1.0)))
 
     @property
     def vocab_size(self) -> int:

@@ -120,8 +120,9 @@ def events_of(episodes: Sequence[str]) -> tuple[np.ndarray, list[str], np.ndarra
             code, value, hours = zip(*events, strict=True) if events else ((), (), ())
             numbers.append(np.array([value, hours], np.float64))
         except (TypeError, ValueError) as error:
-            message = f"Episode {i}: expected events of code, value and hours, the last two numbers, got another."
-            raise ValueError(message) from error
+            raise ValueError(
+                f'Episode {i}: expected events of code, value and hours, such as ["HR", 88.0, 1.5], got something else.'
+            ) from error
         if not np.isfinite(numbers[-1]).all():
             raise ValueError(
                 f"Episode {i} has an event whose value or hours are not finite. A missing value is no event: leave it out."

@@ -27,7 +27,7 @@ class Choice:
         center: it subtracts the mean.
         epsilon: see `content_head`.
         ranks: kind of validation pairs to the mean reciprocal rank at which a text finds its pair among everybody's.
-        gain: of rank over the encoder as it is, on the kinds of pairs that it was not fitted on, or else on its own.
+        gain: in rank over the encoder as it is, on the kinds of pairs that the view was not fitted on, or else on its own.
         error: standard error of `gain`, paired by text.
     """
 

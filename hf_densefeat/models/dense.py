@@ -156,11 +156,11 @@ class DenseFeatureMixin(Native):
         self,
         texts: list[str] | dict[str, Tensor],
         tokenizer: Any = None,
+        *,
         batch_size: int = 32,
         max_length: int | None = None,
         show_progress_bar: bool = False,
         head: bool = True,
-        *,
         view: str | None = "content",
         input_layer: bool = False,
         prompt_name: str | None = None,
@@ -287,6 +287,7 @@ def _dense_class(native: Any) -> Any:
 
 def as_dense(
     model: PreTrainedModel,
+    *,
     pooling: str | None = None,
     max_length: int | None = None,
     long_notes: str | None = None,
@@ -322,12 +323,14 @@ class AutoDenseModel:
     """The native masked-LM class of a checkpoint (or causal, or base class, where there is none) with the mixin."""
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, pooling: str | None = None, max_length: int | None = None, **kwargs):
+    def from_pretrained(
+        cls, name_or_path: str, *, pooling: str | None = None, max_length: int | None = None, **kwargs
+    ):
         """As `AutoModelForMaskedLM.from_pretrained`, in float32 unless `dtype` says otherwise.
 
         Args:
             name_or_path: Hub name or folder.
-            pooling: "mean", "cls", "last" or "max"; None for what the checkpoint says, else "mean" ("last" for decoders).
+            pooling: a name of `POOLINGS`; None for what the checkpoint says, else "mean" ("last" for decoders).
             max_length: tokens of a note that the embedding sees; None for what the checkpoint says.
             kwargs: passed on.
         """
@@ -337,11 +340,11 @@ class AutoDenseModel:
         config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
         loaded = auto_class(config).from_pretrained(name_or_path, **kwargs)
         loaded, *info = loaded if kwargs.get("output_loading_info") else (loaded,)
-        model: Any = as_dense(loaded, pooling or folder.pooling, max_length or folder.max_length)
+        model: Any = as_dense(loaded, pooling=pooling or folder.pooling, max_length=max_length or folder.max_length)
         model.sentence, model.views = folder.settings, folder.views
         return (model, *info) if info else model
 
     @classmethod
-    def from_config(cls, config, pooling: str | None = None, max_length: int | None = None, **kwargs):
+    def from_config(cls, config, *, pooling: str | None = None, max_length: int | None = None, **kwargs):
         """A model with random weights."""
-        return as_dense(auto_class(config).from_config(config, **kwargs), pooling, max_length)
+        return as_dense(auto_class(config).from_config(config, **kwargs), pooling=pooling, max_length=max_length)

@@ -50,7 +50,7 @@ def token_rows(texts: Sequence[str], tokenizer: Any, limit: int, *, chunk: bool)
 
 
 def batches_by_length(lengths: Sequence[int], most: int, total: int | None = None) -> Iterator[list[int]]:
-    """Yield places, longest first, at most `most` at once, padded to `total` at most; what is longer is a batch of its own."""
+    """Yield batches of indices, longest first: at most `most` rows, and `total` positions unless one row has more."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):

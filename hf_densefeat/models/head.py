@@ -36,8 +36,8 @@ class DenseHead:
     def fit(cls, z: Tensor, *, epsilon: float = math.inf) -> DenseHead:
         """Fit on embeddings (N, d) of training notes.
 
-        Directions in which the notes do not differ (N < d, constant features) are divided by sqrt(epsilon l) as all others
-        are at least, and to rounding they are 0; with epsilon 0 they go to 0. Equal rows, and one, are centred only.
+        A direction without variance (N < d, constant features) is divided by sqrt(epsilon l), the smallest divisor; with
+        epsilon 0 it is set to 0. Equal rows, and a single row, are centred only.
 
         Raises:
             ValueError: for no rows, values that are not finite, or an epsilon below 0 or NaN.

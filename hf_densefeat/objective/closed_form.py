@@ -26,7 +26,7 @@ Pooled = tuple[Tensor, Tensor]  # P (d, d), and the trace t, 1 where nothing var
 
 
 def pooled_of(seen: Statistics, *, batch: bool = False) -> Pooled:
-    """P and t of what the terms are of, or of this update alone, as numbers."""
+    """P and t of the covariances that the terms see, or with `batch` of this update's alone; without gradient."""
     one = torch.ones_like(seen.a.trace)
     sides = seen.a, seen.b
     (x_a, c_a), (x_b, c_b) = ((side.batch_covariance, one) if batch else side.scaled for side in sides)
@@ -36,9 +36,9 @@ def pooled_of(seen: Statistics, *, batch: bool = False) -> Pooled:
 
 
 def paper_terms(seen: Statistics, pooled: Pooled, pair: PairMoments) -> tuple[Tensor, Tensor, Tensor]:
-    """L_spec, L_sub and L_orth of `seen` and its `pooled_of`, differentiable in `pair`, whose numbers these are.
+    """L_spec, L_sub and L_orth, differentiable in `pair`; L_orth for centred sides alone.
 
-    L_orth is for centred sides alone.
+    `seen` are the statistics of the same moments without gradient, and `pooled` is `pooled_of(seen)`.
     """
     moments = pair.a.first, pair.a.second, pair.b.first, pair.b.second
     values: tuple[Tensor, Tensor, Tensor] = _PaperTerms.apply(seen, pooled, *moments)  # type: ignore[no-untyped-call]

@@ -174,9 +174,9 @@ class Statistics:
 
     @property
     def noise(self) -> Tensor:
-        """Squared Frobenius norm of the sampling error of `pooled` over its trace, estimated from above, ().
+        """Squared Frobenius norm of the sampling error of `pooled` over its trace, an upper estimate, ().
 
-        The mean over the sides: adjacent notes are not independent, so no less is claimed of both together.
+        The sides are correlated, so the noise of their mean is taken to be the mean of theirs.
         """
         return (self.a.noise + self.b.noise) / 2
 

@@ -108,8 +108,8 @@ print(embeddings.shape)  # torch.Size([2, {width}])
 BODY = """# {name}
 
 {kind}: `{architecture}`, {parameters:,} parameters, {width}-dimensional embeddings by {pooling}
-pooling of {span}. {origin} Trained with [hf_densefeat](#citation) on adjacent notes of the same
-patients: language modelling together with an objective that shapes the linear structure of the embeddings.
+pooling of {span}. {origin} Trained with [hf_densefeat](#citation) on pairs of texts of the same
+patients, with an objective that shapes the linear structure of the embeddings.
 
 ## Use
 
@@ -121,7 +121,7 @@ A private repository needs `hf auth login` first. {local} {longer}
 
 {counts}
 
-Notes are paired with the same patient's next note. No text of them is in this repository.
+A pair is two notes of a patient, one after the other, or two parts of one note. No text of them is in this repository.
 
 ## Objective
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -33,28 +33,32 @@ class Measured(TypedDict, total=False):
     against_words: dict[str, Triple]
 
 
-Both = tuple[Mapping[str, SimilarityResult], Mapping[str, ProbeResult]]  # of similarity and of probes, task to result
+class TaskResults(NamedTuple):
+    """What both evaluators found of one encoder, task to result; either may be empty."""
+
+    similarity: Mapping[str, SimilarityResult]
+    probes: Mapping[str, ProbeResult]
 
 
 def measured_of(
     name: str,
     geometry: dict[str, float],
     spectrum: Any,
-    results: Both,
+    results: TaskResults,
     *,
-    base: Both | None = None,
-    words: Both | None = None,
+    base: TaskResults | None = None,
+    words: TaskResults | None = None,
 ) -> Measured:
     """What was measured of one encoder as plain numbers, in the one form that tables, cards and pages read.
 
-    Results are of similarity and of probes, either may be empty: of this encoder, of the one that it is compared with (the
-    base; None for that one itself), and of words, where they are measured beside it.
+    Results are of this encoder, of the base that it is compared with (None for the base itself), and of words, where they are
+    measured beside it.
     """
 
     def triples(tasks: Iterable[tuple[str, dict[str, Estimate]]]) -> dict[str, Triple]:
         return {f"{task} {name}": [e.value, e.low, e.high] for task, found in tasks for name, e in found.items()}
 
-    def against(other: Both | None) -> dict[str, Triple]:
+    def against(other: TaskResults | None) -> dict[str, Triple]:
         sides: Any = () if other is None else zip(results, other, strict=True)
         return triples(
             (task, paired_difference(one, base[task])) for ours, base in sides for task, one in ours.items()
@@ -221,7 +225,7 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
     """
     report, name = ours["geometry"], ours["name"]
     state = geometry_state(report)
-    shape = f"{name} is {state} on these notes"
+    shape = f"On these notes {name} is {state}"  # no sentence begins with a name, which may be in lower case
     numbers = (
         f"centred effective rank {report['effective_rank_centered']:.0f} of {report['attainable_rank']:.0f} attainable; "
         f"{variance_share(report):.0%} of the squared length is variance"

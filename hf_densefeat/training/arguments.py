@@ -32,7 +32,7 @@ class DenseTrainingArguments(TrainingArguments):
 
     loss = mlm_weight MLM + dense_weight (L_spec + lambda_sub L_sub + lambda_orth L_orth + lambda_pair L_pair + lambda_anchor
     L_anchor), L_pair the share of variance that the notes of a pair do not share (`unshared_variance`), L_anchor how far
-    cosines of unrelated notes have moved from those of the frozen start (`Anchor`; a copy of the model is kept for it).
+    cosines of unrelated notes have moved from those of the frozen start (`anchor`; a copy of the model is kept for it).
 
     Batch sizes count pairs: a forward sees 2 x `per_device_train_batch_size` notes. Different from the stock defaults:
     repositories are private, buffers are not broadcast, `logging_steps` is 10.
@@ -58,7 +58,8 @@ class DenseTrainingArguments(TrainingArguments):
     )
     center: bool = option(True, help="Subtract each side's mean; the paper's Sigma is uncentred.")
     unbiased: bool = option(
-        False, help="Estimate L_spec without the i = j terms; a patient is then once in an update, where that can be."
+        False,
+        help="Estimate L_spec without bias (U-statistic); each patient is at most once in an update, where possible.",
     )
     terms: dict | str | None = option(
         None, help="More terms of the objective, JSON of name to weight, such as rank_deficit."
@@ -69,7 +70,7 @@ class DenseTrainingArguments(TrainingArguments):
         help="With gradient accumulation: keep the graphs of all micro-batches, in the memory of one step on the whole "
         "update, instead of running each forward twice.",
     )
-    pooling: str | None = option(None, help="mean, cls, last or max; default: the model's.")
+    pooling: str | None = option(None, help="mean, cls, last, max or mean_sqrt_len; default: the model's.")
     max_length: int | None = option(None, help="Tokens kept of a note; default: the model's.")
     long_notes: str | None = option(None, help="truncate, or chunk and average; default: the model's, else truncate.")
     mlm_probability: float = option(0.30, help="Share of tokens to predict.")
@@ -83,8 +84,8 @@ class DenseTrainingArguments(TrainingArguments):
     max_gap: float | None = option(None, help="Largest time between adjacent notes, in days.")
     preprocessing_num_workers: int | None = option(None, help="Processes that tokenise.")
 
-    hub_private_repo: bool | None = option(True, help="Patient text trained it: private unless said.")
-    ddp_broadcast_buffers: bool | None = option(False, help="Buffers are constants here.")
+    hub_private_repo: bool | None = option(True, help="Private: patient text trained the model.")
+    ddp_broadcast_buffers: bool | None = option(False, help="Off: buffers are constants here.")
     logging_steps: float = option(10, help="Log every so many updates (or a share, below 1).")
 
     def __post_init__(self):

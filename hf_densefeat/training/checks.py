@@ -15,7 +15,7 @@ from hf_densefeat.training.arguments import DenseTrainingArguments
 
 
 def check_functions(kwargs: dict, data_collator: Any) -> None:
-    """What of the stock Trainer would be ignored without a word, or fail on pairs."""
+    """Refuse what the stock Trainer takes, and this one would ignore or fail on."""
     room = getattr(data_collator, "__module__", "") or ""
     if data_collator is not None and room.startswith("transformers."):
         raise ValueError(
@@ -36,19 +36,17 @@ def check_functions(kwargs: dict, data_collator: Any) -> None:
 
 
 def check_head(model, args: DenseTrainingArguments) -> None:
-    """Language modelling needs a head, and the dense terms hidden states of a known width."""
+    """Refuse language modelling without a head for it."""
     if args.mlm_weight and model.language_modeling is None:
         raise ValueError(
             f"mlm_weight is {args.mlm_weight} but {type(model).__name__} has no language-modelling head. Load the model "
             "by name, AutoDenseModel.from_pretrained(...), which adds one where its family has it, or set mlm_weight=0 "
             "to train with the dense objective alone."
         )
-    if not hasattr(model.config, "hidden_size"):
-        raise ValueError(f"{type(model).__name__} is not a text encoder: its config has no hidden_size.")
 
 
 def check_sharding(model) -> None:
-    """Accelerate knows of tied embeddings; a parameter with two names elsewhere would be in two groups of FSDP2."""
+    """Refuse a shared parameter, which would be in two groups of FSDP2; tied embeddings are known to accelerate."""
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -62,7 +60,7 @@ def check_sharding(model) -> None:
 
 
 def check_objective(objective: Objective, args: DenseTrainingArguments) -> None:
-    """A `BatchLoss` does not add up over micro-batches or ranks."""
+    """Refuse a `BatchLoss` with several micro-batches or ranks, over which it does not add up."""
     if not objective.adds_up and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
         raise ValueError(
             "A BatchLoss is that of one whole batch, but gradient_accumulation_steps is "
@@ -72,7 +70,7 @@ def check_objective(objective: Objective, args: DenseTrainingArguments) -> None:
 
 
 def check_subspace(pairs: float, batch: int, d: int, objective: Objective) -> None:
-    """K must be below the rank that the samples behind a covariance can have."""
+    """Refuse a subspace dimension above the rank that the samples behind a covariance can have."""
     window = d if objective.window == "auto" else float(objective.window or 0)
     samples = min(max(batch, window), pairs)
     rank = min(d, int(samples) - objective.center)
@@ -85,7 +83,7 @@ def check_subspace(pairs: float, batch: int, d: int, objective: Objective) -> No
 
 
 def check_trainable(model) -> None:
-    """A model whose parameters are all frozen would fail in autograd, in the middle of the first step."""
+    """Refuse a model whose parameters are all frozen: it would fail in autograd, in the middle of the first step."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"No parameter of {type(model).__name__} is trainable: requires_grad is False for all of them. Set it for "
@@ -94,7 +92,7 @@ def check_trainable(model) -> None:
 
 
 def check_stream(args: DenseTrainingArguments, processor: PairProcessor) -> None:
-    """Inputs other than texts, and more than one reader, do not go with a stream."""
+    """Refuse a stream of inputs other than texts, and several readers of one."""
     if not isinstance(processor, StreamProcessor):
         raise ValueError(
             f"{type(processor).__name__} cannot read a stream: pass the notes as a datasets.Dataset, which is memory-mapped."
@@ -107,7 +105,7 @@ def check_stream(args: DenseTrainingArguments, processor: PairProcessor) -> None
 
 
 def check_run(trainer: Any) -> None:
-    """What can be refused only at the end of the constructor, when devices, ranks and sharding are known."""
+    """Refuse what shows only at the end of the constructor, when devices, ranks and sharding are known."""
     args, model, objective = trainer.args, trainer.dense_model, trainer.objective
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if args.n_gpu > 1:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_densefeat.models.encoding import evaluating
 from hf_densefeat.models.modules import through
 from hf_densefeat.models.pooling import over_chunks
 
@@ -142,18 +143,14 @@ def predicts_by_position(dense: Any, batch: dict) -> bool:
     }
     chosen = torch.zeros_like(batch["labels"], dtype=torch.bool, device=dense.device)
     chosen[0, -1] = True  # alone: a head that mixes positions, or counts them from the first, gives something else
-    training = [module for module in dense.modules() if module.training]
-    dense.eval()
     try:
-        every = dense(**rows).logits
-        with dense.capture_hidden(chosen):
-            some = dense(**rows).logits
+        with evaluating(dense):
+            every = dense(**rows).logits
+            with dense.capture_hidden(chosen):
+                some = dense(**rows).logits
     except Exception as error:  # whatever a head raises, it does not take positions alone
         logger.info("Logits are computed at every position: %s", type(error).__name__)
         return False
-    finally:
-        for module in training:
-            module.training = True
     return some.shape == (1, 1, every.shape[-1]) and torch.allclose(
         some[0].float(), every[chosen].float(), rtol=1e-2, atol=1e-3
     )

@@ -30,7 +30,8 @@ def prepare_model(
     Without weight on language modelling, what is not in the body of the model is frozen: no gradient reaches it.
     """
     loaded: Any = AutoDenseModel.from_pretrained(model) if isinstance(model, str) else model
-    dense = as_dense(without_adapter(loaded), args.pooling, args.max_length, args.long_notes)
+    how: dict[str, Any] = {name: getattr(args, name) for name in ("pooling", "max_length", "long_notes")}
+    dense = as_dense(without_adapter(loaded), **how)
     if args.mlm_weight == 0:
         body = {id(parameter) for parameter in dense.base_model.parameters()}
         for parameter in dense.parameters():

@@ -53,7 +53,7 @@ class ResumableTrainer(Trainer):
     * A run with an adapter saves the merged encoder, which opens anywhere, and the adapter, from which it resumes.
 
     Attributes:
-        told_to_stop: this process has got SIGTERM.
+        told_to_stop: this process has received SIGTERM.
         stopped: training ended by SIGTERM, on all ranks.
     """
 

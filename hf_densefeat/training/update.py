@@ -156,7 +156,7 @@ class UpdateTrainer(ResumableTrainer):
             update.tokens, update.stops = self.accelerator.reduce(counts, reduction="sum")
 
     def agreed_to_stop(self) -> bool:
-        """Whether any rank was told to, as the collective of the update found."""
+        """Whether any rank was told to stop, as the collective of the update counted."""
         return bool(self._update.stops)
 
     @torch.no_grad()

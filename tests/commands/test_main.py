@@ -259,7 +259,7 @@ def test_a_model_without_a_tokenizer_and_one_that_is_not_there_are_named(tokeniz
     words = [command, "--notes", str(tmp_path / "notes.parquet"), *out, option]
     with pytest.raises(SystemExit, match="No tokenizer beside the model"):
         main.main([*words, str(tmp_path / "bare")])
-    with pytest.raises(SystemExit, match=r"the model '.*absent' cannot be loaded\. There is no such folder"):
+    with pytest.raises(SystemExit, match=r"The model '.*absent' cannot be loaded\. There is no such folder"):
         main.main([*words, str(tmp_path / "absent")])
 
 

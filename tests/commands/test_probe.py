@@ -204,6 +204,6 @@ def test_angles_ask_no_more_than_the_report_found():
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(12, 40, generator=generator)[torch.randint(12, (45,), generator=generator)]
         patients = torch.arange(44) // 6 * 3
-        k = int(geometry_report(z[:-1], z[1:], 20, patients, seed=0)["k"])
+        k = int(geometry_report(z[:-1], z[1:], k=20, groups=patients, seed=0)["k"])
         angles, floor = _angles_with_floor(z[:-1], z[1:], patients, k, 0)
         assert angles.shape == floor.shape == (k,)

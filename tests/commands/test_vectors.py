@@ -95,7 +95,7 @@ def test_probe_measures_vectors_alone(tables):
     assert json.loads((folder / "report" / "report.json").read_text())["verdicts"]["api"]["against"]
     with pytest.raises(ValueError, match="column:query need an encoder"):
         probe.run(parse(probe, [*words, "--similarity", "note_id:query"]))
-    with pytest.raises(ValueError, match="nothing to measure"):
+    with pytest.raises(ValueError, match="Nothing to measure"):
         probe.run(parse(probe, words[2:]))
 
 

@@ -40,9 +40,9 @@ def test_split_by_patient(patients, seed, shuffle, parts):
     )
     if len(set(patients)) < len(parts):
         with pytest.raises(ValueError, match="Expected at least"):
-            split_by_patient(table, parts, seed)
+            split_by_patient(table, fractions=parts, seed=seed)
         return
-    first = split_by_patient(table, parts, seed)
+    first = split_by_patient(table, fractions=parts, seed=seed)
     owners = {name: set(part["patient_id"]) for name, part in first.items()}
     assert sum(map(len, owners.values())) == len(set.union(*owners.values())) == len(set(patients))
     assert sorted(int(text) for part in first.values() for text in part["text"]) == list(range(len(patients)))
@@ -51,7 +51,7 @@ def test_split_by_patient(patients, seed, shuffle, parts):
         abs(len(owners[name]) - share * len(set(patients))) <= 2 for name, share in zip(owners, parts, strict=True)
     )
     order = np.random.default_rng(shuffle).permutation(len(patients))
-    again = split_by_patient(table.select(order), parts, seed)
+    again = split_by_patient(table.select(order), fractions=parts, seed=seed)
     assert owners == {name: set(part["patient_id"]) for name, part in again.items()}
 
 
@@ -66,12 +66,12 @@ def test_the_tables_own_splits():
     assert "Jane" not in str(error.value)  # the column may hold anything
     with pytest.raises(ValueError, match=r"Nobody is in validation and test.*names patients for train alone"):
         hold_out(two_patients(split=["train"] * 4), need=("train", "validation", "test"))
-    assert set(split_by_patient(two_patients(split=["?"] * 4), (0.5, 0.5), split_column=None)) == {
+    assert set(split_by_patient(two_patients(split=["?"] * 4), fractions=(0.5, 0.5), split_column=None)) == {
         "train",
         "validation",
     }
     with pytest.raises(ValueError, match="add up to 1"):
-        split_by_patient(two_patients(), (0.5, 0.6))
+        split_by_patient(two_patients(), fractions=(0.5, 0.6))
 
 
 def test_record_says_where_a_patient_was():
@@ -85,7 +85,7 @@ def test_record_says_where_a_patient_was():
     shares = np.bincount(rule.parts_of([f"other {i}" for i in range(4000)])) / 4000
     np.testing.assert_allclose(shares, [0.7, 0.15, 0.15], atol=0.06)
     assert set(record.to_dict()) == {"rules", "listed", "ids"}
-    assert hold_out(table, (0.8, 0.2), seed=7)[1].rules[0].parts_of([1, 2, 3]).max() <= 1
+    assert hold_out(table, fractions=(0.8, 0.2), seed=7)[1].rules[0].parts_of([1, 2, 3]).max() <= 1
     np.testing.assert_array_equal(record.trained_on(parts["train"]["patient_id"]), True)
     np.testing.assert_array_equal(record.trained_on(parts["test"]["patient_id"]), False)
 

@@ -49,10 +49,10 @@ def test_spectrum_rank_and_condition_equal_scipy(n, d, center):
     """Eigenvalues are squared singular values over N; rank and condition number follow from them."""
     z = embeddings(n, d)
     values = scipy.linalg.svdvals(reference(z, center)) ** 2 / n
-    np.testing.assert_allclose(spectrum(z, center).numpy(), values, atol=1e-13)
-    assert effective_rank(z, center) == pytest.approx(np.exp(scipy.stats.entropy(values)), rel=1e-12)
+    np.testing.assert_allclose(spectrum(z, center=center).numpy(), values, atol=1e-13)
+    assert effective_rank(z, center=center) == pytest.approx(np.exp(scipy.stats.entropy(values)), rel=1e-12)
     smallest = values[min(n - int(center), d) - 1]
-    assert condition_number(z, center) == pytest.approx(values[0] / smallest, rel=1e-8)
+    assert condition_number(z, center=center) == pytest.approx(values[0] / smallest, rel=1e-8)
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -60,10 +60,10 @@ def test_spectrum_rank_and_condition_equal_scipy(n, d, center):
 def test_subspace_distance_and_angles_equal_scipy(n, d, center):
     """The distance is that of the projectors, twice the sum of the squared sines of SciPy's principal angles."""
     z, other, k = embeddings(n, d), embeddings(n, d, seed=1) + embeddings(n, d), 5
-    u, v = leading(z, k, center), leading(other, k, center)
-    distance = subspace_distance(z, other, k, center)
+    u, v = leading(z, k, center), leading(other, k, center=center)
+    distance = subspace_distance(z, other, k, center=center)
     assert distance == pytest.approx(np.linalg.norm(u @ u.T - v @ v.T) ** 2, rel=1e-10)
-    angles = principal_angles(z, other, k, center)
+    angles = principal_angles(z, other, k, center=center)
     np.testing.assert_allclose(angles.numpy()[::-1], scipy.linalg.subspace_angles(u, v), atol=1e-10)
     assert distance == pytest.approx(2 * float(angles.sin().square().sum()), rel=1e-10)
 
@@ -84,10 +84,10 @@ def test_values_do_not_depend_on_scale_rotation_or_row_order():
     q, order = torch.linalg.qr(embeddings(12, 12, seed=2).double())[0], torch.randperm(40)
     turned, turned_other = 7 * (z.double() @ q)[order], 3 * other.double() @ q
     for center in (False, True):
-        assert effective_rank(turned, center) == pytest.approx(effective_rank(z, center), rel=1e-9)
-        assert condition_number(turned, center) == pytest.approx(condition_number(z, center), rel=1e-9)
-        assert subspace_distance(turned, turned_other, 4, center) == pytest.approx(
-            subspace_distance(z, other, 4, center), rel=1e-9
+        assert effective_rank(turned, center=center) == pytest.approx(effective_rank(z, center=center), rel=1e-9)
+        assert condition_number(turned, center=center) == pytest.approx(condition_number(z, center=center), rel=1e-9)
+        assert subspace_distance(turned, turned_other, 4, center=center) == pytest.approx(
+            subspace_distance(z, other, 4, center=center), rel=1e-9
         )
 
 

@@ -100,6 +100,7 @@ def test_probes_leave_training_as_it_was(tokenizer, notes, evaluator, tmp_path):
     for name, probes in (("with", evaluator), ("without", None)):
         chosen = "sick_auroc" if probes else "loss"
         options = {"metric_for_best_model": chosen, "load_best_model_at_end": False, "logging_steps": 1}
+        options |= {"save_strategy": "no"}
         trainer = trainer_of(tmp_path / name, tokenizer, notes, probes, **options)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

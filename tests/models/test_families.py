@@ -152,7 +152,7 @@ def opened(trainers, tmp_path_factory):
     root, expected = tmp_path_factory.mktemp("saved"), {}
     for family, kind, pooling in CASES:
         trainer, name = trainers[family, kind], f"{family}-{kind}-{pooling}"
-        model = as_dense(trainer.dense_model, pooling)
+        model = as_dense(trainer.dense_model, pooling=pooling)
         trainer.save_model(str(root / name))
         expected[name] = model.encode(TEXTS, trainer.processing_class)
     (root / "texts.json").write_text(json.dumps(TEXTS))
@@ -180,7 +180,7 @@ def test_every_family_trains(trainers, family, kind):
     assert log["mlm_loss"] > 0
     assert 0 < log["spectral_spreading"] < 1
     assert log["skipped_updates"] == 0
-    fresh = as_dense(build(family, trainer.processing_class), model.pooling)
+    fresh = as_dense(build(family, trainer.processing_class), pooling=model.pooling)
     moved = model.encode(TEXTS, trainer.processing_class) - fresh.encode(TEXTS, trainer.processing_class)
     assert moved.abs().max() > 1e-4
 
@@ -211,7 +211,7 @@ def test_what_cannot_work_says_so_by_name(tokenizer):
         {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 3)}
     ).shape == (2, 8)
     with pytest.raises(ValueError, match="cls pooling takes the first token, which in LlamaForCausalLM"):
-        as_dense(build("llama", tokenizer), "cls")
+        as_dense(build("llama", tokenizer), pooling="cls")
     model = AutoModelForCausalLM.from_config(build("llama", tokenizer).config)
     model.base_model_prefix = "nothing"
     with pytest.raises(ValueError, match="LlamaForCausalLM has no body apart from its head"):

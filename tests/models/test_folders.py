@@ -55,7 +55,7 @@ def make_folder(bases, target, kind):
     pooling = Pooling(24, mode, include_prompt=kind != "everything")
     prompts = {"prompts": PROMPTS, "default_prompt_name": "passage"} if prompted else {}
     encoder = SentenceTransformer(modules=[transformer, pooling, *tail], device="cpu", **prompts)
-    encoder.save_pretrained(str(target))
+    encoder.save_pretrained(str(target), create_model_card=False)
     return encoder
 
 

@@ -274,7 +274,7 @@ def test_as_dense_changes_the_object_in_place():
     model, calls = BertForMaskedLM(config), []
     model.register_forward_hook(lambda *args: calls.append(1))
     before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
-    dense = as_dense(model, "cls")
+    dense = as_dense(model, pooling="cls")
     assert dense is model
     assert as_dense(model) is model
     assert model.pooling == "cls"

@@ -159,8 +159,7 @@ def distinct_pairs(x):
     return float(torch.stack([(x[i] @ x[j]) ** 2 for i, j in itertools.permutations(range(len(x)), 2)]).mean())
 
 
-def u_statistic(z, center, shift=None):
-    m = Moments.of(z, shift)
+def u_statistic(m, center):
     sigma = m.covariance(center)
     plug_in = sigma.square().sum()
     rest = plug_in - m.noise_of_purity(plug_in, sigma.trace(), center)
@@ -172,8 +171,8 @@ def test_u_statistic_equals_the_sum_over_distinct_indices(n):
     """What is left after `noise_of_purity` is the brute-force mean over distinct indices, about any shift."""
     z = embeddings(n, 3)
     for shift in (None, torch.tensor([4.0, -1.0, 0.0]).double()):
-        assert u_statistic(z, True, shift) == pytest.approx(distinct_quadruples(z), rel=1e-9)
-        assert u_statistic(z, False, shift) == pytest.approx(distinct_pairs(z), rel=1e-9)
+        assert u_statistic(Moments.of(z, shift), True) == pytest.approx(distinct_quadruples(z), rel=1e-9)
+        assert u_statistic(Moments.of(z, shift), False) == pytest.approx(distinct_pairs(z), rel=1e-9)
 
 
 def test_unbiased_objective_is_the_mean_of_both_sides():
@@ -198,8 +197,9 @@ def test_u_statistic_is_unbiased_and_the_plug_in_is_not(center):
     truth = torch.diag(deviations.square()) + (0 if center else mean**2)
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(4000, 8, 3, generator=generator, dtype=torch.float64) * deviations + mean
-    values = np.array([u_statistic(sample, center) for sample in z])
-    plug_in = np.array([float(Moments.of(sample).covariance(center).square().sum()) for sample in z])
+    moments = [Moments.of(sample) for sample in z]
+    values = np.array([u_statistic(m, center) for m in moments])
+    plug_in = np.array([float(m.covariance(center).square().sum()) for m in moments])
     target, error = float(truth.square().sum()), values.std() / math.sqrt(len(values))
     assert abs(values.mean() - target) < 3 * error
     assert abs(plug_in.mean() * ((8 / 7) ** 2 if center else 1) - target) > 3 * error
@@ -342,15 +342,22 @@ EDGES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges_are_finite_in_loss_and_gradient(edge, dtype):
-    """Every edge, cold, repeated and between good batches, is finite with each of center, unbiased, window and tracking."""
+    """Every edge, cold, repeated and between good batches, is finite with each of center, unbiased, window and tracking.
+
+    In float32 with all combinations of these, in float64 with half of them, in which every two values meet.
+    """
     edge_rows = EDGES[edge].to(dtype)
     good = [embeddings(10, D, seed, dtype=dtype) for seed in (1, 2)]
-    for center, unbiased, window, power in itertools.product(
-        (False, True), (False, True), (None, "auto", 30), (None, 1, 2)
-    ):
+    windows, powers = (None, "auto", 30), (None, 1, 2)
+    for center, unbiased, window, power in itertools.product((False, True), (False, True), windows, powers):
+        if dtype == torch.float64 and (center + unbiased + windows.index(window) + powers.index(power)) % 2:
+            continue
+        updates = [(edge_rows, edge_rows), (edge_rows, edge_rows.flip(0)), good]
+        if window or power:  # else nothing is kept from one to the next
+            updates += [(edge_rows, edge_rows), good]
         options = {"window": window, "center": center, "unbiased": unbiased, "power_iterations": power}
         objective = DenseObjective(lambda_sub=0.5, lambda_orth=0.1, subspace_dim=K, **options)
-        for a, b in ((edge_rows, edge_rows), (edge_rows, edge_rows.flip(0)), good, (edge_rows, edge_rows), good):
+        for a, b in updates:
             z_a, z_b = a.clone().requires_grad_(), b.clone().requires_grad_()
             terms = objective(z_a, z_b)
             gradients = torch.autograd.grad(terms["loss"], (z_a, z_b))
@@ -581,7 +588,7 @@ def moments_of_stream(d, step, exponent=1.0):
 
 
 def test_tracked_steps_never_decompose_a_whole_covariance(monkeypatch):
-    """At d = 2048 every matrix that is decomposed is k + 32 wide at most."""
+    """At d = 512 every matrix that is decomposed is k + 32 wide at most."""
     widths = []
     for name in ("eigh", "eigvalsh", "svd", "svdvals", "eig", "qr"):
         real = getattr(torch.linalg, name)
@@ -591,7 +598,7 @@ def test_tracked_steps_never_decompose_a_whole_covariance(monkeypatch):
     options = {"window": "auto", "center": True, "unbiased": True, "power_iterations": 2}
     objective = DenseObjective(lambda_sub=0.01, lambda_orth=0.1, subspace_dim=20, **options)
     for step in range(2):
-        objective.gradient(moments_of_stream(2048, step))
+        objective.gradient(moments_of_stream(512, step))
     assert widths
     assert max(widths) <= 20 + 32
 

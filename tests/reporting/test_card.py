@@ -42,33 +42,39 @@ def measure(name, model, tokenizer, shift=None):
     return found
 
 
-@pytest.fixture(scope="module", params=["mean with a head", "mean with views", "mean", "cls", "last", "max"])
-def card(request, tokenizer, tmp_path_factory):
-    """The card of a measured run, in the folder of the run."""
-    root = tmp_path_factory.mktemp("card")
+def make_card(kind, root, tokenizer, *, measured=False):
+    """The folder of a run with its card, and the trainer."""
     make_model("bert", tokenizer, max_length=48).save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
     folder = root / "dense-encoder"
-    model = AutoDenseModel.from_pretrained(str(root / "base"), pooling=request.param.split()[0])
+    model = AutoDenseModel.from_pretrained(str(root / "base"), pooling=kind.split()[0])
     args = DenseTrainingArguments(str(folder), **ARGUMENTS)
     objective = DenseObjective(subspace_dim=3, lambda_sub=0.25, terms={"mean_share": (0.5, share_of_mean)})
     options = {"train_dataset": make_notes(), "processing_class": tokenizer, "objective": objective}
     trainer = DenseTrainer(model, args, **options)
-    if "head" in request.param:
+    if "head" in kind:
         model.views = {"content": DenseHead.fit(model.encode(make_notes()["text"], tokenizer), epsilon=1.0)}
-    if "views" in request.param:
+    if "views" in kind:
         z = model.encode(make_notes()["text"], tokenizer, view=None, input_layer=True)
         pairs = PairCovariances.of(z[:-1], z[1:])
         model.views = {"content": content_head(pairs, epsilon=0.3), "form": form_head(pairs, epsilon=1.0)}
     trainer.save_model()
-    trainer.measured = [measure("start", model, tokenizer), measure("trained", model, tokenizer, 0.05)]
+    if measured:
+        trainer.measured = [measure("start", model, tokenizer), measure("trained", model, tokenizer, 0.05)]
     trainer.create_model_card()
     return folder, trainer
 
 
-def test_snippets_run_as_printed(card, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def card(tokenizer, tmp_path_factory):
+    """Of a measured run, with a head."""
+    return make_card("mean with a head", tmp_path_factory.mktemp("card"), tokenizer, measured=True)
+
+
+@pytest.mark.parametrize("kind", ["mean with a head", "mean with views", "mean", "cls", "last", "max"])
+def test_snippets_run_as_printed(kind, tokenizer, tmp_path, monkeypatch, capsys):
     """Every python block, run beside the folder, prints the shapes that its comments promise, the same embeddings each."""
-    folder, trainer = card
+    folder, trainer = make_card(kind, tmp_path, tokenizer)
     monkeypatch.chdir(folder.parent)
     text, found = (folder / "README.md").read_text(), []
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
