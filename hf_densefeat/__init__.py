@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hf_densefeat.evaluation.geometry import condition_number, effective_rank, geometry_report, subspace_distance
     from hf_densefeat.evaluation.probes import ProbeEvaluator
     from hf_densefeat.evaluation.similarity import SimilarityEvaluator
-    from hf_densefeat.evaluation.similarity_kinds import SimilarityTask
+    from hf_densefeat.evaluation.similarity_reading import SimilarityTask
     from hf_densefeat.evaluation.tasks import ProbeTask
     from hf_densefeat.models.dense import AutoDenseModel, DenseFeatureMixin
     from hf_densefeat.models.head import DenseHead
@@ -71,7 +71,7 @@ _ROOMS = {
     "evaluation.geometry": "condition_number effective_rank geometry_report subspace_distance",
     "evaluation.probes": "ProbeEvaluator",
     "evaluation.similarity": "SimilarityEvaluator",
-    "evaluation.similarity_kinds": "SimilarityTask",
+    "evaluation.similarity_reading": "SimilarityTask",
     "evaluation.tasks": "ProbeTask",
     "models.dense": "AutoDenseModel DenseFeatureMixin",
     "models.head": "DenseHead",

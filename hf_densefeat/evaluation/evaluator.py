@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from hf_densefeat.data.splits import refuse_trained
 from hf_densefeat.evaluation.embeddings import embed
-from hf_densefeat.evaluation.metrics import METRICS
+from hf_densefeat.evaluation.metrics import Metric
 
 
 @dataclass(eq=False, repr=False)
@@ -37,17 +37,16 @@ class Evaluator(ABC):
             raise ValueError(f"Expected at least one task, with different names, but got {names}.")
         # by task, with `texts`, `queries` and the ids of who is `tested`
         self.rows: dict[str, Any] = {task.name: self._read(task) for task in self.tasks}
-        headline = self._headline(self.tasks[0].kind)
-        self.primary_metric = f"{names[0]}_{headline}"
-        self.greater_is_better = METRICS[headline].higher_is_better
+        headline, metric = next(iter(self._metrics(self.tasks[0].kind).items()))
+        self.primary_metric, self.greater_is_better = f"{names[0]}_{headline}", metric.higher_is_better
 
     @abstractmethod
     def _read(self, task: Any) -> Any:
         """The rows of a task."""
 
     @abstractmethod
-    def _headline(self, kind: str) -> str:
-        """The metric of a kind by which verdicts count."""
+    def _metrics(self, kind: str) -> dict[str, Metric]:
+        """The metrics of a kind by name, the one by which verdicts count first."""
 
     def refuse_trained(self, model: Any) -> None:
         """ValueError, with their number, for tested patients that the model was trained on, unless that is allowed."""

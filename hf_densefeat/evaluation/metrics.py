@@ -1,8 +1,7 @@
 """Metrics for many weightings of the rows at once, and what they are for: bootstrap intervals over patients."""
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -256,14 +255,15 @@ def weighted_mean(y: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.
 
 @dataclass(frozen=True)
 class Metric:
-    """An entry of `METRICS`."""
+    """A metric of a kind of probe (`PROBES`) or of similarity (`SIMILARITY`), with all that tables and cards need."""
 
-    function: (
-        MetricFunction  # of probabilities (N, K), predictions, clusters or, for similarity, one value a row, (N,)
-    )
+    # of probabilities (N, K), predictions, clusters or, for similarity, one value a row, (N,)
+    function: MetricFunction
     title: str  # heading in tables
     higher_is_better: bool  # False for errors
     hub_name: str  # metric type in a model card's `model-index`
+    # type and name of the task there, by which the Hub groups results; None for that of the group
+    hub_task: tuple[str, str] | None = None
 
     @property
     def sign(self) -> int:
@@ -271,58 +271,30 @@ class Metric:
         return 1 if self.higher_is_better else -1
 
 
-METRICS: dict[str, Metric] = {
+CLUSTERING = ("feature-extraction", "Clustering")
+_CLASSES = {
     "auroc": Metric(class_auroc, "AUROC", True, "roc_auc"),
     "auprc": Metric(class_auprc, "AUPRC", True, "average_precision"),
     "brier": Metric(brier, "Brier", False, "brier_score"),
     "macro_f1": Metric(macro_f1_at, "macro-F1", True, "f1"),
-    "rmse": Metric(rmse, "RMSE", False, "rmse"),
-    "r2": Metric(r2, "R²", True, "r_squared"),
-    "ari": Metric(adjusted_rand, "ARI", True, "ari"),
-    "nmi": Metric(mutual_information, "NMI", True, "nmi"),
-    "precision_at_10": Metric(weighted_mean, "precision at 10", True, "precision_at_10"),
-    "mrr": Metric(weighted_mean, "MRR", True, "mrr"),
-    "recall_at_10": Metric(weighted_mean, "recall at 10", True, "recall_at_10"),
-    "ndcg_at_10": Metric(weighted_mean, "nDCG at 10", True, "ndcg_at_10"),
-    "adjacent_mrr": Metric(weighted_mean, "MRR of the next note", True, "mrr"),
-    "adjacent_recall_at_10": Metric(weighted_mean, "recall at 10 of the next note", True, "recall_at_10"),
-    "accuracy_at_4": Metric(weighted_mean, "accuracy, 4 labels a class", True, "accuracy"),
-    "accuracy_at_8": Metric(weighted_mean, "accuracy, 8 labels a class", True, "accuracy"),
-    "accuracy_at_16": Metric(weighted_mean, "accuracy, 16 labels a class", True, "accuracy"),
 }
-
-METRICS_OF: dict[str, tuple[str, ...]] = {
-    "binary": ("auroc", "auprc", "brier", "macro_f1"),
-    "multiclass": ("auroc", "auprc", "brier", "macro_f1"),
-    "regression": ("rmse", "r2"),
-    "clustering": ("ari", "nmi"),
+PROBES: dict[str, dict[str, Metric]] = {
+    "binary": dict(_CLASSES),
+    "multiclass": dict(_CLASSES),
+    "regression": {"rmse": Metric(rmse, "RMSE", False, "rmse"), "r2": Metric(r2, "R²", True, "r_squared")},
+    "clustering": {
+        "ari": Metric(adjusted_rand, "ARI", True, "ari", CLUSTERING),
+        "nmi": Metric(mutual_information, "NMI", True, "nmi", CLUSTERING),
+    },
 }
 """Metrics of each kind of `ProbeTask`, the first one its headline; those of similarity are in `SIMILARITY`."""
 
-
 CODES = ("float", "int8", "binary")
-_VARIANT = re.compile(rf"(.+?)(?:_(int8|binary)|_d_over_(\d+)|{WITH_WORDS})")
-
-
-def metric_named(name: str) -> Metric:
-    """The entry of a metric's name, which may end in what was done: ``mrr_binary``, ``mrr_d_over_4``, ``mrr_with_words``.
-
-    Raises:
-        KeyError: for an unknown name.
-    """
-    if name in METRICS:
-        return METRICS[name]
-    found = _VARIANT.fullmatch(name)
-    if found is None:
-        raise KeyError(name)
-    base, code, divisor = found.groups()
-    how = f"{code} codes" if code else f"first d/{divisor} dimensions" if divisor else "fused with words"
-    return replace(METRICS[base], title=f"{METRICS[base].title}, {how}")
 
 
 def metrics_of(kind: str, threshold: float = 0.5) -> dict[str, MetricFunction]:
     """The functions of a kind's metrics by name, macro-F1 at the threshold."""
-    found: dict[str, MetricFunction] = {name: METRICS[name].function for name in METRICS_OF[kind]}
+    found = {name: metric.function for name, metric in PROBES[kind].items()}
     return found | ({"macro_f1": partial(macro_f1_at, threshold=threshold)} if "macro_f1" in found else {})
 
 

@@ -18,8 +18,9 @@ from hf_densefeat.data.splits import SplitRecord
 from hf_densefeat.evaluation.evaluator import Evaluator
 from hf_densefeat.evaluation.linear import ALPHAS, CS, Rows, fit_path, predict
 from hf_densefeat.evaluation.metrics import (
-    METRICS_OF,
+    PROBES,
     Estimate,
+    Metric,
     PatientWeights,
     Result,
     best_threshold,
@@ -218,8 +219,8 @@ class ProbeEvaluator(Evaluator):
             logger.info("Probe %s: %d rows without a label are left out.", task.name, rows.unlabelled)
         return rows
 
-    def _headline(self, kind: str) -> str:
-        return METRICS_OF[kind][0]
+    def _metrics(self, kind: str) -> dict[str, Metric]:
+        return PROBES[kind]
 
     def evaluate(self, model: Any, tokenizer: Any = None, *, points: bool = False) -> dict[str, ProbeResult]:
         """Task name to `ProbeResult` with bootstrap intervals; embeddings come from the cache where they are there.

@@ -19,14 +19,16 @@ from hf_densefeat.evaluation.evaluator import Evaluator
 from hf_densefeat.evaluation.metrics import (
     CODES,
     WITH_WORDS,
+    Metric,
+    MetricFunction,
     PatientWeights,
     Result,
     estimated,
-    metric_named,
     rows_of_some_patients,
 )
-from hf_densefeat.evaluation.ranking import Rows, coded, cosines, unit_rows
-from hf_densefeat.evaluation.similarity_kinds import SIMILARITY, SimilarityRows, SimilarityTask, similarity_rows
+from hf_densefeat.evaluation.ranking import Rows, Scores, coded, cosines, unit_rows
+from hf_densefeat.evaluation.similarity_kinds import SIMILARITY, similarity_rows
+from hf_densefeat.evaluation.similarity_reading import SimilarityRows, SimilarityTask
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ def similarity_of(
     if not sparse:
         variants = _variants(codes, divisors, z.shape[1])
         sides = [torch.as_tensor(side).detach().float().cpu() for side in sides]
-    values: dict[str, np.ndarray] = {}
+    values, functions = dict[str, np.ndarray](), dict[str, MetricFunction]()
     asked = None
     if kind.search and len(rows.y) > maximum:
         asked = torch.from_numpy(rows_of_some_patients(rows.group, maximum, seed))
@@ -104,16 +106,16 @@ def similarity_of(
             # Queries take the documents' ranges: an index is built before anybody asks.
             units = [coded(side, code, units[0]) for side in units]
         scores = cosines(units[-1], units[0], asked=asked)
-        found = kind.values(rows, units[0], scores, None, seed)
-        values |= {name + suffix: found[name] for name in kind.metrics}
+        searches: dict[str, Scores | None] = {suffix: None}
         if words is not None and kind.search and not suffix:
-            beside = cosines(words[0] if words[1] is None else words[1], words[0])
+            searches[WITH_WORDS] = cosines(words[0] if words[1] is None else words[1], words[0])
+        for end, beside in searches.items():
             found = kind.values(rows, units[0], scores, beside, seed)
-            values |= {name + WITH_WORDS: found[name] for name in kind.metrics}
-    functions = {name: metric_named(name).function for name in values}
+            values |= {name + end: found[name] for name in kind.metrics}
+            functions |= {name + end: metric.function for name, metric in kind.metrics.items()}
     metrics, replicates = estimated(functions, rows.y, values, PatientWeights.of(rows.group, bootstraps, seed))
     # Labels alone decide which rows have a value, so the same ones have it for every encoder.
-    defined, not_asked = np.isfinite(values[kind.metrics[0]]), 0 if asked is None else len(rows.y) - len(asked)
+    defined, not_asked = np.isfinite(values[kind.headline]), 0 if asked is None else len(rows.y) - len(asked)
     found_rows = {"scored": int(defined.sum()), "patients": len(np.unique(rows.group[defined]))}
     found_rows |= {"searched": len(rows.texts), "undefined": int((~defined).sum()) - not_asked} | rows.left_out
     return SimilarityResult(
@@ -152,8 +154,8 @@ class SimilarityEvaluator(Evaluator):
             logger.info("Similarity %s: rows apart: %s.", task.name, left_out)
         return rows
 
-    def _headline(self, kind: str) -> str:
-        return SIMILARITY[kind].metrics[0]
+    def _metrics(self, kind: str) -> dict[str, Metric]:
+        return SIMILARITY[kind].metrics
 
     def evaluate(
         self, model: Any, tokenizer: Any = None, *, points: bool = False, words: Any = None

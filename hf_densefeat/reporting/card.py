@@ -14,22 +14,14 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_densefeat.evaluation.metrics import METRICS
 from hf_densefeat.models.pooling import POOLINGS
 from hf_densefeat.reporting.comparison import GROUPS, Measured, comparisons, judged, verdict
 from hf_densefeat.reporting.formats import markdown, number
+from hf_densefeat.reporting.metric_names import metric_named
 from hf_densefeat.reporting.plots import Picture
 from hf_densefeat.reporting.tables import before_after_table, geometry_table, subspace_table
 
 TAGS = ("feature-extraction", "clinical", "hf_densefeat")
-# Task types and names of the `model-index`, by which the Hub groups results; the others are linear probes
-HUB_TASKS = {
-    "mrr": ("information-retrieval", "Information Retrieval"),
-    "precision_at_10": ("feature-extraction", "Neighbours by cosine"),
-    "nmi": ("feature-extraction", "Clustering"),
-    "accuracy_at_4": ("feature-extraction", "Few-label classification"),
-    "ari": ("feature-extraction", "Clustering"),
-}
 
 READING = """Measured on notes of held-out patients. Similarity compares the embeddings by cosine as they are; probes are
 linear, on frozen embeddings. In brackets, 95 % bootstrap intervals over patients, paired: ↑ better, ↓ worse, · no visible
@@ -306,8 +298,8 @@ def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
         found = row.values[one["name"]]
         if not row.headline or not math.isfinite(found.value):
             continue
-        kind, name = HUB_TASKS.get(row.metric, ("feature-extraction", GROUPS[row.group].capitalize()))
-        title, known = METRICS[row.metric].title, math.isfinite(found.low)
+        metric, known = metric_named(row.metric), math.isfinite(found.low)
+        kind, name = metric.hub_task or ("feature-extraction", GROUPS[row.group].capitalize())
         results.append(
             EvalResult(
                 task_type=kind,
@@ -316,8 +308,10 @@ def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
                 dataset_name=f"held-out patients: {row.task}",
                 dataset_config=f"{row.task}, {name}",  # entries with the same task type and config are merged
                 dataset_split="test",
-                metric_type=METRICS[row.metric].hub_name,
-                metric_name=f"{title}, 95 % interval {found.low:.3f} to {found.high:.3f}" if known else title,
+                metric_type=metric.hub_name,
+                metric_name=f"{metric.title}, 95 % interval {found.low:.3f} to {found.high:.3f}"
+                if known
+                else metric.title,
                 metric_value=round(found.value, 4),
             )
         )

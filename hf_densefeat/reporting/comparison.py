@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import numpy as np
 
 from hf_densefeat.evaluation.geometry import State, geometry_state, variance_share
-from hf_densefeat.evaluation.metrics import METRICS_OF, WITH_WORDS, Estimate, metric_named, paired_difference
+from hf_densefeat.evaluation.metrics import PROBES, WITH_WORDS, Estimate, paired_difference
 from hf_densefeat.evaluation.probes import ProbeResult
 from hf_densefeat.evaluation.similarity import SimilarityResult
 from hf_densefeat.evaluation.similarity_kinds import SIMILARITY
 from hf_densefeat.reporting.formats import interval
+from hf_densefeat.reporting.metric_names import metric_named
 
 Triple = Sequence[float | None]  # value, low, high; None where there is none
 
@@ -114,9 +115,9 @@ GROUPS = {"similarity": "similarity", "probes": "linear probes", "clusterings": 
 def headlines(group: str) -> set[str]:
     """The metrics of a group by which verdicts count, one a task: the first of each kind."""
     if group == "similarity":
-        return {kind.metrics[0] for kind in SIMILARITY.values()}
+        return {kind.headline for kind in SIMILARITY.values()}
     clusters = group == "clusterings"
-    return {metrics[0] for kind, metrics in METRICS_OF.items() if (kind == "clustering") == clusters}
+    return {next(iter(metrics)) for kind, metrics in PROBES.items() if (kind == "clustering") == clusters}
 
 
 def direction(difference: Estimate, metric: str) -> Direction:
@@ -185,7 +186,7 @@ def comparisons(measured: Sequence[Measured]) -> list[Comparison]:
         for key in last.get(part, {}):
             task, metric = key.rsplit(" ", 1)
             # k-means over all rows is no held-out probe, and is counted apart from them
-            group = "clusterings" if part == "probes" and metric in METRICS_OF["clustering"] else part
+            group = "clusterings" if part == "probes" and metric in PROBES["clustering"] else part
             estimates = _estimates(measured, part, key), _estimates(measured[1:], "differences", key)
             found.append(Comparison(group, task, metric, *estimates, _estimates(measured, "against_words", key)))
     return sorted(found, key=lambda one: list(GROUPS).index(one.group))

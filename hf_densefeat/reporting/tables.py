@@ -4,9 +4,10 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 from hf_densefeat.evaluation.geometry import geometry_state, variance_share
-from hf_densefeat.evaluation.metrics import CODES, METRICS, WITH_WORDS, Estimate, Result
+from hf_densefeat.evaluation.metrics import CODES, WITH_WORDS, Estimate, Result
 from hf_densefeat.reporting.comparison import ARROWS, WORDS, Measured, comparisons, direction, judged
 from hf_densefeat.reporting.formats import Table, interval, number
+from hf_densefeat.reporting.metric_names import known_metrics
 
 Report = dict[str, float]
 BESIDE = ("accuracy_at_16", "mrr_binary")
@@ -80,7 +81,7 @@ def comparison_table(measured: Sequence[Measured], groups: Sequence[str], title:
     """
     names = [one["name"] for one in measured]
     rows = [row for row in comparisons(measured) if row.group in groups]
-    rows = [row for row in rows if row.metric in METRICS or row.metric.endswith(WITH_WORDS)]
+    rows = [row for row in rows if row.metric in known_metrics() or row.metric.endswith(WITH_WORDS)]
     compared = [(name, names[0], "differences") for name in names[1:]]
     compared += [(name, "words", "against_words") for name in names if names[0] != "words"]
     compared = [one for one in compared if any(one[0] in getattr(row, one[2]) for row in rows)]
@@ -100,7 +101,7 @@ def code_table(measured: Sequence[Measured]) -> Table:
     rows = [row for row in comparisons(measured) if row.group == "similarity"]
     for plain in (row for row in rows if row.headline):
         variants = [row for row in rows if row.task == plain.task and row.metric.startswith(f"{plain.metric}_")]
-        for row in [plain, *(row for row in variants if not (row.metric in METRICS or row.fused))]:
+        for row in [plain, *(row for row in variants if not (row.metric in known_metrics() or row.fused))]:
             variant = row.metric.removeprefix(plain.metric)[1:].replace("_over_", "/") or CODES[0]
             for name, estimate in row.values.items():
                 found.setdefault((plain.title, name), {})[variant] = number(estimate.value)

@@ -8,12 +8,13 @@ import pytest
 from conftest import make_model, make_notes
 
 from hf_densefeat import SimilarityEvaluator, SimilarityTask
-from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, metric_named, paired_difference
+from hf_densefeat.evaluation.metrics import PROBES, Metric, paired_difference, weighted_mean
 from hf_densefeat.evaluation.ranking import cosines, same_label
 from hf_densefeat.evaluation.similarity import similarity_of
 from hf_densefeat.evaluation.similarity_kinds import SIMILARITY, similarity_rows, similarity_tasks
 from hf_densefeat.models.head import DenseHead
 from hf_densefeat.reporting.comparison import comparisons, measured_of
+from hf_densefeat.reporting.metric_names import known_metrics, metric_named
 
 N = 120
 
@@ -58,9 +59,8 @@ def test_every_kind_has_its_metrics_and_variants(kind):
     for name, estimate in found.metrics.items():
         assert -0.5 <= estimate.low <= estimate.high <= 1 + 1e-9
         assert found.replicates[name].shape == (200,)
-        assert (
-            metric_named(name).function is METRICS[name.split("_int8")[0].split("_bin")[0].split("_d_o")[0]].function
-        )
+        plain = name.split("_int8")[0].split("_bin")[0].split("_d_o")[0]
+        assert metric_named(name).function is SIMILARITY[kind].metrics[plain].function
     assert found.rows["scored"] > 0
     assert found.rows["patients"] == 40
 
@@ -88,7 +88,7 @@ def test_differences_are_paired(kind):
     for estimate in paired_difference(good, good).values():
         assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
     if kind != "same_patient":
-        assert paired_difference(good, bad)[SIMILARITY[kind].metrics[0]].low > 0
+        assert paired_difference(good, bad)[SIMILARITY[kind].headline].low > 0
     with pytest.raises(ValueError, match="their test rows differ"):
         paired_difference(good, similarity_of(embeddings()[:60], similarity_rows(task(kind, half(), **KINDS[kind]))))
 
@@ -193,22 +193,31 @@ def test_words_of_the_command_line_are_tasks():
             similarity_tasks([wrong], notes)
 
 
+def _of_twins(rows, z, scores, beside, seed):
+    found = same_label(scores, rows.group, rows.y, apart=False, beside=beside)
+    return {"twins_found": found["recall_at_10"], "mrr": found["mrr"]}
+
+
 def test_a_further_kind_is_one_entry(monkeypatch):
     """With a word of the command line, intervals, variants and a place in tables and verdicts."""
     twin = replace(
         SIMILARITY["same_patient"],
-        values=lambda rows, z, scores, beside, seed: same_label(
-            scores, rows.group, rows.y, apart=False, beside=beside
-        ),
-        metrics=("ndcg_at_10", "mrr"),
+        values=_of_twins,
+        metrics={
+            "twins_found": Metric(weighted_mean, "share of twins found", True, "recall"),
+            "mrr": SIMILARITY["retrieval"].metrics["mrr"],
+        },
         words={"twins": ("", "twins")},
     )
     monkeypatch.setitem(SIMILARITY, "twins", twin)
     [twins] = similarity_tasks(["twins"], notes_of())
     found = {twins.name: similarity_of(embeddings(), similarity_rows(twins), bootstraps=20)}
-    assert {"ndcg_at_10", "mrr_binary"} < found["twins"].metrics.keys()
-    rows = [row for row in comparisons([measured_of("x", {}, [], (found, {}))]) if row.metric in METRICS]
-    assert [(row.title, row.headline) for row in rows] == [("twins: nDCG at 10", True), ("twins: MRR", True)]
+    assert {"twins_found_int8", "mrr_binary"} < found["twins"].metrics.keys()
+    rows = [row for row in comparisons([measured_of("x", {}, [], (found, {}))]) if row.metric in twin.metrics]
+    assert [(row.title, row.headline) for row in rows] == [
+        ("twins: share of twins found", True),
+        ("twins: MRR", True),
+    ]
 
 
 def test_the_next_note_is_next_in_time():
@@ -259,14 +268,14 @@ def test_evaluator_of_a_model(tokenizer, tmp_path):
 
 
 def test_every_metric_is_complete():
-    """Each entry of the list has all that tables and cards need, and each kind names entries of the list."""
-    for name, metric in METRICS.items():
+    """Each has all that tables and cards need; kinds that share a name share the metric."""
+    for name, metric in known_metrics().items():
         assert callable(metric.function), name
         assert metric.title, name
         assert metric.hub_name, name
         assert metric.higher_is_better in (True, False), name
-    kinds = [*METRICS_OF.values(), *(kind.metrics for kind in SIMILARITY.values())]
-    assert {name for names in kinds for name in names} == set(METRICS)
+    for metrics in [*PROBES.values(), *(kind.metrics for kind in SIMILARITY.values())]:
+        assert all(metric == known_metrics()[name] for name, metric in metrics.items())
     assert metric_named("adjacent_mrr_d_over_4").title == "MRR of the next note, first d/4 dimensions"
     assert metric_named("mrr_with_words").title == "MRR, fused with words"
     assert metric_named("nmi_binary").title == "NMI, binary codes"

@@ -15,7 +15,7 @@ from hf_densefeat import (
     DenseTrainingArguments,
     geometry_report,
 )
-from hf_densefeat.evaluation.metrics import METRICS, METRICS_OF, Metric
+from hf_densefeat.evaluation.metrics import PROBES, Metric
 from hf_densefeat.models.views import PairCovariances, content_head, form_head
 from hf_densefeat.reporting.card import licence_of
 
@@ -106,9 +106,9 @@ def test_metadata_is_valid_and_holds_the_headlines(card):
 
 
 def test_a_metric_of_ones_own_is_on_the_card(tokenizer, tmp_path, monkeypatch):
-    """One entry in the list of metrics, and one of its kind, are enough: it counts, is shown and is in the model-index."""
-    monkeypatch.setitem(METRICS, "lift", Metric(lambda y, output, weights: output.mean(), "lift", True, "lift"))
-    monkeypatch.setitem(METRICS_OF, "binary", ("lift", *METRICS_OF["binary"]))
+    """One entry of its kind is enough: it counts, is shown and is in the model-index."""
+    lift = Metric(lambda y, output, weights: output.mean(), "lift", True, "lift")
+    monkeypatch.setitem(PROBES, "binary", {"lift": lift, **PROBES["binary"]})
     args = DenseTrainingArguments(str(tmp_path / "out"), **ARGUMENTS)
     model = make_model("bert", tokenizer)
     trainer = DenseTrainer(model, args, processing_class=tokenizer)
