@@ -107,25 +107,12 @@ def _checked(
     drop_missing: bool,
     drop_copies: bool,
 ) -> datasets.Dataset:
-    """Refuse or drop what is no note, give times one type, and sort; what was done stands in `info.description`."""
+    """The notes of a table, with times of one type, sorted; what was done stands in `info.description`."""
     total, preset = len(table), source.layout.preset
-    patient = _patients(column(table, "patient_id"), source)
-    dropped = {"other codes": other_codes(table, preset)} | no_notes(table, preset)
+    ids = _patients(column(table, "patient_id"), source)
+    dropped = _unusable(source, table, ids, time, drop_missing)
     hashes = _hashes(column(table, "text"))  # before rows are selected, which would copy the texts
-    if dropped["no text"].all():
-        raise ValueError(
-            f"All {total:,} texts are empty. Which column holds the text? The table has {shown(table.column_names)}."
-        )
-    for name, what, values in (("patient_id", "no patient", patient), ("time", "no time", time)):
-        absent = values.is_null().to_numpy()
-        missing = absent & ~np.logical_or.reduce(list(dropped.values()))
-        static = preset == "MEDS" and name == "time"
-        if missing.any() and not (drop_missing or static):
-            raise ValueError(
-                f"{int(missing.sum()):,} of {total:,} rows have {what}, first {source.place(int(missing.argmax()))}. "
-                'Fill them in, or leave them out (`on_missing="drop"`).'
-            )
-        dropped[what] = absent
+    for name, values in (("patient_id", ids), ("time", time)):
         if not values.equals(column(table, name)):
             table = table.remove_columns(name).add_column(name, values.combine_chunks())
     rows = np.flatnonzero(~np.logical_or.reduce(list(dropped.values())))
@@ -159,6 +146,29 @@ def _checked(
         logger.warning("Of %s rows, %s", f"{total:,}", line)
     table.info.description = "; ".join(lines)
     return table
+
+
+def _unusable(
+    source: SourceTable, table: datasets.Dataset, ids: pa.ChunkedArray, time: pa.ChunkedArray, drop_missing: bool
+) -> dict[str, np.ndarray]:
+    """Mark the rows that cannot be used, by reason; ValueError where dropping them would mislead."""
+    total, preset = len(table), source.layout.preset
+    dropped = {"other codes": other_codes(table, preset)} | no_notes(table, preset)
+    if dropped["no text"].all():
+        raise ValueError(
+            f"All {total:,} texts are empty. Which column holds the text? The table has {shown(table.column_names)}."
+        )
+    for what, values in (("no patient", ids), ("no time", time)):
+        absent = values.is_null().to_numpy()
+        missing = absent & ~np.logical_or.reduce(list(dropped.values()))
+        static = preset == "MEDS" and what == "no time"
+        if missing.any() and not (drop_missing or static):
+            raise ValueError(
+                f"{int(missing.sum()):,} of {total:,} rows have {what}, first {source.place(int(missing.argmax()))}. "
+                'Fill them in, or leave them out (`on_missing="drop"`).'
+            )
+        dropped[what] = absent
+    return dropped
 
 
 def no_notes(table: datasets.Dataset, preset: str) -> dict[str, np.ndarray]:

@@ -267,9 +267,9 @@ def _overlap(notes: datasets.Dataset, earlier: np.ndarray, later: np.ndarray) ->
     return np.array(shares)
 
 
-def _shingles(text: str, size: int = 5) -> np.ndarray:
+def _shingles(text: str) -> np.ndarray:
     """Return the hashes of all runs of five words; a shorter text is one run."""
     words = np.array([hash(word) for word in text.split()], dtype=np.int64).view(np.uint64)
-    size = min(size, len(words))
+    size = min(5, len(words))
     runs = np.lib.stride_tricks.sliding_window_view(words, size)
     return np.unique(runs @ (np.uint64(0x9E3779B97F4A7C15) ** np.arange(size, dtype=np.uint64)))

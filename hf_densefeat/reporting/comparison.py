@@ -195,7 +195,7 @@ def comparisons(measured: Sequence[Measured]) -> list[Comparison]:
 # ---- The verdict ----------------------------------------------------------------------------------------------------
 
 ADVICE: dict[State, str] = {
-    "collapsed": "its cosines are hard to tell apart: subtract the mean (a dense head) before comparing by cosine",
+    "collapsed": "its cosines are hard to tell apart, so subtract the mean before comparing by cosine",
     "healthy": "nothing in its spectrum speaks against using it as it is",
     "over-spread": "its spectrum is close to noise: trust the uses that were measured alone",
 }
