@@ -79,21 +79,23 @@ def content_head(pairs: PairCovariances, *, epsilon: float, center: bool = True)
     Raises:
         ValueError: for an epsilon below 0 or NaN.
     """
-    return _whitened(pairs, unshared_covariance(pairs.a, pairs.b, pairs.cross), epsilon, center=center)
+    return _whitened(pairs, unshared_covariance(pairs.a, pairs.b, pairs.cross), epsilon, center)
 
 
-def form_head(pairs: PairCovariances, *, epsilon: float, halves: PairCovariances | None = None) -> DenseHead:
+def form_head(
+    pairs: PairCovariances, *, epsilon: float, center: bool = True, halves: PairCovariances | None = None
+) -> DenseHead:
     """The map (z - mu)(S_s + epsilon s I)^(-1/2) V, s = tr S_s / d: cosine compares what the notes of a pair do not share.
 
     That is the kind of text where pairs share the matter, and chance. Chance is what the halves of a note do not share: with
-    `halves`, the mean of S_s and their S_u, each at mean eigenvalue 1, takes the place of S_s. Epsilon is as of
+    `halves`, the mean of S_s and their S_u, each at mean eigenvalue 1, takes the place of S_s. Other arguments as of
     `content_head`; if S_s has no positive eigenvalue and there are no halves, the map is z - mu.
     """
     noise = shared_covariance(pairs.cross)
     if halves is not None:
         chance = unshared_covariance(halves.a, halves.b, halves.cross)
         noise = (_at_level_one(noise) + _at_level_one(chance)) / 2
-    return _whitened(pairs, noise, epsilon, center=True)
+    return _whitened(pairs, noise, epsilon, center)
 
 
 def _at_level_one(covariance: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ def _at_level_one(covariance: Tensor) -> Tensor:
     return covariance / level if level > 0 else covariance
 
 
-def _whitened(pairs: PairCovariances, noise: Tensor, epsilon: float, *, center: bool) -> DenseHead:
+def _whitened(pairs: PairCovariances, noise: Tensor, epsilon: float, center: bool) -> DenseHead:
     spread = (pairs.a + pairs.b) / 2
     if not center:  # the axes of a map without centring are those of the second moment about 0
         spread = torch.addr(spread, pairs.mean, pairs.mean)
