@@ -5,6 +5,7 @@ import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import compare
 import finetune
 import starts
-from domains import findings, mtsamples
+from domains import entities, findings, mtsamples
 from domains.rows import frequent, split_apart
 
 pytestmark = pytest.mark.recipe
@@ -141,6 +142,85 @@ def test_fine_tuning_gives_each_method_the_same_examples(data, encoder, tmp_path
     assert found["header, 50, start, 0"] == found["header, 50, mlm, 0"] == found["header, 50, mlm+dense, 0"]
     monkeypatch.setattr(finetune, "tuned", None)
     assert finetune.main(list(map(str, words)))["scores"] == found
+
+
+@pytest.fixture(scope="module")
+def abstracts(tmp_path_factory):
+    """Sentences that name one disease each, in the three files."""
+    folder, rng = tmp_path_factory.mktemp("abstracts"), np.random.default_rng(0)
+    (folder / "ncbi_disease").mkdir()
+    for name in entities.FILES.values():
+        sentences = [
+            [
+                *((word, "O") for word in rng.choice(WORDS, 5)),
+                ("kidney", "B-Disease"),
+                ("failure", "I-Disease"),
+                (".", "O"),
+            ]
+            for _ in range(40)
+        ]
+        lines = ["".join(f"{word}\t{tag}\n" for word, tag in sentence) for sentence in sentences]
+        (folder / "ncbi_disease" / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (["O", "B-Disease", "I-Disease", "O"], {(1, 3)}),
+        (["B-Disease", "B-Disease", "I-Disease"], {(0, 1), (1, 3)}),
+        (["O", "I-Disease", "O", "B-Disease"], {(1, 2), (3, 4)}),
+        (["O"], set()),
+    ],
+)
+def test_spans_of_tags(tags, expected):
+    """B begins a span, O ends it, and I after O begins one too."""
+    assert entities.spans(tags) == expected
+
+
+def test_a_words_first_token_has_its_tag(tokenizer):
+    """Words of several tokens are labelled once; of a sentence that is cut, the words that are left."""
+    long = ["patient"] * 200
+    rows = {"words": [["chest-pain", "denies"], long], "tags": [["B-Disease", "O"], ["O"] * 200]}
+    found = entities.tokens(rows, tokenizer)
+    assert found["first"][0] == [None, 0, None, None, 1, None]
+    assert found["labels"][0] == [-100, 1, -100, -100, 0, -100]
+    assert found["first"][1][1:-1] == list(range(entities.LENGTH - 2))
+
+
+def test_an_entity_counts_where_both_its_ends_are_right():
+    """One of three exact, one too short, one behind the cut: precision a half, recall a third."""
+    b, i = entities.TAGS[1:]
+    row = {"tags": [b, i, "O", b, i, "O", b], "first": [None, 0, 1, 2, 3, None, 4, 5, None]}
+    guess = [0, 1, 2, 0, 1, 1, 0, 0, 0]
+    logits = np.eye(3)[[[*guess, 1, 1]]]  # a padded row
+    found = entities.scores(datasets.Dataset.from_list([row]), logits)
+    assert (found["precision"], found["recall"], found["f1"]) == pytest.approx((1 / 2, 1 / 3, 2 / 5))
+
+
+def test_entities_that_are_not_there_are_said_to_be_missing(tmp_path):
+    """Where they are looked for, and where they are to be had."""
+    with pytest.raises(FileNotFoundError, match=r"ncbi_disease.*MTL-Bioinformatics-2016"):
+        entities.read(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_encoder_learns_to_find_entities(abstracts, encoder, tmp_path):
+    """The disease is always the same word: almost all are found."""
+    words = [
+        "--data",
+        abstracts,
+        "--start",
+        encoder,
+        "--encoders",
+        tmp_path,
+        "--labels",
+        "disease",
+        "--methods",
+        "start",
+    ]
+    words += ["--seeds", 1, "--sizes", 50, "--output", tmp_path]
+    assert finetune.main(list(map(str, words)))["scores"]["disease, 50, start, 0"]["f1"] > 0.9
 
 
 @pytest.mark.slow
