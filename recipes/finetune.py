@@ -170,23 +170,26 @@ def interval(values: np.ndarray, signed: bool = False) -> str:
     return f"{values.mean():{'+' if signed else ''}.3f} ± {half:.3f}"
 
 
+def cells(values: np.ndarray) -> list[str]:
+    """Measures of each method, from (methods, measures, seeds); the last method less the one before it, seed by seed."""
+    found = ["; ".join(map(interval, own)) for own in values]
+    differences = values[-1] - values[-2] if len(values) > 1 else []
+    return [*found, "; ".join(interval(own, signed=True) for own in differences)]
+
+
 def table(
     scores: dict[str, dict[str, float]], methods: list[str], labels: list[str], sizes: list[int], seeds: int
 ) -> str:
-    """Accuracy of every task and size (F1 of entities), and the last method less the one before it on the same seeds."""
+    """Accuracy and mean F1 over classes of every task and size, or the F1 of entities; last the mean of the first."""
     rows = [["Task, examples", *methods, f"{methods[-1]} − {methods[-2]}" if len(methods) > 1 else ""]]
-    everything, measure = [], {ENTITIES: "f1"}
+    everything = []
     for label, size in product(labels, sizes):
-        of = measure.get(label, "accuracy")
-        values = np.array(
-            [[scores[f"{label}, {size}, {method}, {seed}"][of] for seed in range(seeds)] for method in methods]
-        )
-        everything.append(values)
-        last = interval(values[-1] - values[-2], signed=True) if len(methods) > 1 else ""
-        rows.append([f"{label}, {size:,}", *map(interval, values), last])
-    values = np.mean(everything, axis=0)
-    last = interval(values[-1] - values[-2], signed=True) if len(methods) > 1 else ""
-    return markdown([*rows, ["mean", *map(interval, values), last]])
+        measures = ["f1"] if label == ENTITIES else ["accuracy", "f1"]
+        found = [[scores[f"{label}, {size}, {method}, {seed}"] for seed in range(seeds)] for method in methods]
+        values = np.array([[[run[name] for run in runs] for name in measures] for runs in found])
+        everything.append(values[:, :1])
+        rows.append([f"{label}, {size:,}", *cells(values)])
+    return markdown([*rows, ["mean", *cells(np.mean(everything, axis=0))]])
 
 
 if __name__ == "__main__":
