@@ -57,7 +57,7 @@ class Objective(ABC):
         return None
 
     def plan(self, pair: PairMoments) -> Mapping[str, Tensor]:
-        """Prepare the shares of an update from its global moments; returns numbers to log."""
+        """Prepare the shares of an update from its global moments of `seen` rows; returns numbers to log."""
         return {}
 
     @abstractmethod
@@ -76,6 +76,10 @@ class Objective(ABC):
     def of_batch(self, z_a: Tensor, z_b: Tensor) -> Mapping[str, Tensor]:
         """What evaluation needs of the rows of a batch beside their moments."""
         return {}
+
+    def seen(self, z: Tensor) -> Tensor:
+        """What the terms see of embeddings (n, d), and moments are taken of: the embeddings, unless an expander is given."""
+        return z
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains along with the model."""

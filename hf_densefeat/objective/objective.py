@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_densefeat.objective.anchor import Rows
 from hf_densefeat.objective.base import Objective, check_name, checked_value
@@ -28,6 +28,7 @@ from hf_densefeat.objective.terms import orthogonality, spectral_spreading
 
 OVERSAMPLING = 32  # directions tracked beyond k: the gradient sees those that are left only as a mean
 AVERAGED = ("covariance", "noise", "drift")  # of an `Average`, what is saved
+EXPANDER = "expander."  # before its names in the state
 COLD_ITERATIONS = 20  # power steps from a random basis, at the first call
 
 
@@ -82,6 +83,8 @@ class DenseObjective(Objective):
             `EXTRA_TERMS`. One of the paper's three names replaces that term. A function with `needs_cross_moment = True`
             (`sees_pairing`) gets the cross covariance of the pairs. Values are unweighted under their names; `loss` is
             the sum of weight * value.
+        expander: a module of rows (n, d) -> (n, D), such as `Expander`, whose output the terms see in the place of the
+            embeddings. It is trained along, is a part of the state, and is not saved with the model. Not with an anchor.
 
     `terms` holds all terms, the paper's three first. The state (running covariances, tracked bases) is float32 or wider
     and a function of the global moments alone, so the same on all ranks. After each call `diagnostics` holds the `trace`
@@ -105,6 +108,7 @@ class DenseObjective(Objective):
         broadening: float = 1.0,
         power_iterations: int | None = None,
         terms: Mapping[str, Term | float] | None = None,
+        expander: nn.Module | None = None,
     ):
         for name, value in (("lambda_sub", lambda_sub), ("lambda_orth", lambda_orth), ("broadening", broadening)):
             if not value >= 0:
@@ -122,6 +126,13 @@ class DenseObjective(Objective):
             name: (weight, PAPER[name]) for name, weight in zip(PAPER, (1.0, lambda_sub, lambda_orth), strict=True)
         } | {name: _checked_term(name, term) for name, term in (terms or {}).items()}
         self.settings = {"covariance window": "none" if window is None else window, "centred": center}
+        self.expander, self.module = expander, expander or nn.Module()
+        if expander is not None:
+            self.settings["expander"] = f"{sum(weight.numel() for weight in expander.parameters()):,} parameters"
+            if self.needs_start:
+                raise ValueError(
+                    "An anchor is of the embeddings, and with an expander no term sees these: leave one out."
+                )
         self.averages: list[Average | None] = [None, None]
         self.average_cross: Tensor | None = None
         self.bases: list[Tensor | None] = [None, None]
@@ -140,7 +151,12 @@ class DenseObjective(Objective):
             )
         if self.window is None:
             warn_if_unsupported(self.subspace_dim, len(z_a) - self.center)
-        return self.values(PairMoments.of(z_a, z_b, cross=self.needs_cross_moment, start=start))
+        rows = self.seen(z_a), self.seen(z_b)
+        return self.values(PairMoments.of(*rows, cross=self.needs_cross_moment, start=start))
+
+    def seen(self, z: Tensor) -> Tensor:
+        """The embeddings (n, d), or what the expander makes of them (n, D)."""
+        return z if self.expander is None else self.expander(z)
 
     def values(self, pair: PairMoments) -> dict[str, Tensor]:
         """The same from the moments of the pairs, differentiable in them; advances the running state by one step."""
@@ -178,6 +194,7 @@ class DenseObjective(Objective):
         if self._planned is None:
             raise RuntimeError("The update has no plan yet: call plan first.")
         values, gradient = self._planned
+        z_a, z_b = self.seen(z_a), self.seen(z_b)
         # linear in the rows: its gradient is exact, and its own value is replaced by that of the terms
         gradients = gradient.pullback(z_a, z_b, start)
         surrogate = sum((g * z).sum() for g, z in zip(gradients, (z_a, z_b), strict=True)) * ranks
@@ -193,12 +210,13 @@ class DenseObjective(Objective):
 
     @property
     def covariance(self) -> Tensor | None:
-        """Mean of the covariances of both sides at the last call (d, d), detached; None before."""
+        """Mean of the covariances of both sides at the last call, of what the terms see (d, d), detached; None before."""
         return None if self._pooled is None else self._pooled[0] * self._pooled[1]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that a resumed run needs, by name; empty before the first step."""
         state = {"shift": self.shift, "cross.covariance": self.average_cross}
+        state |= {f"{EXPANDER}{name}": value for name, value in self.module.state_dict().items()}
         for side, average, basis in zip("ab", self.averages, self.bases, strict=True):
             state |= {f"{side}.basis": basis, **{f"{side}.{name}": getattr(average, name, None) for name in AVERAGED}}
         return {name: value.clone() for name, value in state.items() if value is not None}
@@ -207,6 +225,9 @@ class DenseObjective(Objective):
         """Restore what `state_dict` returned."""
         # copies, whose memory is aligned as that of any result: sums of a file's unaligned memory round otherwise
         state = {name: value.clone() for name, value in state.items()}
+        self.module.load_state_dict(
+            {name.removeprefix(EXPANDER): value for name, value in state.items() if name.startswith(EXPANDER)}
+        )
         self.shift, self.average_cross = state.get("shift"), state.get("cross.covariance")
         self.bases = [state.get("a.basis"), state.get("b.basis")]
         for i, side in enumerate("ab"):

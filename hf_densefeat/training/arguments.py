@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_densefeat.data.pairs import check_kinds
+from hf_densefeat.objective.expander import Expander
 from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.objective.statistics import Term
 from hf_densefeat.training.options import option
@@ -52,6 +53,10 @@ class DenseTrainingArguments(TrainingArguments):
     lambda_anchor: float = option(
         0.0, help="Weight of the mean (cos - cos of the frozen start)^2 of unrelated notes, in [0, 4]."
     )
+    expander: int = option(
+        0,
+        help="The dense terms see an MLP of the embedding, so many times as wide, trained along; 0 for the embedding.",
+    )
     subspace_dim: int = option(20, help="k, the dimension of the leading subspaces.")
     window: str = option(
         "auto", help="Running covariances: 'none' (the batch alone), 'auto' (d samples) or a number of samples."
@@ -90,7 +95,7 @@ class DenseTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("mlm_weight", "dense_weight", "lambda_pair", "lambda_anchor"):
+        for name in ("mlm_weight", "dense_weight", "lambda_pair", "lambda_anchor", "expander"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"Expected {name} >= 0 but got {getattr(self, name)}.")
         if self.label_smoothing_factor:
@@ -108,7 +113,7 @@ class DenseTrainingArguments(TrainingArguments):
         self.pairs = check_kinds(self.pairs)
         if isinstance(self.terms, str):
             self.terms = json.loads(self.terms)
-        self.dense_objective()
+        self.dense_objective(width=1)
 
     def __getstate__(self) -> dict:
         """What pickles hold, without token and folders: `training_args.bin` is one, and goes to the Hub with the model."""
@@ -133,8 +138,13 @@ class DenseTrainingArguments(TrainingArguments):
     def _without_folders(self) -> dict:
         return {"output_dir": Path(str(self.output_dir)).name, "resume_from_checkpoint": None}
 
-    def dense_objective(self, *, terms: Mapping[str, Term | float] | None = None, **more) -> DenseObjective:
-        """The objective that these arguments describe, with `more` options and terms; ValueError for one out of range."""
+    def dense_objective(
+        self, *, width: int | None = None, terms: Mapping[str, Term | float] | None = None, **more
+    ) -> DenseObjective:
+        """The objective that these arguments describe, with `more` options and terms; ValueError for one out of range.
+
+        `width` is d of the embedding, which an expander needs: without it there is none.
+        """
         window: float | str | None = None if str(self.window) == "none" else self.window
         if isinstance(window, str) and window != "auto":
             try:
@@ -151,4 +161,6 @@ class DenseTrainingArguments(TrainingArguments):
         same = ("lambda_sub", "lambda_orth", "subspace_dim", "center", "unbiased")
         options: dict[str, Any] = {name: getattr(self, name) for name in same}
         options |= {"window": window, "power_iterations": self.power_iterations or None, "terms": own}
+        if self.expander and width:
+            options["expander"] = Expander(width, self.expander * width, seed=self.seed)
         return DenseObjective(**options | more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor
@@ -114,13 +115,15 @@ def check_run(trainer: Any) -> None:
         raise ValueError("An adapter cannot be merged into sharded weights. Train it without FSDP and DeepSpeed.")
     if args.keep_graphs and sharded:
         raise ValueError("keep_graphs needs the weights of all micro-batches at once: set it to False under sharding.")
+    if sharded and objective.parameters():
+        raise ValueError("What an objective trains along is not sharded: no expander with FSDP and DeepSpeed.")
     if trainer.is_fsdp_enabled:
         check_sharding(model)
     streamed = isinstance(trainer.train_dataset, IterableDataset)
     if streamed:
         check_stream(args, trainer.processor)
         args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint left it
-    objective.module.to(args.device)
+    objective.module.to(args.device, torch.promote_types(model.dtype, torch.float32))
     if trainer.train_dataset is not None and args.dense_weight:
         pairs = math.inf if streamed else len(trainer.train_dataset)
         check_subspace(pairs, trainer.get_total_train_batch_size(args), model.embedding_dimension, objective)

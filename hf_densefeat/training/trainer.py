@@ -101,7 +101,8 @@ class DenseTrainer(UpdateTrainer):
         processing_class = prepare_tokenizer(processing_class, model)
         self.processor = pair_processor(processing_class, model, args)
         self.evaluator = evaluator
-        self.objective = args.dense_objective(terms=terms) if objective is None else objective
+        made = {"terms": terms, "width": model.embedding_dimension}
+        self.objective = args.dense_objective(**made) if objective is None else objective
         self._objective_start = copy.deepcopy(self.objective.state_dict())
         check_objective(self.objective, args)
         check_head(model, args)
@@ -141,7 +142,7 @@ class DenseTrainer(UpdateTrainer):
         model, adapted = prepare_model(super().call_model_init(trial), self.args, self._peft_config)
         model._densefeat_tokenizer = self.processing_class
         if self._given is None:
-            self.objective = self.args.dense_objective(terms=self._terms)
+            self.objective = self.args.dense_objective(terms=self._terms, width=model.embedding_dimension)
         else:
             self.objective.load_state_dict(self._objective_start)
         self.update_log = UpdateLog()
@@ -249,7 +250,7 @@ class DenseTrainer(UpdateTrainer):
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             made = self.embed_pairs(model, inputs)
-            shift = mean_over_ranks(made.rows()) if pair is None else pair.a.shift
+            shift = mean_over_ranks(self.objective.seen(made.rows())) if pair is None else pair.a.shift
             moments = moments_of(made.z_a, made.z_b, self.objective, start=made.start, shift=shift)
             pair = moments if pair is None else pair + moments
             of_batches.append(self.objective.of_batch(made.z_a, made.z_b))

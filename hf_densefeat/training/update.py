@@ -222,6 +222,8 @@ class UpdateTrainer(ResumableTrainer):
         own = self.objective.parameters()
         if not own:
             return super()._clip_grad_norm(model)
+        for weight in own:  # no wrapper of the model averages them
+            weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
         largest = self.args.max_grad_norm if largest is None else largest
         return self.accelerator.clip_grad_norm_([*model.parameters(), *own], largest)
 
@@ -252,13 +254,14 @@ class UpdateTrainer(ResumableTrainer):
 
 @torch.no_grad()
 def moments_of(z_a: Tensor, z_b: Tensor, objective: Objective, *, start: Rows | None, shift: Tensor | None = None):
-    """Moments of the two sides of pairs, about `shift`, or about the objective's shift, or about the mean over all ranks.
+    """Moments of the two sides of pairs, of what the terms see, about `shift`, the objective's, or the mean over all ranks.
 
     All batches and ranks need the same shift, near the mean, so that their moments add up and lose no digits.
     """
+    z_a, z_b = objective.seen(z_a.detach()), objective.seen(z_b.detach())
     if shift is None:
         shift = mean_over_ranks(torch.cat([z_a, z_b])) if objective.shift is None else objective.shift
-    return PairMoments.of(z_a.detach(), z_b.detach(), shift, cross=objective.needs_cross_moment, start=start)
+    return PairMoments.of(z_a, z_b, shift, cross=objective.needs_cross_moment, start=start)
 
 
 def covariance_rank(covariance: Tensor) -> float:

@@ -87,6 +87,9 @@ METHODS = {
 DEFICIT = {"terms": {"rank_deficit": 1.0}}  # in the place of L_spec
 # What the documents' study chooses the defaults from, on validation documents.
 CANDIDATES = {
+    "expander 4": Method("MLM + dense, expander", {"expander": 4}),
+    "expander 4 weight 10": Method("weight 10, expander", {"expander": 4, "dense_weight": 10.0}),
+    "expander 1": Method("MLM + dense, expander as wide as the embedding", {"expander": 1}),
     "mlm+infonce": Method("MLM + InfoNCE", {"dense_weight": 0.3}, lambda width: b.info_nce),
     "paper 10": Method("the paper's terms, weight 10", PAPER | {"dense_weight": 10.0}),
     "pair 0.1 weight 10": Method("weight 10, lambda_pair 0.1", {"dense_weight": 10.0, "lambda_pair": 0.1}),

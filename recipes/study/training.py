@@ -14,7 +14,7 @@ from study.methods import Method
 from study.terms import BoundedRank
 
 
-def study_objective(args: DenseTrainingArguments, method: Method) -> DenseObjective:
+def study_objective(args: DenseTrainingArguments, method: Method, width: int) -> DenseObjective:
     """The objective of the arguments, with the weight, the bound and the term that the method changes."""
     terms = {"spectral_spreading": (method.spec_weight, spectral_spreading_term)}
     if method.most_rank is not None:  # without effect above that rank
@@ -22,7 +22,7 @@ def study_objective(args: DenseTrainingArguments, method: Method) -> DenseObject
             "spectral_spreading": (0.0, spectral_spreading_term),
             "bounded_rank": (method.spec_weight, BoundedRank(rank=method.most_rank)),
         }
-    return args.dense_objective(broadening=method.broadening, terms=terms)
+    return args.dense_objective(width=width, broadening=method.broadening, terms=terms)
 
 
 class StudyTrainer(DenseTrainer):
@@ -91,7 +91,7 @@ def make_trainer(domain: Domain, method: Method, model, seed: int, steps: int, f
         objective = BatchLoss(method.pair_loss(model.embedding_dimension), name="pair_loss")
         trainer = DenseTrainer(objective=objective, **common)
     else:
-        trainer = StudyTrainer(objective=study_objective(args, method), **common)
+        trainer = StudyTrainer(objective=study_objective(args, method, model.embedding_dimension), **common)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(bar))
     return trainer

@@ -161,7 +161,7 @@ def test_a_missing_encoder_is_said_at_once(data):
 def test_the_studys_objective_is_that_of_the_arguments(tmp_path, method, weight):
     """What a method changes does not lose the pairing of the default."""
     args = DenseTrainingArguments(output_dir=str(tmp_path), report_to="none", **METHODS[method].arguments)
-    terms = study_objective(args, METHODS[method]).terms
+    terms = study_objective(args, METHODS[method], 8).terms
     assert terms.get("unshared_variance", (None,))[0] == weight
     assert terms["spectral_spreading"][0] == METHODS[method].spec_weight
 

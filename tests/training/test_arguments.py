@@ -66,6 +66,8 @@ def test_zero_power_iterations_are_exact_eigenspaces(tmp_path):
         ({"mlm_weight": 0.0, "dense_weight": 0.0}, ("mlm_weight and dense_weight are both 0",)),
         ({"lambda_sub": -0.1}, ("lambda_sub >= 0", "-0.1")),
         ({"lambda_orth": -0.1}, ("lambda_orth >= 0", "-0.1")),
+        ({"expander": -1}, ("expander >= 0", "-1")),
+        ({"expander": 2, "lambda_anchor": 1.0}, ("with an expander no term sees these",)),
         ({"subspace_dim": 0}, ("subspace_dim >= 1", "0")),
         ({"window": "always"}, ("window", "'none', 'auto' or a number of samples", "'always'")),
         ({"window": "0"}, ("window", "number of samples", "0")),

@@ -125,14 +125,15 @@ def test_a_finished_run_is_not_trained_further(tmp_path, tokenizer, pairs, epoch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adapter", "stream"])
-def test_adapters_and_streams_resume_under_the_same_rules(tmp_path, tokenizer, pairs, kind):
+@pytest.mark.parametrize("kind", ["adapter", "stream", "expander"])
+def test_adapters_streams_and_expanders_resume_under_the_same_rules(tmp_path, tokenizer, pairs, kind):
     extra = {"peft_config": LoraConfig(r=2, target_modules=["query"])} if kind == "adapter" else {}
     notes = make_notes().to_iterable_dataset() if kind == "stream" else pairs
-    whole = make_trainer(tmp_path / "a", tokenizer, notes, extra=extra, **STEPS)
+    settings = STEPS | ({"expander": 2} if kind == "expander" else {})
+    whole = make_trainer(tmp_path / "a", tokenizer, notes, extra=extra, **settings)
     whole.train()
     checkpoint = tmp_path / "a" / "checkpoint-4"
-    again = make_trainer(tmp_path / "b", tokenizer, notes, extra=extra, **STEPS)
+    again = make_trainer(tmp_path / "b", tokenizer, notes, extra=extra, **settings)
     again.train(resume_from_checkpoint=str(checkpoint))
     found, expected = (logs(trainer)[-1] | {"epoch": 0} for trainer in (again, whole))  # a stream has none
     assert found == expected

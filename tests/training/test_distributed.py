@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from hf_densefeat import AutoDenseModel, DenseObjective, DensePairCollator, adjacent_pairs
 from hf_densefeat.data.sampling import PairBatchSampler
 from hf_densefeat.data.tokens import TextProcessor
+from hf_densefeat.objective.expander import Expander
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -54,12 +55,14 @@ def expected(tokenizer, data):
     """Float64 gradients of every update by autograd through the whole batch in one process, without the Trainer."""
     known = {}
 
-    def gradients(family, drop_last=False, window="none", lambda_anchor=0.0, **options):
-        key = (family, window, lambda_anchor, *sorted(options.items()))
+    def gradients(family, drop_last=False, window="none", lambda_anchor=0.0, expander=0, **options):
+        key = (family, window, lambda_anchor, expander, *sorted(options.items()))
         if key not in known:
             model = varied_model(family, tokenizer, torch.float64).train()
             start = copy.deepcopy(model)
             names, parameters = zip(*model.named_parameters(), strict=True)
+            width = model.config.hidden_size
+            above = Expander(width, expander * width, seed=42).double() if expander else torch.nn.Identity()
             window = None if window == "none" else window
             objective = DenseObjective(
                 lambda_sub=0.5,
@@ -84,10 +87,12 @@ def expected(tokenizer, data):
                 z_a, z_b = ((hidden * mask).sum(1) / mask.sum(1)).chunk(2)
                 rows = ((frozen * mask).sum(1) / mask.sum(1)).chunk(2) if lambda_anchor else None
                 mlm = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
-                gradient = torch.autograd.grad(3 * mlm + objective(z_a, z_b, start=rows)["loss"], parameters)
-                known[key].append(dict(zip(names, gradient, strict=True)))
+                loss = 3 * mlm + objective(above(z_a), above(z_b), start=rows)["loss"]
+                trained = [*parameters, *above.parameters()]
+                gradient = torch.autograd.grad(loss, trained)
+                known[key].append(dict(zip(names, gradient[: len(names)], strict=True)))
                 with torch.no_grad():
-                    for p, g in zip(parameters, gradient, strict=True):
+                    for p, g in zip(trained, gradient, strict=True):
                         p -= LR * g
         return known[key][:2] if drop_last else known[key]
 
@@ -132,6 +137,8 @@ CUTS = [
     ("bert", torch.float64, 2, 4, {"keep_graphs": True}),
     ("modernbert", torch.float64, 3, 2, AUTO | {"keep_graphs": True}),
     ("bert", torch.float64, 3, 2, AUTO | {"lambda_anchor": 100.0}),  # from the second update on: the start moves away
+    ("bert", torch.float64, 1, 4, {"expander": 2}),
+    ("bert", torch.float64, 3, 2, AUTO | {"expander": 2}),
 ]
 UNEVEN = [
     ("bert", torch.float64, [[1, 23]], {}),
