@@ -148,7 +148,6 @@ def train(
     """
     args = DenseTrainingArguments(
         output_dir=folder,
-        use_cpu=True,
         optim=arguments.pop("optim", "sgd"),
         learning_rate=arguments.pop("learning_rate", LR),
         lr_scheduler_type="constant",

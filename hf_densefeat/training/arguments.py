@@ -2,11 +2,13 @@
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_densefeat.data.pairs import check_kinds
@@ -94,6 +96,8 @@ class DenseTrainingArguments(TrainingArguments):
     logging_steps: float = option(10, help="Log every so many updates (or a share, below 1).")
 
     def __post_init__(self):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # without it processes of a CPU do not find each other, and each trains alone
         super().__post_init__()
         for name in ("mlm_weight", "dense_weight", "lambda_pair", "lambda_anchor", "expander"):
             if not getattr(self, name) >= 0:

@@ -89,6 +89,16 @@ DEFICIT = {"terms": {"rank_deficit": 1.0}}  # in the place of L_spec
 CANDIDATES = {
     "expander 4": Method("MLM + dense, expander", {"expander": 4}),
     "expander 4 weight 10": Method("weight 10, expander", {"expander": 4, "dense_weight": 10.0}),
+    "expander deficit": Method(
+        "rank deficit, weight 1, lambda_pair 6, expander",
+        DEFICIT | {"dense_weight": 1.0, "lambda_pair": 6.0, "expander": 4},
+        spec_weight=0.0,
+    ),
+    "expander deficit 3": Method(
+        "rank deficit, weight 3, lambda_pair 6, expander",
+        DEFICIT | {"dense_weight": 3.0, "lambda_pair": 6.0, "expander": 4},
+        spec_weight=0.0,
+    ),
     "expander 1": Method("MLM + dense, expander as wide as the embedding", {"expander": 1}),
     "mlm+infonce": Method("MLM + InfoNCE", {"dense_weight": 0.3}, lambda width: b.info_nce),
     "paper 10": Method("the paper's terms, weight 10", PAPER | {"dense_weight": 10.0}),
