@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hf_densefeat.objective.precision import full_precision
 
 
-class Expander(nn.Sequential):
+class Expander(nn.Module):
     """A three-layer MLP (n, d) -> (n, D): linear, LayerNorm, ReLU, twice, then linear without bias.
 
     VICReg (Bardes et al., 2022) and its kin train through one. What the terms ask for is then true of its output; the
@@ -23,9 +23,10 @@ class Expander(nn.Sequential):
     """
 
     def __init__(self, width: int, hidden: int, *, seed: int = 0):
+        super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            super().__init__(
+            self.layers = nn.Sequential(
                 *(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.ReLU()),
                 *(nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.ReLU()),
                 nn.Linear(hidden, hidden, bias=False),
@@ -34,4 +35,5 @@ class Expander(nn.Sequential):
     def forward(self, z: Tensor) -> Tensor:
         """Features (n, D), in float32 or wider."""
         with torch.autocast(z.device.type, enabled=False):
-            return super().forward(full_precision(z))
+            features: Tensor = self.layers(full_precision(z))
+        return features

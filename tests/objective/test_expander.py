@@ -22,12 +22,13 @@ def z():
 def test_it_is_its_definition(z):
     """Written out in NumPy."""
     expander = Expander(D, 3 * D).double()
+    layers = expander.layers
     rows = z[0].numpy()
-    for linear, norm in ((expander[0], expander[1]), (expander[3], expander[4])):
+    for linear, norm in ((layers[0], layers[1]), (layers[3], layers[4])):
         rows = rows @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
         rows = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + norm.eps)
         rows = np.maximum(rows * norm.weight.detach().numpy() + norm.bias.detach().numpy(), 0)
-    rows = rows @ expander[6].weight.detach().numpy().T
+    rows = rows @ layers[6].weight.detach().numpy().T
     np.testing.assert_allclose(expander(z[0]).detach().numpy(), rows, atol=1e-12)
 
 
@@ -36,8 +37,8 @@ def test_weights_follow_from_the_seed_alone():
     before = torch.get_rng_state()
     one, same, other = Expander(D, D, seed=3), Expander(D, D, seed=3), Expander(D, D, seed=4)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(one[0].weight, same[0].weight)
-    assert not torch.equal(one[0].weight, other[0].weight)
+    assert torch.equal(one.layers[0].weight, same.layers[0].weight)
+    assert not torch.equal(one.layers[0].weight, other.layers[0].weight)
 
 
 def test_half_precision_is_widened_under_autocast():
