@@ -129,6 +129,8 @@ def test_no_pandas_no_utils_no_leftovers():
 def test_public_names_are_there():
     """Everything in `__all__` exists, is sorted and documented, and so is every public method of ours in it."""
     assert sorted(hf_densefeat.__all__) == hf_densefeat.__all__
+    typed = {name.rpartition(".")[2] for name in imports("__init__") if name.startswith("hf_densefeat.")}
+    assert typed == set(hf_densefeat.__all__)
     for name in hf_densefeat.__all__:
         found = getattr(hf_densefeat, name)
         assert found.__doc__, name

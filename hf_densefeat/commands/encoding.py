@@ -194,9 +194,7 @@ def progress(model: Any, rows: int, state: PartialState) -> Iterator[Callable[[i
 
     def forward(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal tokens
-        tokens = (
-            tokens + kwargs["attention_mask"].sum()
-        )  # on the device: a GPU is waited for only when the bar is drawn
+        tokens = tokens + kwargs["attention_mask"].sum()  # on the device, waited for only when the bar is drawn
         if bar.update(min(len(kwargs["attention_mask"]), rows - bar.n)):
             bar.set_postfix_str(f"{int(tokens) / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
 

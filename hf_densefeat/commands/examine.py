@@ -138,9 +138,7 @@ class Reading(Measurement):
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.record = recorded_split(
-            settings.model
-        )  # first: a model that is not there is said before the notes are read
+        self.record = recorded_split(settings.model)  # first: a model that is not there is said before notes are read
         every, self.given = given_vectors(settings) if settings.vectors else (settings.read(), {})
         notes = sample(every, settings.max_notes, settings.seed)
         how: dict[str, Any] = {"seed": settings.seed, "record": self.record, "allow_trained": settings.allow_trained}

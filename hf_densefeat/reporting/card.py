@@ -152,17 +152,13 @@ class Run:
 
     mlm_weight: float  # of language modelling
     dense_weight: float  # of the sum of the terms
-    terms: Mapping[
-        str, tuple[float, str]
-    ]  # name to weight and one line of description, of every term that was trained
+    terms: Mapping[str, tuple[float, str]]  # name to weight and a line of description, of every term that was trained
     subspace_dim: int  # k of the subspaces
     settings: Mapping[str, Any]  # what else is worth knowing, by name
     counts: Mapping[str, int]  # numbers of patients, notes, pairs, by name
     base_model: str | None = None  # Hub name or folder of the weights that training began with; None for random ones
     local: bool = False  # the base model is a folder, which the card does not name, even where it is no longer there
-    evaluated: Mapping[str, Any] | None = (
-        None  # numbers of the last evaluation in training, shown if all else is missing
-    )
+    evaluated: Mapping[str, Any] | None = None  # numbers of the last evaluation in training, if all else is missing
 
 
 def model_card(

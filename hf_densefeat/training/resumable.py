@@ -79,9 +79,7 @@ class ResumableTrainer(Trainer):
             return self._loaded(str(resume_from_checkpoint))
         with self._told_by_sigterm():
             result = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
-        if (
-            self.stopped
-        ):  # the process was told to end, and whoever called would go on with a model that is trained in part
+        if self.stopped:  # told to end: whoever called would go on with a model that is trained in part
             raise SystemExit(128 + signal.SIGTERM)
         return result
 
