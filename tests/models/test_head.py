@@ -89,42 +89,58 @@ def fitted(model, tokenizer, input_layer):
     return {"content": content_head(pairs, epsilon=0.3), "form": form_head(pairs, epsilon=1.0, center=False)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("views", ["head", "views", "views of two layers"])
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
-def test_a_folder_with_views_opens_everywhere(tmp_path, views, name):
-    """`encode`, a second load and sentence-transformers in another process apply them; AutoModel's states stay."""
-    tokenizer = make_tokenizer()
-    model = make_model(name, tokenizer)
-    plain = model.encode(TEXTS, tokenizer)
-    if views == "head":
-        model.views = {"content": DenseHead.fit(plain)}
-    else:
-        model.views = fitted(model, tokenizer, input_layer="two" in views)
-    torch.testing.assert_close(model.encode(TEXTS, tokenizer, head=False), plain)
-    torch.testing.assert_close(model.encode(TEXTS, tokenizer, view=None), plain)
-    expected = [model.encode(TEXTS, tokenizer, view=view) for view in model.views]
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    again = AutoDenseModel.from_pretrained(str(tmp_path))
-    assert [head.epsilon for head in again.views.values()] == [head.epsilon for head in model.views.values()]
-    again.save_pretrained(tmp_path)
-    code = f"""
+OPEN_EVERY_FOLDER = f"""
 import json
+from pathlib import Path
 from sentence_transformers import SentenceTransformer
-encoder = SentenceTransformer(".", device="cpu")
-found = [encoder.encode({TEXTS!r}, truncate_dim=4), encoder.encode({TEXTS!r})]
-if {len(expected) > 1}:
-    found.append(encoder.encode({TEXTS!r}, task="form"))
-    assert (encoder.encode_query({TEXTS!r}) == found[1]).all()
-print(json.dumps([z.tolist() for z in found]))
+
+found = {{}}
+for folder in sorted(Path(".").iterdir()):
+    encoder = SentenceTransformer(str(folder), device="cpu")
+    rows = [encoder.encode({TEXTS!r}, truncate_dim=4), encoder.encode({TEXTS!r})]
+    if "views" in folder.name:
+        rows.append(encoder.encode({TEXTS!r}, task="form"))
+        assert (encoder.encode_query({TEXTS!r}) == rows[1]).all()
+    found[folder.name] = [z.tolist() for z in rows]
+print(json.dumps(found))
 """
-    first, *whole = (np.array(found) for found in json.loads(run_without_densefeat(code, tmp_path)))
+FOLDERS = [f"{name} {views}" for name in ("bert", "modernbert") for views in ("head", "views", "views of two layers")]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """The models by folder, the folders, saved, loaded and saved again, and what one other process makes of all of them."""
+    root, tokenizer, models = tmp_path_factory.mktemp("views"), make_tokenizer(), {}
+    for folder in FOLDERS:
+        model = models[folder] = make_model(folder.split()[0], tokenizer)
+        plain = model.encode(TEXTS, tokenizer)
+        if folder.endswith("head"):
+            model.views = {"content": DenseHead.fit(plain)}
+        else:
+            model.views = fitted(model, tokenizer, input_layer="two" in folder)
+        torch.testing.assert_close(model.encode(TEXTS, tokenizer, head=False), plain)
+        torch.testing.assert_close(model.encode(TEXTS, tokenizer, view=None), plain)
+        model.save_pretrained(root / folder)
+        tokenizer.save_pretrained(root / folder)
+        AutoDenseModel.from_pretrained(str(root / folder)).save_pretrained(root / folder)
+    return models, root, json.loads(run_without_densefeat(OPEN_EVERY_FOLDER, root))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_with_views_opens_everywhere(opened, folder):
+    """`encode`, a second load and sentence-transformers in another process apply them; AutoModel's states stay."""
+    (models, root, found), tokenizer = opened, make_tokenizer()
+    model, path = models[folder], str(root / folder)
+    expected = [model.encode(TEXTS, tokenizer, view=view) for view in model.views]
+    again = AutoDenseModel.from_pretrained(path)
+    assert [head.epsilon for head in again.views.values()] == [head.epsilon for head in model.views.values()]
+    first, *whole = map(np.array, found[folder])
     np.testing.assert_allclose(first, expected[0][:, :4], rtol=1e-5, atol=1e-5 * float(expected[0].abs().max()))
     for z, native, view in zip(expected, whole, model.views, strict=True):
         np.testing.assert_allclose(native, z, rtol=1e-5, atol=1e-5 * float(z.abs().max()))
         torch.testing.assert_close(again.encode(TEXTS, view=view), z, rtol=1e-5, atol=1e-5 * float(z.abs().max()))
-    states = [AutoModel.from_pretrained(str(tmp_path))(**tokenizer(TEXTS[:1], return_tensors="pt"))[0]]
+    states = [AutoModel.from_pretrained(path)(**tokenizer(TEXTS[:1], return_tensors="pt"))[0]]
     states.append(model.base_model.eval()(**tokenizer(TEXTS[:1], return_tensors="pt"))[0])
     torch.testing.assert_close(*states)
 
