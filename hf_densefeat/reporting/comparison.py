@@ -57,15 +57,15 @@ def measured_of(
     """
 
     def triples(tasks: Iterable[tuple[str, dict[str, Estimate]]]) -> dict[str, Triple]:
-        return {f"{task} {name}": [e.value, e.low, e.high] for task, found in tasks for name, e in found.items()}
+        return {f"{task} {name}": [e.value, e.low, e.high] for task, metrics in tasks for name, e in metrics.items()}
 
     def against(other: TaskResults | None) -> dict[str, Triple]:
         sides: Any = () if other is None else zip(results, other, strict=True)
         return triples(
-            (task, paired_difference(one, base[task])) for ours, base in sides for task, one in ours.items()
+            (task, paired_difference(result, base[task])) for ours, base in sides for task, result in ours.items()
         )
 
-    similarity, probes = (triples((task, one.metrics) for task, one in part.items()) for part in results)
+    similarity, probes = (triples((task, result.metrics) for task, result in part.items()) for part in results)
     return {
         "name": name,
         "geometry": geometry,
@@ -82,11 +82,11 @@ def judged(measured: Sequence[Measured]) -> Measured:
 
     Geometry is that of the first view. An encoder has views where `view` names them.
     """
-    views = [one for one in measured if "view" in one] or [measured[-1]]
+    views = [encoder for encoder in measured if "view" in encoder] or [measured[-1]]
     merged: Any = {**views[0], "name": "the better view" if len(views) > 1 else views[0]["name"]}
     for key in views[0].get("differences", {}):
         sign = metric_named(key.rsplit(" ", 1)[1]).sign
-        best: Any = max(views, key=lambda one: sign * (one["differences"][key][0] or 0.0))
+        best: Any = max(views, key=lambda encoder: sign * (encoder["differences"][key][0] or 0.0))
         for part in ("similarity", "probes", "differences", "against_words"):
             if key in merged.get(part, {}):
                 merged[part] = {**merged[part], key: best[part][key]}
@@ -168,7 +168,7 @@ class Comparison:
 
 def _estimates(measured: Sequence[Measured], part: str, key: str) -> dict[str, Estimate]:
     """Encoder to what it has under "task metric" in one of its parts, where it has."""
-    sides: dict[str, Any] = {one["name"]: one.get(part, {}) for one in measured}
+    sides: dict[str, Any] = {encoder["name"]: encoder.get(part, {}) for encoder in measured}
     return {
         name: Estimate(*(np.nan if value is None else value for value in side[key]))
         for name, side in sides.items()
@@ -181,15 +181,15 @@ def comparisons(measured: Sequence[Measured]) -> list[Comparison]:
 
     The first encoder is what the others are compared with.
     """
-    found, last = [], dict[str, Any](measured[-1])
+    rows, last = [], dict[str, Any](measured[-1])
     for part in ("similarity", "probes"):
         for key in last.get(part, {}):
             task, metric = key.rsplit(" ", 1)
             # k-means over all rows is no held-out probe, and is counted apart from them
             group = "clusterings" if part == "probes" and metric in PROBES["clustering"] else part
             estimates = _estimates(measured, part, key), _estimates(measured[1:], "differences", key)
-            found.append(Comparison(group, task, metric, *estimates, _estimates(measured, "against_words", key)))
-    return sorted(found, key=lambda one: list(GROUPS).index(one.group))
+            rows.append(Comparison(group, task, metric, *estimates, _estimates(measured, "against_words", key)))
+    return sorted(rows, key=lambda row: list(GROUPS).index(row.group))
 
 
 # ---- The verdict ----------------------------------------------------------------------------------------------------
@@ -239,13 +239,13 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
     for row in rows:
         group = counts.setdefault(row.group, {"better": 0, "equal": 0, "worse": 0})
         group[direction(row.differences[name], row.metric)] += 1
-    better, worse = (sum(one[word] for one in counts.values()) for word in ("better", "worse"))
+    better, worse = (sum(count[word] for count in counts.values()) for word in ("better", "worse"))
     # one visible loss is enough to say so, whatever the number of gains
     against = ("mixed" if worse else "better") if better else ("worse" if worse else "equal")
     said: dict[Direction, str] = {"better": "better", "worse": "worse", "equal": "without a visible difference"}
     counted = {
-        group: ", ".join(f"{one[word]} {text}" for word, text in said.items() if one[word])
-        for group, one in counts.items()
+        group: ", ".join(f"{count[word]} {text}" for word, text in said.items() if count[word])
+        for group, count in counts.items()
     }
     evidence = _sentence("; ".join(f"{GROUPS[group]}: {text}" for group, text in counted.items()))
     evidence += f"{_extremes(rows, name)}{_beside_words(ours)} {shape} ({numbers}): {ADVICE[state]}."
@@ -263,10 +263,10 @@ def _advice(ours: str, base: str, against: str, counts: dict[str, dict[Direction
         return f"Stay with {base}: {ours} is worse"
     if against == "equal":
         return f"These notes do not tell {ours} from {base}"
-    if any(one["better"] and one["worse"] for one in counts.values()):
+    if any(count["better"] and count["worse"] for count in counts.values()):
         return f"Choose between {ours} and {base} by the use: each is better in some"
     gained, lost = (
-        " and ".join(GROUPS[group] for group, one in counts.items() if one[word]) for word in ("better", "worse")
+        " and ".join(GROUPS[group] for group, count in counts.items() if count[word]) for word in ("better", "worse")
     )
     return f"Take {ours} for {gained}, stay with {base} for {lost}"
 
@@ -284,10 +284,10 @@ def _extremes(rows: list[Comparison], name: str) -> str:
 
 def _beside_words(ours: Measured) -> str:
     """Where words are ahead of the encoder, and whether it adds to them in search, as sentences."""
-    found = [(row, gap) for row in comparisons([ours]) for gap in row.against_words.values()]
-    if not found:
+    gaps = [(row, gap) for row in comparisons([ours]) for gap in row.against_words.values()]
+    if not gaps:
         return ""
-    told = [(row, gap, direction(gap, row.metric)) for row, gap in found]
+    told = [(row, gap, direction(gap, row.metric)) for row, gap in gaps]
     ahead = [row.quoted(gap) for row, gap, which in told if row.headline and which == "worse"]
     searches = [which for row, _, which in told if row.fused]
     said = f" Words are ahead: {'; '.join(ahead)}." if ahead else " Words are nowhere ahead."

@@ -169,10 +169,12 @@ def render(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: s
     parts = ['<!doctype html><html lang="en"><head><meta charset="utf-8">']
     parts.append('<meta name="viewport" content="width=device-width, initial-scale=1">')
     parts.append(f"<title>Encoder report</title><style>{STYLE}</style></head><body><main><h1>Encoder report</h1>")
-    for one in verdicts:
-        parts.append(f'<p class="verdict"><strong>{html.escape(one.advice)}</strong> {html.escape(one.evidence)}</p>')
+    for verdict in verdicts:
+        parts.append(
+            f'<p class="verdict"><strong>{html.escape(verdict.advice)}</strong> {html.escape(verdict.evidence)}</p>'
+        )
     parts.append(f'<p class="note">{html.escape(facts)}</p>')
-    for section in (one for one in sections if one.rows or one.pictures):
+    for section in (part for part in sections if part.rows or part.pictures):
         parts.append(f"<section><h2>{html.escape(section.title)}</h2>")
         if section.rows:
             parts.append(f'<div class="wide">{_html_table(section.rows)}</div>')
@@ -186,7 +188,7 @@ def render(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: s
 
 def render_markdown(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: str, method: str) -> str:
     """The same as Markdown, without the pictures."""
-    parts = [*(f"**{one.advice}** {one.evidence}" for one in verdicts), facts]
+    parts = [*(f"**{verdict.advice}** {verdict.evidence}" for verdict in verdicts), facts]
     parts += [f"## {section.title}\n\n{markdown(section.rows)}" for section in sections if section.rows]
     for title, text in (("How to read it", HOW_TO_READ), ("Method", method)):
         parts.append(f"## {title}\n\n{' '.join(text.split())}")

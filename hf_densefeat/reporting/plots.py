@@ -35,9 +35,9 @@ def _axes(height: float, rows: int = 1) -> tuple[Any, Any]:
     # not pyplot, which would need a backend: a node has no screen, and a notebook keeps its own
     figure = Figure(figsize=(WIDTH, height), dpi=170, layout="constrained")
     axes = figure.subplots(rows, 1, squeeze=False)
-    for one in axes[:, 0]:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(alpha=0.25, linewidth=0.6)
+    for axis in axes[:, 0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
     return figure, axes[:, 0]
 
 
@@ -59,7 +59,7 @@ def plot_similarity(measured: Sequence[Measured], path: Path | str) -> Picture:
     rows = [row for row in comparisons(measured) if row.headline and row.group == "similarity"]
     figure, (axes,) = _axes(max(3.0, 1.0 + (0.34 + 0.13 * len(measured)) * len(rows)))
     step = 0.62 / max(len(measured), 2)
-    for i, name in enumerate(one["name"] for one in measured):
+    for i, name in enumerate(encoder["name"] for encoder in measured):
         look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         known = [(place, row.values[name]) for place, row in enumerate(rows) if name in row.values]
         y = np.array([place for place, _ in known]) + (i - (len(measured) - 1) / 2) * step
@@ -130,21 +130,21 @@ def plot_shots(curves: Mapping[str, dict[str, dict[int | str, Estimate]]], path:
     """AUROC by task, encoder and number of training rows of each class, the last one the word "all"; one panel a task."""
     figure, axes = _axes(2.6 * len(curves) + 0.7, len(curves))
     said = []
-    for one, (task, encoders) in zip(axes, curves.items(), strict=True):
+    for panel, (task, encoders) in zip(axes, curves.items(), strict=True):
         for i, (name, curve) in enumerate(encoders.items()):
             shots = [k for k in curve if isinstance(k, int)]
             numbers = np.array([*shots, 2 * max(shots)])
             # Side by side rather than on top of each other.
             x = numbers * 1.05 ** (i - (len(encoders) - 1) / 2)
             values, low, high = ([getattr(e, side) for e in curve.values()] for side in ("value", "low", "high"))
-            one.vlines(x, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.6, linewidth=1.5)
-            one.plot(x, values, marker="o", markersize=4, label=name, **_line(i))
+            panel.vlines(x, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.6, linewidth=1.5)
+            panel.plot(x, values, marker="o", markersize=4, label=name, **_line(i))
             said.append(f"{task}, {name}: {values[0]:.2f} with {shots[0]} of each class, {values[-1]:.2f} with all")
-        one.axhline(0.5, color="0.45", linewidth=1)
-        one.set_xscale("log", base=2)
-        one.set_xticks(numbers, list(map(str, curve)))
-        one.set(ylabel="AUROC", title=task)
-        one.minorticks_off()
+        panel.axhline(0.5, color="0.45", linewidth=1)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(numbers, list(map(str, curve)))
+        panel.set(ylabel="AUROC", title=task)
+        panel.minorticks_off()
     axes[-1].set_xlabel("training rows of each class")
     caption = "Few labels: mean over three nested draws; bars are 95 % intervals over test patients."
     alt = f"AUROC by number of labels. {'; '.join(said)}."
@@ -161,16 +161,16 @@ def plot_projection(
     """
     figure, axes = _axes(3.4 * len(z) + 0.8, len(z))
     said = []
-    for one, (name, rows) in zip(axes, z.items(), strict=True):
+    for panel, (name, rows) in zip(axes, z.items(), strict=True):
         u, s, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
         x, share = u[:, :2] * s[:2], s**2 / max((s**2).sum(), 1e-300)
         if classes:
-            _scatter_classes(one, x, y, classes)
+            _scatter_classes(panel, x, y, classes)
         else:
-            points = one.scatter(*x.T, c=y, cmap="cividis", s=10, linewidths=0)
-        one.set(title=name, xlabel=f"component 1 ({share[0]:.0%} of the variance)")
-        one.set(ylabel=f"component 2 ({share[1]:.0%})")
-        one.grid(False)
+            points = panel.scatter(*x.T, c=y, cmap="cividis", s=10, linewidths=0)
+        panel.set(title=name, xlabel=f"component 1 ({share[0]:.0%} of the variance)")
+        panel.set(ylabel=f"component 2 ({share[1]:.0%})")
+        panel.grid(False)
         said.append(f"{name}: the two components have {share[:2].sum():.0%} of the variance")
     if not classes:
         figure.colorbar(points, ax=axes[-1], label=label)
@@ -194,7 +194,7 @@ def draw(measured: Sequence[Measured], folder: Path | str) -> list[Picture]:
     folder, pictures = Path(folder), []
     if any(row.group == "similarity" for row in comparisons(measured)):
         pictures.append(plot_similarity(measured, folder / "similarity.png"))
-    spectra = {one["name"]: np.array(one.get("spectrum", [])) for one in measured}
+    spectra = {encoder["name"]: np.array(encoder.get("spectrum", [])) for encoder in measured}
     if any(map(len, spectra.values())):
         pictures.append(plot_spectra(spectra, folder / "spectrum.png"))
     return pictures

@@ -22,7 +22,7 @@ def before_after_table(measured: Sequence[Measured], *, wide: bool = False) -> T
     n/a. With one encoder there is no such column. Of an encoder with views it is the change of the view that gains more.
     A `wide` table also has the last one minus words, with its interval; a terminal has no room for it.
     """
-    last, names = judged(measured), [one["name"] for one in measured]
+    last, names = judged(measured), [encoder["name"] for encoder in measured]
     rows = comparisons([*measured, last] if last["name"] not in names else measured)
     compared = {"change": "differences"} if len(measured) > 1 else {}
     if wide and last.get("against_words"):
@@ -41,7 +41,7 @@ def before_after_table(measured: Sequence[Measured], *, wide: bool = False) -> T
         ("mean cosine of two notes", "mean_cosine", 3),
         (attainable, "effective_rank_centered", 1),
     ):
-        *values, after = (one.get("geometry", {}).get(key, float("nan")) for one in [*measured, last])
+        *values, after = (encoder.get("geometry", {}).get(key, float("nan")) for encoder in [*measured, last])
         gaps = [number(after - values[0], digits=digits, signed=True), "n/a"][: len(compared)]
         lines["geometry"].append([title, *(number(value, digits=digits) for value in values), *gaps])
     return [line for part in lines.values() for line in part]
@@ -79,7 +79,7 @@ def comparison_table(measured: Sequence[Measured], groups: Sequence[str], title:
 
     The title heads the first column. It is the header alone where nothing of these groups was measured.
     """
-    names = [one["name"] for one in measured]
+    names = [encoder["name"] for encoder in measured]
     rows = [row for row in comparisons(measured) if row.group in groups]
     rows = [row for row in rows if row.metric in known_metrics() or row.metric.endswith(WITH_WORDS)]
     compared = [(name, names[0], "differences") for name in names[1:]]
@@ -97,19 +97,19 @@ def comparison_table(measured: Sequence[Measured], groups: Sequence[str], title:
 
 def code_table(measured: Sequence[Measured]) -> Table:
     """Each similarity task's headline metric by code and number of dimensions; one line a task and encoder."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    values: dict[tuple[str, str], dict[str, str]] = {}
     rows = [row for row in comparisons(measured) if row.group == "similarity"]
     for plain in (row for row in rows if row.headline):
         variants = [row for row in rows if row.task == plain.task and row.metric.startswith(f"{plain.metric}_")]
         for row in [plain, *(row for row in variants if not (row.metric in known_metrics() or row.fused))]:
             variant = row.metric.removeprefix(plain.metric)[1:].replace("_over_", "/") or CODES[0]
             for name, estimate in row.values.items():
-                found.setdefault((plain.title, name), {})[variant] = number(estimate.value)
-    columns = list(dict.fromkeys(variant for cells in found.values() for variant in cells))
+                values.setdefault((plain.title, name), {})[variant] = number(estimate.value)
+    columns = list(dict.fromkeys(variant for cells in values.values() for variant in cells))
     lines = [["similarity with fewer bits or dimensions", "encoder", *columns]]
     if columns == [CODES[0]]:
         return lines
-    return lines + [[*key, *(cells.get(variant, "n/a") for variant in columns)] for key, cells in found.items()]
+    return lines + [[*key, *(cells.get(variant, "n/a") for variant in columns)] for key, cells in values.items()]
 
 
 def geometry_table(measured: Sequence[Measured]) -> Table:
@@ -136,9 +136,9 @@ def geometry_table(measured: Sequence[Measured]) -> Table:
         "largest over smallest resolved eigenvalue, centred": resolved,
         "largest over median eigenvalue, centred": condition("condition_over_median_centered"),
     }
-    measured = [one for one in measured if one.get("geometry")]  # words have none
-    lines = [["geometry", *(one["name"] for one in measured)]]
-    return lines + [[name, *(cell(one["geometry"]) for one in measured)] for name, cell in rows.items()]
+    measured = [encoder for encoder in measured if encoder.get("geometry")]  # words have none
+    lines = [["geometry", *(encoder["name"] for encoder in measured)]]
+    return lines + [[name, *(cell(encoder["geometry"]) for encoder in measured)] for name, cell in rows.items()]
 
 
 def subspace_table(pairs: Mapping[str, Report], patients: Mapping[str, Report] | None = None) -> Table:
@@ -166,9 +166,9 @@ def subspace_table(pairs: Mapping[str, Report], patients: Mapping[str, Report] |
 def rows_table(results: Mapping[str, Result]) -> Table:
     """How many rows and patients stand behind each number."""
     lines = [["task", "kind", "scored rows", "their patients", "other rows"]]
-    for task, found in results.items():
-        rows = dict(found.rows)
+    for task, result in results.items():
+        rows = dict(result.rows)
         scored, patients = rows.pop("scored", rows.pop("test", 0)), rows.pop("patients", 0)
         others = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in rows.items() if count)
-        lines.append([task, found.kind, f"{scored:,}", f"{patients:,}", others or "none"])
+        lines.append([task, result.kind, f"{scored:,}", f"{patients:,}", others or "none"])
     return lines
