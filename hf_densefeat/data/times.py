@@ -10,13 +10,12 @@ import pyarrow.compute as pc
 
 MICROSECONDS = pa.timestamp("us")
 TIME_UNITS = ("days", "seconds", "milliseconds", "yyyymmdd")
-DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}  # of dates without separators
-LOOKS = {
-    4: "years, YYYY",
-    6: "months, YYYYMM",
-    8: "dates, YYYYMMDD",
-    12: "dates with a time, YYYYMMDDHHMM",
-    14: "dates with a time, YYYYMMDDHHMMSS",
+DIGITS = {  # dates without separators: how so many digits are parsed, and what they look like
+    4: ("%Y", "years, YYYY"),
+    6: ("%Y%m", "months, YYYYMM"),
+    8: ("%Y%m%d", "dates, YYYYMMDD"),
+    12: ("%Y%m%d%H%M", "dates with a time, YYYYMMDDHHMM"),
+    14: ("%Y%m%d%H%M%S", "dates with a time, YYYYMMDDHHMMSS"),
 }
 UNITS = (  # of numbers up to MOST_DAYS, 10^8, 10^10, 10^13, 10^16 and beyond
     "",
@@ -110,7 +109,7 @@ def _disguise(numbers: np.ndarray) -> str:
             years = {"min": 0, "max": 0}
         digits = len(str(int(most)))
         if (1900 if digits == 4 else 1800) <= years["min"] and years["max"] <= (2100 if digits == 4 else 2300):
-            return LOOKS[digits]
+            return DIGITS[digits][1]
     # A single number decides: days since the year 0 are below a million until 2737, and MIMIC shifts dates up to 2200.
     return UNITS[int(np.searchsorted([MOST_DAYS, 1e8, 1e10, 1e13, 1e16], most))]
 
@@ -121,7 +120,7 @@ def _from_digits(values: pa.ChunkedArray) -> pa.ChunkedArray:
     lengths = pc.unique(pc.utf8_length(text.drop_null())).to_pylist()
     if len(lengths) > 1 or (lengths and lengths[0] not in DIGITS):
         raise pa.ArrowInvalid("dates of several lengths")
-    return pc.strptime(text, DIGITS[lengths[0]] if lengths else "%Y%m%d", "us")
+    return pc.strptime(text, DIGITS[lengths[0] if lengths else 8][0], "us")
 
 
 def _how_to_say(values: pa.ChunkedArray, place: Callable[[int], str]) -> str | None:
