@@ -163,11 +163,12 @@ def scores(sections: datasets.Dataset, logits: np.ndarray) -> dict[str, float]:
 
 
 def interval(values: np.ndarray, signed: bool = False) -> str:
-    """Mean ± half the 95 % interval of Student's t over seeds."""
-    half = (
-        student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    )
-    return f"{values.mean():{'+' if signed else ''}.3f} ± {half:.3f}"
+    """Mean ± half the 95 % interval of Student's t over seeds; of one seed the value alone."""
+    mean = f"{values.mean():{'+' if signed else ''}.3f}"
+    if len(values) == 1:
+        return mean
+    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{mean} ± {half:.3f}"
 
 
 def cells(values: np.ndarray) -> list[str]:

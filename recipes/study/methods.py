@@ -99,6 +99,11 @@ CANDIDATES = {
         DEFICIT | {"dense_weight": 3.0, "lambda_pair": 6.0, "expander": 4},
         spec_weight=0.0,
     ),
+    "expander deficit alone": Method(
+        "rank deficit, lambda_pair 6, expander, without MLM",
+        ALONE | DEFICIT | {"lambda_pair": 6.0, "expander": 4},
+        spec_weight=0.0,
+    ),
     "expander 1": Method("MLM + dense, expander as wide as the embedding", {"expander": 1}),
     "mlm+infonce": Method("MLM + InfoNCE", {"dense_weight": 0.3}, lambda width: b.info_nce),
     "paper 10": Method("the paper's terms, weight 10", PAPER | {"dense_weight": 10.0}),
