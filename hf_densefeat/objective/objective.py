@@ -84,7 +84,8 @@ class DenseObjective(Objective):
             (`sees_pairing`) gets the cross covariance of the pairs. Values are unweighted under their names; `loss` is
             the sum of weight * value.
         expander: a module of rows (n, d) -> (n, D), such as `Expander`, whose output the terms see in the place of the
-            embeddings. It is trained along, is a part of the state, and is not saved with the model. Not with an anchor.
+            embeddings. It is trained along, is a part of the state, and is not saved with the model. Its
+            weights are to be the same on all ranks. Not with an anchor.
 
     `terms` holds all terms, the paper's three first. The state (running covariances, tracked bases) is float32 or wider
     and a function of the global moments alone, so the same on all ranks. After each call `diagnostics` holds the `trace`

@@ -116,7 +116,9 @@ def check_run(trainer: Any) -> None:
     if args.keep_graphs and sharded:
         raise ValueError("keep_graphs needs the weights of all micro-batches at once: set it to False under sharding.")
     if sharded and objective.parameters():
-        raise ValueError("What an objective trains along is not sharded: no expander with FSDP and DeepSpeed.")
+        raise ValueError(
+            "What an objective trains along is not sharded: leave the expander or FSDP and DeepSpeed out."
+        )
     if trainer.is_fsdp_enabled:
         check_sharding(model)
     streamed = isinstance(trainer.train_dataset, IterableDataset)
