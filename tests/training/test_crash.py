@@ -193,7 +193,7 @@ trainer.train(resume_from_checkpoint=newest_whole(Path(folder)) is not None)
 if trainer.is_world_process_zero():
     json.dump(logs(trainer), open(os.path.join(folder, "log.json"), "w"))
 trainer.accelerator.end_training()
-trainer.model_wrapped = None  # with it gloo's threads end, which must not outlive the interpreter
+os._exit(0)  # a thread of gloo that waits for the lock of an interpreter that ends would abort the process
 """
 
 
