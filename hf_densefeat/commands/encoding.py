@@ -25,6 +25,7 @@ from hf_densefeat.commands.measuring import load, quiet
 from hf_densefeat.data.notes import NoteTable
 from hf_densefeat.evaluation.embeddings import encoder_key
 from hf_densefeat.evaluation.ranking import coded
+from hf_densefeat.objective.distributed import end_processes
 from hf_densefeat.training.checkpoints import entries_of, sync_folder
 
 CALIBRATED = 2000  # notes whose values say the range of int8
@@ -70,7 +71,7 @@ def encode_table(settings: Settings) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         finish(output, list(shards), run)
-    state.destroy_process_group()
+    end_processes()
 
 
 class Encoding:

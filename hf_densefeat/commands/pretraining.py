@@ -33,6 +33,7 @@ from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
 from hf_densefeat.evaluation.words import NAME as WORDS
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.tokenizers import load_tokenizer
+from hf_densefeat.objective.distributed import end_processes
 from hf_densefeat.reporting.comparison import Measured, judged, plain_numbers, verdict
 from hf_densefeat.reporting.formats import markdown
 from hf_densefeat.reporting.tables import before_after_table, terminal
@@ -88,7 +89,7 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.end_training()
+    end_processes()
 
 
 def train(trainer: DenseTrainer, settings: Settings, head_is_new: bool) -> None:

@@ -32,6 +32,9 @@ class DenseLoss(nn.Module):
         model: the `SentenceTransformer`; for an anchor a frozen copy of it is kept, as it is now.
         objective: by default that of a contrastive start: L_spec, L_pair and the anchor, weighted as `pretrain` does.
         weight: of the objective.
+
+    Raises:
+        ValueError: for an objective with an expander, which nothing would train.
     """
 
     def __init__(self, model: Any, *, objective: DenseObjective | None = None, weight: float | None = None):
@@ -42,6 +45,10 @@ class DenseLoss(nn.Module):
         )
         self.model = model
         self.objective = DenseTrainingArguments.dense_objective(default) if objective is None else objective
+        if self.objective.parameters():
+            raise ValueError(
+                "DenseLoss trains nothing beside the model: leave the expander out, or take DenseTrainer."
+            )
         self.weight = default.dense_weight if weight is None else weight
         # in a list, because a trainer that wraps the model puts it in the place of every model that a loss registers
         self.start = [deepcopy(model).requires_grad_(False).eval()] if self.objective.needs_start else []

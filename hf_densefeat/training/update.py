@@ -222,8 +222,9 @@ class UpdateTrainer(ResumableTrainer):
         own = self.objective.parameters()
         if not own:
             return super()._clip_grad_norm(model)
-        for weight in own:  # no wrapper of the model averages them
-            weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
+        if self.args.world_size > 1:  # no wrapper of the model averages them
+            for weight in (weight for weight in own if weight.grad is not None):
+                weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
         largest = self.args.max_grad_norm if largest is None else largest
         return self.accelerator.clip_grad_norm_([*model.parameters(), *own], largest)
 

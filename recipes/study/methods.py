@@ -104,7 +104,6 @@ CANDIDATES = {
         ALONE | DEFICIT | {"lambda_pair": 6.0, "expander": 4},
         spec_weight=0.0,
     ),
-    "expander 1": Method("MLM + dense, expander as wide as the embedding", {"expander": 1}),
     "mlm+infonce": Method("MLM + InfoNCE", {"dense_weight": 0.3}, lambda width: b.info_nce),
     "paper 10": Method("the paper's terms, weight 10", PAPER | {"dense_weight": 10.0}),
     "pair 0.1 weight 10": Method("weight 10, lambda_pair 0.1", {"dense_weight": 10.0, "lambda_pair": 0.1}),

@@ -186,14 +186,14 @@ from transformers import PreTrainedTokenizerFast
 folder, tokenizer, steps = sys.argv[1], PreTrainedTokenizerFast.from_pretrained(sys.argv[2]), int(sys.argv[3])
 settings = STEPS | {"max_steps": steps, "save_steps": 1, "save_total_limit": 3}
 trainer = make_trainer(folder, tokenizer, make_notes(), **settings)
+from hf_densefeat.objective.distributed import end_processes
 from hf_densefeat.training.checkpoints import newest_whole
 from pathlib import Path
 print("started", flush=True)
 trainer.train(resume_from_checkpoint=newest_whole(Path(folder)) is not None)
 if trainer.is_world_process_zero():
     json.dump(logs(trainer), open(os.path.join(folder, "log.json"), "w"))
-trainer.accelerator.end_training()
-os._exit(0)  # a thread of gloo that waits for the lock of an interpreter that ends would abort the process
+end_processes()
 """
 
 

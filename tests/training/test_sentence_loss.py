@@ -8,6 +8,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 
 from hf_densefeat import DenseObjective
 from hf_densefeat.data.pairs import adjacent_pairs, pair_texts
+from hf_densefeat.objective.expander import Expander
 from hf_densefeat.training.sentence_loss import DenseLoss
 
 
@@ -100,3 +101,5 @@ def test_in_their_trainer(tmp_path, folder, notes):
     assert DenseLoss(model).start
     with pytest.raises(ValueError, match="two columns"):
         loss([{}])
+    with pytest.raises(ValueError, match="trains nothing beside the model"):
+        DenseLoss(model, objective=DenseObjective(expander=Expander(24, 24)))

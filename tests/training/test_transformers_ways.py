@@ -224,3 +224,13 @@ def test_resuming_with_another_rank_is_refused(tmp_path, tokenizer, pairs):
             trainer.train()
     with pytest.raises(ValueError, match="other shapes than that of peft_config"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("settings", [{"dense_weight": 0.0, "expander": 2}, {"dense_weight": 1.0, "expander": 2}])
+def test_parameters_beside_the_model_may_have_no_gradient(tmp_path, tokenizer, pairs, settings):
+    """An expander without a dense term is left as it was; with one it is trained."""
+    trainer = make_trainer(tmp_path, tokenizer, pairs, max_steps=1, learning_rate=1e-2, **settings)
+    before = [weight.clone() for weight in trainer.objective.parameters()]
+    trainer.train()
+    moved = [not torch.equal(*both) for both in zip(before, trainer.objective.parameters(), strict=True)]
+    assert any(moved) == bool(settings["dense_weight"])
