@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import signal
 import threading
@@ -14,8 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     HubStrategy,
@@ -75,8 +73,6 @@ class ResumableTrainer(Trainer):
                 raise CheckpointError(f"There is no whole checkpoint in {output_dir.name} to resume from.")
         elif resume_from_checkpoint:
             check_whole(Path(resume_from_checkpoint), self.fingerprint())
-        if resume_from_checkpoint and self._is_finished(Path(resume_from_checkpoint)):
-            return self._loaded(str(resume_from_checkpoint))
         with self._told_by_sigterm():
             result = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
         if self.stopped:  # told to end: whoever called would go on with a model that is trained in part
@@ -93,33 +89,20 @@ class ResumableTrainer(Trainer):
 
     # ---- Resuming ----
 
-    def _is_finished(self, checkpoint: Path) -> bool:
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if self.args.max_steps > 0:
-            return state.global_step >= self.args.max_steps
-        return (state.epoch or 0) >= self.args.num_train_epochs * (1 - 1e-9)
-
-    def _loaded(self, checkpoint: str) -> TrainOutput:
-        """The finished run, as after its last update: transformers would train one more."""
-        loader = self.get_train_dataloader()
-        *_, max_steps = self.set_initial_training_values(self.args, loader)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self._load_from_checkpoint(checkpoint)
-        self._prepare_for_training(max_steps, loader, checkpoint)
-        self.state = SavedState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        self._find_best(Path(checkpoint))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            self._load_best_model()
-        logger.warning("%s is of a finished run: there is nothing left to train.", Path(checkpoint).name)
-        return TrainOutput(self.state.global_step, math.nan, {})
-
     def _init_training_state(self, max_steps, num_update_steps, num_epochs, resume_from_checkpoint, trial):
-        """The stock Trainer looks for the best checkpoint where the first run wrote it, not beside the one resumed from."""
-        skipped = super()._init_training_state(max_steps, num_update_steps, num_epochs, resume_from_checkpoint, trial)
+        """The stock Trainer looks for the best checkpoint where the first run wrote it, not beside the one resumed from.
+
+        And it trains a finished run for one more update.
+        """
+        done = super()._init_training_state(max_steps, num_update_steps, num_epochs, resume_from_checkpoint, trial)
         self.state.__class__ = SavedState
         if resume_from_checkpoint is not None:
-            self._find_best(Path(resume_from_checkpoint))
-        return skipped
+            checkpoint = Path(resume_from_checkpoint)
+            self._find_best(checkpoint)
+            if self.state.global_step >= max_steps:
+                logger.warning("%s is of a finished run: there is nothing left to train.", checkpoint.name)
+                return num_epochs, 0  # all epochs are done, none of their micro-batches is to be skipped
+        return done
 
     def _find_best(self, checkpoint: Path) -> None:
         best = checkpoint.absolute().with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
