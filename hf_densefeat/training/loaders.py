@@ -16,25 +16,12 @@ from hf_densefeat.data.streaming import PairStream
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
 
-class PairDataLoader(DataLoader):
-    """A loader whose batch sampler is told the epoch, and which cuts batches over ranks itself."""
-
-    batch_sampler: PairBatchSampler
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to the sampler."""
-        self.batch_sampler.set_epoch(epoch)
-
-
 def pair_loader(
     dataset: PairDataset, batch_size: int, *, collator: Callable, args: DenseTrainingArguments, **sampling
-) -> PairDataLoader:
-    """The micro-batches of this rank; `sampling` goes to `PairBatchSampler`.
-
-    The sampler cuts the global batch, so accelerate must not shard it again.
-    """
+) -> DataLoader:
+    """The micro-batches of this rank, which accelerate must not shard again; `sampling` goes to `PairBatchSampler`."""
     sampler = PairBatchSampler(dataset.pairs, dataset.lengths, batch_size, **_cut(args), **sampling)
-    return PairDataLoader(
+    loader: Any = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collator,
@@ -42,6 +29,8 @@ def pair_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
         **_reading(args),
     )
+    loader.set_epoch = sampler.set_epoch  # the Trainer tells a loader the epoch, not its sampler
+    return loader
 
 
 def stream_loader(
