@@ -14,11 +14,8 @@ from hf_densefeat.reporting.card import Run, model_card
 from hf_densefeat.reporting.plots import draw
 
 
-def described_run(trainer: Any, base_model: str | None = None) -> Run:
-    """What a `DenseTrainer` trained, on how many notes, with which settings, and the last evaluation.
-
-    `base_model` is the Hub name of what training began with; by default the name that the model was loaded by.
-    """
+def described_run(trainer: Any, base_model: str | None) -> Run:
+    """What a `DenseTrainer` trained, on how many notes, with which settings, and the last evaluation: see `write_card`."""
     args, model, adapted, state = trainer.args, trainer.dense_model, trainer.model, trainer.state
     counts = {}
     if isinstance(trainer.train_dataset, PairDataset):
@@ -74,7 +71,7 @@ FINGERPRINT = (
 
 
 def run_fingerprint(trainer: Any) -> dict[str, Any]:
-    """What tells a run from another: options by name, the objective, and digests of the model's name and of the data.
+    """What tells a run's checkpoints from another's: options and objective by name, digests of model and data; JSON's types.
 
     A run may go on with more steps, on other devices, cut into other micro-batches.
     """
@@ -94,16 +91,26 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
 
 
 def write_card(
-    trainer: Any, name: str | None, base_model: str | None, *, tags: str | Sequence[str] = (), **options: Any
-):
-    """README.md, and pictures of what was measured, in the `output_dir` of a `DenseTrainer`.
+    trainer: Any,
+    *,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tags: str | Sequence[str] = (),
+    **options: Any,
+) -> None:
+    """Write README.md: numbers, never text, usage that runs as printed, and pictures of what was measured.
 
-    The model has its name on the Hub, or else `name`, or that of the folder. `options` go to `reporting.card.model_card`.
+    The model has its name on the Hub, or else `model_name`, or that of the folder. `finetuned_from` is the Hub name of what
+    training began with; by default the name that the model was loaded by. `measured`, a list on the trainer, holds what
+    was measured before and after, if anything was. `language`, `license`, `tags` and `dataset` are as for
+    `reporting.card.model_card`.
     """
+    if not trainer.is_world_process_zero():
+        return
     folder, measured = Path(str(trainer.args.output_dir)), trainer.measured
     folder.mkdir(parents=True, exist_ok=True)
-    name = trainer.hub_model_id or trainer.args.hub_model_id or name or folder.absolute().name
+    name = trainer.hub_model_id or trainer.args.hub_model_id or model_name or folder.absolute().name
     options |= {"tags": [tags] if isinstance(tags, str) else tags, "measured": measured}
-    pictures, run = draw(measured, folder) if measured else (), described_run(trainer, base_model)
+    pictures, run = draw(measured, folder) if measured else (), described_run(trainer, finetuned_from)
     card = model_card(name, trainer.dense_model, run, pictures=pictures, **options)
     (folder / "README.md").write_text(card, encoding="utf-8")

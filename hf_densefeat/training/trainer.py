@@ -18,7 +18,7 @@ from hf_densefeat.data.inputs import PairDataset, ReadingStats
 from hf_densefeat.data.streaming import PairStream
 from hf_densefeat.models.sentence_transformers import evaluated
 from hf_densefeat.objective.base import Objective
-from hf_densefeat.objective.distributed import mean_over_ranks, sum_over_ranks
+from hf_densefeat.objective.distributed import sum_over_ranks
 from hf_densefeat.objective.moments import PairMoments
 from hf_densefeat.objective.statistics import Term
 from hf_densefeat.reporting.comparison import Measured
@@ -112,10 +112,8 @@ class DenseTrainer(UpdateTrainer):
         self.reading_stats: dict[str, ReadingStats] = {}
         reading = (self.processor, model, args, self.reading_stats)
         with args.main_process_first(desc="tokenising notes"):
-            train_dataset, eval_dataset = (
-                pair_datasets(notes, name, *reading)
-                for notes, name in ((train_dataset, "train"), (eval_dataset, "eval"))
-            )
+            train_dataset = pair_datasets(train_dataset, "train", *reading)
+            eval_dataset = pair_datasets(eval_dataset, "eval", *reading)
         self.update_log, self.mlm_weight_before = UpdateLog(), args.mlm_weight
         predicted = model.language_modeling if args.mlm_weight else None
         how: dict[str, Any] = {"mlm_probability": args.mlm_probability, "max_length": model.max_length}
@@ -184,9 +182,8 @@ class DenseTrainer(UpdateTrainer):
 
     # ---- Checkpoints and the card ----
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Options that change the mathematics, and digests of model and data, not the steps, devices or what is saved."""
-        return run_fingerprint(self)
+    fingerprint = run_fingerprint
+    create_model_card = write_card  # type: ignore[assignment]  # keyword-only here, unlike in transformers
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """The stock Trainer knows nothing of the objective: its state is saved once, the same on all ranks."""
@@ -209,18 +206,6 @@ class DenseTrainer(UpdateTrainer):
                     "The checkpoint is not of a run on a stream. Resume it with the notes it was trained on."
                 )
             self.stream.load_state(position)
-
-    # keyword-only here, unlike in transformers
-    def create_model_card(  # type: ignore[override]
-        self, *, model_name: str | None = None, finetuned_from: str | None = None, **options
-    ) -> None:
-        """Write README.md: numbers, never text, and usage that runs as printed.
-
-        `measured`, a list on the trainer, holds what was measured before and after, if anything was. `language`,
-        `license`, `tags` and `dataset` are as for `reporting.card.model_card`.
-        """
-        if self.is_world_process_zero():
-            write_card(self, model_name, finetuned_from, **options)
 
     # ---- Evaluation ----
 
@@ -250,9 +235,7 @@ class DenseTrainer(UpdateTrainer):
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             made = self.embed_pairs(model, inputs)
-            shift = mean_over_ranks(self.objective.seen(made.rows())) if pair is None else pair.a.shift
-            moments = moments_of(made.z_a, made.z_b, self.objective, start=made.start, shift=shift)
-            pair = moments if pair is None else pair + moments
+            pair = moments_of(made.z_a, made.z_b, self.objective, start=made.start, before=pair)
             of_batches.append(self.objective.of_batch(made.z_a, made.z_b))
             sums += torch.stack([made.mlm.double(), inputs["labels"].ne(-100).sum().double()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

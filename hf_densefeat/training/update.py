@@ -133,19 +133,25 @@ class UpdateTrainer(ResumableTrainer):
             several = len(update.batches) - (self.args.world_size > 1) if self.args.keep_graphs else 0
             graphs = 1 if len(update.batches) == 1 else several
             checked = self.state.global_step == getattr(self, "_initial_global_step", None)
+            # without a graph, for moments alone: logits and wrappers are left out where that can be
+            bare = model if self.whole_forwards else self.dense_model.base_model
             pair: Any = None
             for place, batch in enumerate(update.batches):
-                inputs = self._with_start(batch)
+                inputs = self._prepare_inputs(batch)
                 if place < graphs:
                     made = self.embed_pairs(model, inputs)
                     update.kept.append(made)
                 else:
                     update.replays.append(random_state(inputs))
-                    made = self._without_graph(model, inputs)
+                    with (
+                        torch.no_grad(),
+                        self.accelerator.autocast(),
+                    ):  # which the wrapped model brings, but not its body
+                        made = self.embed_pairs(bare, inputs, predict=False)
                     update.expected += [made.rows()] if checked else []
-                shift = None if pair is None else pair.a.shift
-                moments = moments_of(made.z_a, made.z_b, self.objective, start=made.start, shift=shift)
-                pair = moments if pair is None else pair + moments
+                if made.start is not None:
+                    batch["start"] = made.start  # for the replay
+                pair = moments_of(made.z_a, made.z_b, self.objective, start=made.start, before=pair)
         tokens = torch.stack([batch["labels"].ne(-100).sum() for batch in update.batches]).sum().to(self.args.device)
         counts = torch.stack([tokens, torch.full_like(tokens, int(self.told_to_stop))])
         if self.args.dense_weight:
@@ -158,14 +164,6 @@ class UpdateTrainer(ResumableTrainer):
     def agreed_to_stop(self) -> bool:
         """Whether any rank was told to stop, as the collective of the update counted."""
         return bool(self._update.stops)
-
-    @torch.no_grad()
-    def _without_graph(self, model, inputs) -> Forward:
-        """A forward for moments alone: logits and wrappers are left out where that can be."""
-        with self.accelerator.autocast():  # which the wrapped model brings, but not its body
-            return self.embed_pairs(
-                model if self.whole_forwards else self.dense_model.base_model, inputs, predict=False
-            )
 
     def _replayed(self, model, inputs, update: Update) -> Forward:
         """The forward of a micro-batch, with the dropout of its first one if there was one."""
@@ -186,25 +184,15 @@ class UpdateTrainer(ResumableTrainer):
             by_position=self.by_position,
             grouped=not self.whole_forwards,
         )
-        if self.start is None:
-            return made
-        return made._replace(start=inputs["start"] if "start" in inputs else self._start_rows(inputs))
-
-    @torch.no_grad()
-    def _start_rows(self, inputs) -> tuple[Tensor, Tensor]:
-        """Embeddings of the same notes by the frozen start: a second forward, which reads no cache and fits any stream."""
-        with self.accelerator.autocast():
-            made = forward_pairs(
-                self.start.base_model, self.start, inputs, predict=False, by_position=False, grouped=True
-            )
-        return made.z_a, made.z_b
-
-    def _with_start(self, batch: dict) -> dict:
-        """A micro-batch on the device, with the rows of the frozen start, which the replay of its forward reuses."""
-        inputs = self._prepare_inputs(batch)
-        if self.start is not None:
-            batch["start"] = inputs["start"] = self._start_rows(inputs)
-        return inputs
+        if self.start is None or "start" in inputs:
+            return made._replace(start=inputs.get("start"))
+        with (
+            torch.no_grad(),
+            self.accelerator.autocast(),
+        ):  # a second forward, which reads no cache and fits any stream
+            options = {"predict": False, "by_position": False, "grouped": True}
+            start = forward_pairs(self.start.base_model, self.start, inputs, **options)
+        return made._replace(start=(start.z_a, start.z_b))
 
     # ---- The step ----
 
@@ -254,15 +242,19 @@ class UpdateTrainer(ResumableTrainer):
 
 
 @torch.no_grad()
-def moments_of(z_a: Tensor, z_b: Tensor, objective: Objective, *, start: Rows | None, shift: Tensor | None = None):
-    """Moments of the two sides of pairs, of what the terms see, about `shift`, the objective's, or the mean over all ranks.
+def moments_of(
+    z_a: Tensor, z_b: Tensor, objective: Objective, *, start: Rows | None, before: PairMoments | None = None
+) -> PairMoments:
+    """Moments of the two sides of pairs, of what the terms see, added to those of the pairs `before`.
 
-    All batches and ranks need the same shift, near the mean, so that their moments add up and lose no digits.
+    All batches and ranks need the same shift, near the mean, so that their moments add up and lose no digits: that of the
+    pairs before, the objective's, or the mean over all ranks.
     """
     z_a, z_b = objective.seen(z_a.detach()), objective.seen(z_b.detach())
-    if shift is None:
-        shift = mean_over_ranks(torch.cat([z_a, z_b])) if objective.shift is None else objective.shift
-    return PairMoments.of(z_a, z_b, shift, cross=objective.needs_cross_moment, start=start)
+    shift = objective.shift if before is None else before.a.shift
+    shift = mean_over_ranks(torch.cat([z_a, z_b])) if shift is None else shift
+    pair = PairMoments.of(z_a, z_b, shift, cross=objective.needs_cross_moment, start=start)
+    return pair if before is None else before + pair
 
 
 def covariance_rank(covariance: Tensor) -> float:
