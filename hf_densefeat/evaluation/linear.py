@@ -1,4 +1,4 @@
-"""Linear probes at every strength: ridge regression from one decomposition, logistic regression by warm-started L-BFGS.
+"""Linear probes at every strength: ridge regression in one fit, logistic regression by warm-started L-BFGS.
 
 Rows are embeddings, (N, d), or words as a SciPy CSR matrix, which stays sparse.
 """
@@ -22,28 +22,18 @@ ALPHAS = tuple(float(10.0**power) for power in np.arange(-6, 3.5, 0.5))
 
 
 def ridge_path(rows: Rows, y: np.ndarray, alphas: Sequence[float] = ALPHAS) -> np.ndarray:
-    """Coefficients (alphas, d + 1, 1) of ``min ‖y - X w - b‖² + N a ‖w‖²``; the intercept b is last.
+    """Coefficients (alphas, d + 1, 1) of ``min ‖y - X w - b‖² + N a ‖w‖²``, a > 0; the intercept b is last.
 
-    Equals `sklearn.linear_model.Ridge(alpha=N * a)`, which fits each penalty a > 0 anew; for sparse rows it is that.
-    The columns of dense rows X, (N, d), must have mean 0.
+    `sklearn.linear_model.Ridge(alpha=N * a)` of each a: as a penalty a target, so that ``XᵀX`` is summed once.
     """
-    penalties = len(y) * np.asarray(alphas)
-    if not isinstance(rows, np.ndarray):
-        fits = [Ridge(alpha=one, solver="sparse_cg").fit(rows, y) for one in penalties]
-        return np.stack([np.append(fit.coef_, fit.intercept_)[:, None] for fit in fits])
-    # Of the smaller of XᵀX and XXᵀ. Eigenvalues that rounding made negative become 0, and the penalty is above 0.
-    wide = len(rows) < rows.shape[1]
-    values, vectors = np.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
-    projected = vectors.T @ (y - y.mean() if wide else rows.T @ y)
-    w = vectors @ (projected[:, None] / (values.clip(0)[:, None] + penalties))
-    w = rows.T @ w if wide else w
-    return np.vstack([w, np.full((1, len(penalties)), y.mean())]).T[:, :, None]
+    fit = Ridge(alpha=len(y) * np.asarray(alphas)).fit(rows, np.tile(y[:, None], len(alphas)))
+    return np.column_stack([fit.coef_, fit.intercept_])[:, :, None]
 
 
 def logistic_path(rows: Rows, y: np.ndarray, classes: int) -> np.ndarray:
-    """Coefficients (strengths, d + 1, 1 or classes) of L2 logistic regression for each C of `CS`; the intercept is last.
+    """Coefficients (strengths, d + 1, classes) of L2 logistic regression for each C of `CS`; the intercept is last.
 
-    `sklearn.linear_model.LogisticRegression(C=c)`, sigmoid for two classes and softmax for more, each C from the
+    `sklearn.linear_model.LogisticRegression(C=c)`, the softmax of whose logits gives the probabilities, each C from the
     solution of the one before. A class without a row gets the probability 0. L-BFGS ends where the gradient is small:
     where classes can be separated, solutions of C above about 100 stay near the one before, which leaves the best
     validation loss of the path as it is.
@@ -55,9 +45,7 @@ def logistic_path(rows: Rows, y: np.ndarray, classes: int) -> np.ndarray:
             model.set_params(C=c).fit(rows, y)
             kept.append(np.vstack([model.coef_.T, model.intercept_]).astype(np.float64))
     found = np.stack(kept)
-    if len(present) == classes:
-        return found
-    if len(present) == 2:
+    if len(present) == 2:  # scikit-learn has the log-odds of the second class alone
         found = np.concatenate([np.zeros_like(found), found], axis=2)
     path = np.zeros((*found.shape[:2], classes))
     path[:, -1] = -np.inf
@@ -83,8 +71,5 @@ def fit_path(x: Rows, y: np.ndarray, kind: str, classes: int) -> tuple[Callable[
 
 def predict(features: Rows, w: np.ndarray, kind: str) -> np.ndarray:
     """Predictions (N,) of a regression, or probabilities (N, classes), at the coefficients (d + 1, outputs)."""
-    logits = (features @ w[:-1].astype(features.dtype)).astype(np.float64) + w[-1]
-    if kind == "regression":
-        return logits[:, 0]
-    # Softmax gives both classes; 1 - p would make all sure predictions the same number.
-    return softmax(np.column_stack([np.zeros(len(logits)), logits]) if logits.shape[1] == 1 else logits, axis=1)
+    outputs = (features @ w[:-1].astype(features.dtype)).astype(np.float64) + w[-1]
+    return outputs[:, 0] if kind == "regression" else softmax(outputs, axis=1)

@@ -41,7 +41,7 @@ def test_a_class_without_training_rows_has_probability_zero():
 
 def test_sure_predictions_keep_their_order():
     """Log-odds of 40 and of 60 are both probability 1, and are still told apart."""
-    w, x = np.array([[1.0], [0.0]]), np.array([[60.0], [40.0], [39.0], [-50.0]])
+    w, x = np.array([[0.0, 1.0], [0.0, 0.0]]), np.array([[60.0], [40.0], [39.0], [-50.0]])
     p, y = predict(x, w, "binary"), np.array([1, 0, 1, 0])
     assert (p[:3, 1] == 1).all()
     assert class_auroc(y, p, np.ones((1, 4)))[0] == 0.75
