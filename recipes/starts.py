@@ -42,8 +42,7 @@ from hf_densefeat import BatchLoss, DenseTrainer, DenseTrainingArguments, interp
 from hf_densefeat.commands.pretrain import Settings
 from hf_densefeat.commands.pretraining import warm_up_head
 from hf_densefeat.evaluation.metrics import Estimate
-from hf_densefeat.evaluation.similarity import similarity_of
-from hf_densefeat.evaluation.similarity_kinds import similarity_rows
+from hf_densefeat.evaluation.similarity import similarity_of, similarity_rows
 from hf_densefeat.evaluation.words import Words
 from hf_densefeat.models.choosing import reciprocal_ranks
 from hf_densefeat.reporting.formats import interval, markdown, number

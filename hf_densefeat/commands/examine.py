@@ -37,7 +37,7 @@ from hf_densefeat.evaluation.geometry import (
     spectrum,
 )
 from hf_densefeat.evaluation.probes import SHOTS
-from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
+from hf_densefeat.evaluation.similarity import similarity_tasks
 from hf_densefeat.evaluation.words import Words
 from hf_densefeat.reporting.comparison import TaskResults
 

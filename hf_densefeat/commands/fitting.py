@@ -18,7 +18,7 @@ from hf_densefeat.commands.vectors import numbered_notes, read_vectors
 from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import pairs_by_kind
 from hf_densefeat.data.splits import SplitRecord, hold_out
-from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
+from hf_densefeat.evaluation.similarity import similarity_tasks
 from hf_densefeat.evaluation.words import Words
 from hf_densefeat.models.choosing import Choice, Sides, choose_views
 from hf_densefeat.models.head import DenseHead

@@ -19,8 +19,7 @@ from hf_densefeat.data.splits import SplitRecord
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
 from hf_densefeat.evaluation.metrics import rows_of_some_patients
 from hf_densefeat.evaluation.probes import ProbeEvaluator
-from hf_densefeat.evaluation.similarity import SimilarityEvaluator
-from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
+from hf_densefeat.evaluation.similarity import SimilarityEvaluator, similarity_tasks
 from hf_densefeat.evaluation.tasks import PROBE_KINDS, Kind, ProbeTask
 from hf_densefeat.evaluation.words import NAME as WORDS
 from hf_densefeat.evaluation.words import WordRows, Words

@@ -29,7 +29,7 @@ from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import pair_notes
 from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.data.tokens import TokenPairs
-from hf_densefeat.evaluation.similarity_kinds import similarity_tasks
+from hf_densefeat.evaluation.similarity import similarity_tasks
 from hf_densefeat.evaluation.words import NAME as WORDS
 from hf_densefeat.models.dense import AutoDenseModel
 from hf_densefeat.models.tokenizers import load_tokenizer

@@ -58,7 +58,7 @@ class Evaluator(ABC):
         return [text for rows in self.rows.values() for text in (*rows.texts, *rows.queries)]
 
     def _embedded(self, model: Any, tokenizer: Any, points: bool, **options: Any) -> dict[str, tuple]:
-        """Task name to embeddings of its texts and of its queries, encoded in one call."""
+        """Task name to embeddings of its texts and of its queries, None where it has none, encoded in one call."""
         self.refuse_trained(model)
         how: dict[str, Any] = {"batch_size": self.batch_size, "max_length": self.max_length}
         how["cache"] = False if points else self.cache
@@ -66,7 +66,7 @@ class Evaluator(ABC):
         for name, rows in self.rows.items():
             middle = start + len(rows.texts)
             end = middle + len(rows.queries)
-            found[name], start = (z[start:middle], z[middle:end]), end
+            found[name], start = (z[start:middle], z[middle:end] if rows.queries else None), end
         return found
 
     @abstractmethod

@@ -11,6 +11,7 @@ rank of the first relevant document is the expected one, ``above + (t + 1)/(r + 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,12 +68,32 @@ def coded(z: Tensor, code: str, reference: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Similarity of every query with every document, computed for some queries at a time."""
+    """Cosine of every query with every document, computed for some queries at a time; see `cosines`."""
 
-    shape: tuple[int, int]  # numbers of queries and documents
-    of: Callable[[Tensor], Tensor]  # of some queries, by their numbers, (queries, documents)
-    sparse: bool = False  # documents with a score of 0 are not found at all: they share no word with the query
+    queries: Rows  # at length 1, (Q, d)
+    documents: Rows  # at length 1, (M, d)
     asked: Tensor | None = None  # numbers of the queries that are asked; None for all
+    # a second similarity of the same queries and documents, whose ranking is fused with this one
+    beside: "Scores | None" = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of queries and documents."""
+        return self.queries.shape[0], self.documents.shape[0]
+
+    @property
+    def sparse(self) -> bool:
+        """Documents with a score of 0 are not found at all: they share no word with the query."""
+        return issparse(self.documents)
+
+    @cached_property
+    def _columns(self) -> Rows:
+        return self.documents.T.tocsr() if self.sparse else self.documents.T
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Those of some queries, by their numbers, (queries, documents)."""
+        some = self.queries[rows.numpy()] @ self._columns
+        return torch.from_numpy(some.toarray()) if self.sparse else some
 
 
 def cosines(queries: Rows, documents: Rows | None = None, *, asked: Tensor | None = None) -> Scores:
@@ -85,12 +106,7 @@ def cosines(queries: Rows, documents: Rows | None = None, *, asked: Tensor | Non
     right = left if documents is None else unit_rows(documents)
     if left.shape[1] != right.shape[1]:
         raise ValueError(f"Expected queries of width {right.shape[1]} but got {left.shape[1]}.")
-    sparse, turned = issparse(left), right.T.tocsr() if issparse(right) else right.T
-
-    def of(rows: Tensor) -> Tensor:
-        return torch.from_numpy((left[rows.numpy()] @ turned).toarray()) if sparse else left[rows] @ turned
-
-    return Scores((left.shape[0], right.shape[0]), of, sparse, asked)
+    return Scores(left, right, asked)
 
 
 def _reciprocal_ranks(scores: Tensor, sparse: bool) -> Tensor:
@@ -130,18 +146,18 @@ def _first_rank(scores: Tensor, relevant: Tensor) -> Tensor:
 
 
 def ranking(
-    scores: Scores, relevant: Mask, allowed: Mask | None = None, *, beside: Scores | None = None, k: int = NEIGHBOURS
+    scores: Scores, relevant: Mask, allowed: Mask | None = None, *, k: int = NEIGHBOURS
 ) -> dict[str, np.ndarray]:
     """Search of the documents for each query, scored by its relevant documents.
 
     Equals sentence-transformers' `InformationRetrievalEvaluator` where no cosines are tied (it breaks ties by name).
 
     Args:
-        scores: similarity of queries and documents, see `cosines`.
+        scores: similarity of queries and documents, see `cosines`. With another `beside` it, documents are ordered by
+            ``Σ 1/(60 + rank)`` over both rankings of what is searched: reciprocal rank fusion (Cormack, Clarke and
+            Büttcher, 2009) of the first 1,000 of each.
         relevant: of some queries, the relevant documents as (queries, M) bool.
         allowed: likewise the documents that are searched; by default all.
-        beside: a second similarity. Documents are then ordered by ``Σ 1/(60 + rank)`` over both rankings of what is
-            searched: reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009) of the first 1,000 of each.
         k: cut of precision, recall and nDCG.
 
     Returns:
@@ -160,7 +176,7 @@ def ranking(
     # A few queries at a time: the whole table of cosines may not fit into memory.
     for rows in asked.split(max(1, _CHUNK // max(1, documents))):
         wanted, searched = relevant(rows), torch.full((len(rows),), documents)
-        sides = [scores] if beside is None else [scores, beside]
+        sides = [scores] if scores.beside is None else [scores, scores.beside]
         found = [side.of(rows) for side in sides]
         if allowed is not None:
             mask = allowed(rows)
@@ -168,7 +184,7 @@ def ranking(
             found = [one.masked_fill_(~mask, -torch.inf) for one in found]
             wanted, searched = wanted & mask, mask.sum(1)
         order = found[0]
-        if beside is not None:
+        if len(sides) == 2:
             ranks = [_reciprocal_ranks(one, side.sparse) for one, side in zip(found, sides, strict=True)]
             order = (ranks[0] + ranks[1]).masked_fill(order.isneginf(), -torch.inf)
         expected, count = _expected_relevance(order, wanted, k), wanted.count_nonzero(1)
@@ -182,35 +198,24 @@ def ranking(
     return dict(zip(names, table.numpy(), strict=True))
 
 
-def _codes(values: Sequence | np.ndarray | Tensor) -> Tensor:
-    return torch.from_numpy(np.unique(np.asarray(values), return_inverse=True)[1].reshape(-1))
-
-
-def _equal(codes: Tensor) -> Mask:
+def _equal(codes: np.ndarray | Tensor) -> Mask:
+    codes = torch.as_tensor(codes)
     return lambda rows: codes[rows, None] == codes
 
 
 def same_label(
-    scores: Scores,
-    y: np.ndarray,
-    group: np.ndarray,
-    *,
-    apart: bool = True,
-    beside: Scores | None = None,
-    k: int = NEIGHBOURS,
+    scores: Scores, y: np.ndarray, group: np.ndarray, *, apart: bool = True, k: int = NEIGHBOURS
 ) -> dict[str, np.ndarray]:
     """`ranking` of N rows by each other; relevant is what has the same label.
 
     A row never finds itself, nor, with ``apart``, a row of its own group (patient). A row whose label nobody else has
     gets NaN. ``precision_at_k`` is the share of the label among the k nearest neighbours.
     """
-    own = _equal(_codes(group) if apart else torch.arange(len(y)))
-    return ranking(scores, _equal(_codes(y)), lambda rows: ~own(rows), beside=beside, k=k)
+    own = _equal(group if apart else torch.arange(len(y)))
+    return ranking(scores, _equal(y), lambda rows: ~own(rows), k=k)
 
 
-def same_group(
-    scores: Scores, group: np.ndarray, following: np.ndarray, *, beside: Scores | None = None
-) -> dict[str, np.ndarray]:
+def same_group(scores: Scores, group: np.ndarray, following: np.ndarray) -> dict[str, np.ndarray]:
     """A patient's other notes among everybody's, and the note that follows among those of others; no label is used.
 
     Of N rows ``group`` has the patient codes and ``following`` the row of the patient's next note, −1 for none.
@@ -219,13 +224,13 @@ def same_group(
         ``mrr`` and ``recall_at_10``: all other notes of the patient are relevant; ``adjacent_mrr`` and
         ``adjacent_recall_at_10``: the next one is, and the patient's other notes are not searched. Each (N,).
     """
-    own, target, every = _equal(_codes(group)), torch.as_tensor(following), torch.arange(len(group))
+    own, target, every = _equal(group), torch.as_tensor(following), torch.arange(len(group))
 
     def follows(rows: Tensor) -> Tensor:
         return target[rows, None] == every
 
-    anyone = ranking(scores, own, lambda rows: rows[:, None] != every, beside=beside)
-    adjacent = ranking(scores, follows, lambda rows: ~own(rows) | follows(rows), beside=beside)
+    anyone = ranking(scores, own, lambda rows: rows[:, None] != every)
+    adjacent = ranking(scores, follows, lambda rows: ~own(rows) | follows(rows))
     names = [name for name in anyone if name.startswith(("mrr", "recall"))]
     return {name: anyone[name] for name in names} | {f"adjacent_{name}": adjacent[name] for name in names}
 

@@ -7,17 +7,19 @@ every encoder, so that `paired_difference` compares two encoders on the same not
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, issparse
+from sklearn.cluster import KMeans
 
 from hf_densefeat.evaluation.evaluator import Evaluator
 from hf_densefeat.evaluation.metrics import (
     CODES,
+    PROBES,
     WITH_WORDS,
     Metric,
     MetricFunction,
@@ -25,15 +27,182 @@ from hf_densefeat.evaluation.metrics import (
     Result,
     estimated,
     rows_of_some_patients,
+    weighted_mean,
 )
-from hf_densefeat.evaluation.ranking import Rows, Scores, coded, cosines, unit_rows
-from hf_densefeat.evaluation.similarity_kinds import SIMILARITY, similarity_rows
-from hf_densefeat.evaluation.similarity_reading import SimilarityRows, SimilarityTask
+from hf_densefeat.evaluation.ranking import (
+    LABELS,
+    Rows,
+    Scores,
+    coded,
+    cosines,
+    few_labels,
+    ranking,
+    same_group,
+    same_label,
+    unit_rows,
+)
+from hf_densefeat.evaluation.similarity_reading import (
+    NEEDS,
+    SimilarityRows,
+    SimilarityTask,
+    beir,
+    labelled,
+    own_notes,
+    questions,
+)
 
 logger = logging.getLogger(__name__)
 
 DIVISORS = (1, 2, 4, 8)
 ASKED = 10_000  # queries: every one is compared with every document, for every code and encoder
+
+
+# ---- The kinds ------------------------------------------------------------------------------------------------------
+
+Values = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityKind:
+    """An entry of `SIMILARITY`; a further kind is a further entry."""
+
+    # Rows, their similarity (with its embeddings at length 1) and a seed to one value a scored row for each metric (or
+    # clusters, once for all metrics of them).
+    values: Callable[[SimilarityRows, Scores, int], Values]
+    metrics: dict[str, Metric]  # by name, the headline first
+    # word on the command line to the column that it names, if any, and the task's name
+    words: dict[str, tuple[str, str]]
+    search: bool = False  # it ranks documents, so that rankings by embeddings and by words can be fused
+    # readers of a task's tables, of which the first whose `NEEDS` the task has reads it; by default notes with a label
+    readers: tuple[Callable[[SimilarityTask], SimilarityRows], ...] = (labelled,)
+
+    @property
+    def headline(self) -> str:
+        """The metric by which verdicts count."""
+        return next(iter(self.metrics))
+
+
+def _neighbours(rows: SimilarityRows, scores: Scores, seed: int) -> Values:
+    return same_label(scores, rows.y, rows.group, apart=rows.apart)
+
+
+def _retrieval(rows: SimilarityRows, scores: Scores, seed: int) -> Values:
+    if not rows.queries:
+        return _neighbours(rows, scores, seed)
+    asked, found = rows.relevant.T
+    table = csr_matrix((np.ones(len(asked), dtype=bool), (asked, found)), scores.shape)
+    return ranking(scores, lambda some: torch.from_numpy(table[some.numpy()].toarray()))
+
+
+def _clusters(rows: SimilarityRows, scores: Scores, seed: int) -> Values:
+    # At length 1 Euclidean k-means compares by cosine, like the other uses.
+    found = KMeans(int(rows.y.max()) + 1, n_init=4, random_state=seed).fit_predict(scores.documents)
+    return dict.fromkeys(SIMILARITY["clusters"].metrics, found)
+
+
+MRR = Metric(weighted_mean, "MRR", True, "mrr", ("information-retrieval", "Information Retrieval"))
+RECALL = Metric(weighted_mean, "recall at 10", True, "recall_at_10")
+NEAR, FEW = (("feature-extraction", name) for name in ("Neighbours by cosine", "Few-label classification"))
+
+
+SIMILARITY: dict[str, SimilarityKind] = {
+    # Share of a note's label among its 10 nearest notes of other patients.
+    "neighbours": SimilarityKind(
+        values=_neighbours,
+        metrics={"precision_at_10": Metric(weighted_mean, "precision at 10", True, "precision_at_10", NEAR)},
+        words={"neighbours": ("label", "{} neighbours")},
+        search=True,
+    ),
+    # MRR, recall and nDCG of relevant documents: of three tables as BEIR has them, of a question for its own row, or of
+    # rows of the same label for each other.
+    "retrieval": SimilarityKind(
+        values=_retrieval,
+        metrics={
+            "mrr": MRR,
+            "recall_at_10": RECALL,
+            "ndcg_at_10": Metric(weighted_mean, "nDCG at 10", True, "ndcg_at_10"),
+        },
+        words={"query": ("question", "{}"), "same": ("label", "same {}")},
+        search=True,
+        readers=(beir, questions, labelled),
+    ),
+    # A patient's other notes among everybody's, and the next one among those of others. Notes that are copies of another of
+    # the patient's are counted, and stay: `load_notes(drop_copies=True)` leaves them out.
+    "same_patient": SimilarityKind(
+        values=lambda rows, scores, seed: same_group(scores, rows.group, rows.following),
+        metrics={
+            "mrr": MRR,
+            "recall_at_10": RECALL,
+            "adjacent_mrr": replace(MRR, title="MRR of the next note"),
+            "adjacent_recall_at_10": replace(RECALL, title="recall at 10 of the next note"),
+        },
+        words={"same_patient": ("", "own notes")},
+        search=True,
+        readers=(own_notes,),
+    ),
+    # NMI and ARI of k-means, k the number of classes.
+    "clusters": SimilarityKind(
+        values=_clusters,
+        metrics={name: PROBES["clustering"][name] for name in ("nmi", "ari")},
+        words={"clusters": ("label", "{} clusters")},
+    ),
+    # Accuracy of the nearest class centroid with 4, 8 and 16 labelled notes of each class.
+    "few_labels": SimilarityKind(
+        values=lambda rows, scores, seed: few_labels(scores.documents, rows.y, rows.group, seed=seed),
+        metrics={
+            f"accuracy_at_{k}": Metric(weighted_mean, f"accuracy, {k} labels a class", True, "accuracy", FEW)
+            for k in LABELS
+        },
+        words={"few_labels": ("label", "{} few labels")},
+    ),
+}
+
+
+def similarity_rows(task: SimilarityTask) -> SimilarityRows:
+    """Read a task's tables.
+
+    Raises:
+        ValueError: for a kind without what it needs, a missing column, a row without text or patient, one class,
+            unknown or repeated ids, or nothing to score.
+    """
+    readers = SIMILARITY[task.kind].readers if task.kind in SIMILARITY else ()
+    given = {name for name, value in vars(task).items() if value is not None}
+    read = next((one for one in readers if given.issuperset(NEEDS[one])), None)
+    if read is None:
+        ways = {name: " or ".join("+".join(NEEDS[one]) for one in kind.readers) for name, kind in SIMILARITY.items()}
+        raise ValueError(
+            f"Similarity {task.name!r}: expected a kind among {tuple(SIMILARITY)} with what it needs: "
+            f"{'; '.join(f'{needed} for {name}' for name, needed in ways.items())}. Got "
+            f"kind={task.kind!r}, label={task.label!r}, question={task.question!r}, group={task.group!r}."
+        )
+    rows = read(task)
+    if len(rows.y) == 0:
+        raise ValueError(f"Similarity {task.name!r}: nothing is left to score ({rows.left_out}).")
+    return rows
+
+
+def similarity_tasks(words: Sequence[str], notes: Any) -> list[SimilarityTask]:
+    """Tasks of the words of a command line: `same_patient`, or `column:kind` such as `diagnosis:neighbours`.
+
+    Raises:
+        ValueError: for another word, with those that there are.
+    """
+    known = {word: (name, *how) for name, kind in SIMILARITY.items() for word, how in kind.words.items()}
+    forms = ", ".join(f"column:{word}" if column else word for word, (_, column, _) in known.items())
+    tasks = []
+    for given in words:
+        column, _, word = given.rpartition(":")
+        kind, attribute, title = known.get(word, ("", "", ""))
+        if not kind or bool(attribute) != bool(column):
+            raise ValueError(
+                f"Expected --similarity among {forms}, but got {given!r}, as in --similarity diagnosis:neighbours."
+            )
+        named: dict[str, Any] = {attribute: column} if attribute else {}
+        tasks.append(SimilarityTask(name=title.format(column), kind=kind, notes=notes, **named))
+    return tasks
+
+
+# ---- One task, one encoder after another -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +232,7 @@ def similarity_of(
     queries: Rows | None = None,
     codes: Sequence[str] = CODES,
     divisors: Sequence[int] = DIVISORS,
-    words: tuple[csr_matrix, csr_matrix | None] | None = None,
+    words: Sequence[csr_matrix] = (),
     bootstraps: int = 1000,
     seed: int = 0,
     maximum: int = ASKED,
@@ -76,8 +245,8 @@ def similarity_of(
         queries: embeddings (Q, d) of ``rows.queries``, where there are any.
         codes: float, int8 and binary codes of the embeddings at length 1; the ranges of int8 are those of ``z``.
         divisors: the first d/2, d/4, … dimensions, as floats.
-        words: of `Words`, of the texts and of the queries: kinds that search then also have ``mrr_with_words``, of the
-            ranking fused with that by words (see `ranking`).
+        words: of `Words`, of the texts and of the queries, where there are any: kinds that search then also have
+            ``mrr_with_words``, of the ranking fused with that by words (see `ranking`).
         bootstraps: replicates over patients or queries; 0 for none.
         seed: seed of k-means, samples and bootstrap; one seed redraws the same patients for every encoder.
         maximum: kinds that search ask so many rows, of whole patients drawn at random; all documents are searched.
@@ -85,32 +254,28 @@ def similarity_of(
     Raises:
         ValueError: for another number of embeddings than of texts or queries, or embeddings that are not finite.
     """
-    kind, sparse = SIMILARITY[rows.kind], issparse(z)
+    kind, sides = SIMILARITY[rows.kind], [z] if queries is None else [z, queries]
     counts = z.shape[0], 0 if queries is None else queries.shape[0]
     if counts != (len(rows.texts), len(rows.queries)):
         raise ValueError(
             f"Expected {len(rows.texts)} embeddings and {len(rows.queries)} of queries but got {counts[0]} and "
             f"{counts[1]}."
         )
-    variants, sides = [("", "float", z.shape[1])], [z] if queries is None else [z, queries]
-    if not sparse:
-        variants = _variants(codes, divisors, z.shape[1])
-        sides = [torch.as_tensor(side).detach().float().cpu() for side in sides]
-    values, functions = dict[str, np.ndarray](), dict[str, MetricFunction]()
+    values, functions = Values(), dict[str, MetricFunction]()
     asked = None
     if kind.search and len(rows.y) > maximum:
         asked = torch.from_numpy(rows_of_some_patients(rows.group, maximum, seed))
-    for suffix, code, width in variants:
-        units = [unit_rows(side if sparse else side[:, :width]) for side in sides]
-        if not sparse:
-            # Queries take the documents' ranges: an index is built before anybody asks.
-            units = [coded(side, code, units[0]) for side in units]
-        scores = cosines(units[-1], units[0], asked=asked)
-        searches: dict[str, Scores | None] = {suffix: None}
-        if words is not None and kind.search and not suffix:
-            searches[WITH_WORDS] = cosines(words[0] if words[1] is None else words[1], words[0])
-        for end, beside in searches.items():
-            found = kind.values(rows, units[0], scores, beside, seed)
+    if issparse(z):
+        codes, divisors = ("float",), (1,)
+    for suffix, code, width in _variants(codes, divisors, z.shape[1]):
+        units = [unit_rows(side[:, :width]) for side in sides]
+        # Queries take the documents' ranges: an index is built before anybody asks.
+        units = [coded(side, code, units[0]) for side in units]
+        searches = {suffix: cosines(units[-1], units[0], asked=asked)}
+        if words and kind.search and not suffix:
+            searches[WITH_WORDS] = replace(searches[suffix], beside=cosines(words[-1], words[0]))
+        for end, scores in searches.items():
+            found = kind.values(rows, scores, seed)
             values |= {name + end: found[name] for name in kind.metrics}
             functions |= {name + end: metric.function for name, metric in kind.metrics.items()}
     metrics, replicates = estimated(functions, rows.y, values, PatientWeights.of(rows.group, bootstraps, seed))
@@ -169,14 +334,12 @@ class SimilarityEvaluator(Evaluator):
             words: `Words`, for rankings fused with theirs beside the encoder's.
         """
         z, found = self._embedded(model, tokenizer, points, head=self.head), {}
-        how: dict[str, Any] = {"codes": self.codes, "divisors": self.divisors}
+        how: dict[str, Any] = {"codes": self.codes, "divisors": self.divisors, "seed": self.seed}
         how["bootstraps"] = 0 if points else self.bootstraps
-        how["seed"] = self.seed
         for name, rows in self.rows.items():
-            documents, queries = z[name]
-            beside = None
+            beside: list[csr_matrix] = []
             if words is not None and SIMILARITY[rows.kind].search:
-                beside = words.encode(rows.texts), words.encode(rows.queries) if rows.queries else None
-            asked = queries if rows.queries else None
-            found[name] = similarity_of(documents, rows, queries=asked, words=beside, **how)
+                beside = [words.encode(texts) for texts in (rows.texts, rows.queries) if texts]
+            documents, queries = z[name]
+            found[name] = similarity_of(documents, rows, queries=queries, words=beside, **how)
         return found

@@ -203,3 +203,12 @@ def own_notes(task: SimilarityTask) -> SimilarityRows:
     copied = sum(count for count in found.values() if count > 1)
     left_out = {"alone": int((np.bincount(group) == 1).sum()), "copied": copied}
     return SimilarityRows(kind=task.kind, texts=texts, y=every, following=following, left_out=left_out, **patients)
+
+
+NEEDS = {
+    labelled: ("notes", "label"),
+    questions: ("notes", "question"),
+    beir: ("queries", "documents", "relevance"),
+    own_notes: ("notes", "group"),
+}
+"""What a task has to have for each reader."""

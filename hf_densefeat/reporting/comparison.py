@@ -11,8 +11,7 @@ import numpy as np
 from hf_densefeat.evaluation.geometry import State, geometry_state, variance_share
 from hf_densefeat.evaluation.metrics import PROBES, WITH_WORDS, Estimate, paired_difference
 from hf_densefeat.evaluation.probes import ProbeResult
-from hf_densefeat.evaluation.similarity import SimilarityResult
-from hf_densefeat.evaluation.similarity_kinds import SIMILARITY
+from hf_densefeat.evaluation.similarity import SIMILARITY, SimilarityResult
 from hf_densefeat.reporting.formats import interval
 from hf_densefeat.reporting.metric_names import metric_named
 

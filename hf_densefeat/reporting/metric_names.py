@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 from hf_densefeat.evaluation.metrics import PROBES, WITH_WORDS, Metric
-from hf_densefeat.evaluation.similarity_kinds import SIMILARITY
+from hf_densefeat.evaluation.similarity import SIMILARITY
 
 _VARIANT = re.compile(rf"(.+?)(?:_(int8|binary)|_d_over_(\d+)|{WITH_WORDS})")
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hf_densefeat import DenseHead
-from hf_densefeat.evaluation.similarity import similarity_of
-from hf_densefeat.evaluation.similarity_kinds import similarity_rows
+from hf_densefeat.evaluation.similarity import similarity_of, similarity_rows
 from hf_densefeat.models.choosing import choose_views
 
 BOOTSTRAPS = 1000

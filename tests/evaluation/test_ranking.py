@@ -1,5 +1,6 @@
 """Ranks, neighbours, few labels and codes of embeddings, against brute force and sentence-transformers."""
 
+from dataclasses import replace
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -255,7 +256,8 @@ def test_fused_order_is_that_of_summed_reciprocal_ranks():
     relevant = torch.zeros(12, 50, dtype=torch.bool)
     relevant[:, ::7] = True
     beside = cosines(csr_matrix(asked), words)
-    found = ranking(cosines(queries, documents), lambda rows: relevant[rows], lambda rows: table[rows], beside=beside)
+    scores = replace(cosines(queries, documents), beside=beside)
+    found = ranking(scores, lambda rows: relevant[rows], lambda rows: table[rows])
     dense, sparse_scores = (
         cosines(queries, documents).of(torch.arange(12)).numpy(),
         beside.of(torch.arange(12)).numpy(),

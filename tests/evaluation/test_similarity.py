@@ -10,8 +10,7 @@ from conftest import make_model, make_notes
 from hf_densefeat import SimilarityEvaluator, SimilarityTask
 from hf_densefeat.evaluation.metrics import PROBES, Metric, paired_difference, weighted_mean
 from hf_densefeat.evaluation.ranking import cosines, same_label
-from hf_densefeat.evaluation.similarity import similarity_of
-from hf_densefeat.evaluation.similarity_kinds import SIMILARITY, similarity_rows, similarity_tasks
+from hf_densefeat.evaluation.similarity import SIMILARITY, similarity_of, similarity_rows, similarity_tasks
 from hf_densefeat.models.head import DenseHead
 from hf_densefeat.reporting.comparison import comparisons, measured_of
 from hf_densefeat.reporting.metric_names import known_metrics, metric_named
@@ -193,8 +192,8 @@ def test_words_of_the_command_line_are_tasks():
             similarity_tasks([wrong], notes)
 
 
-def _of_twins(rows, z, scores, beside, seed):
-    found = same_label(scores, rows.group, rows.y, apart=False, beside=beside)
+def _of_twins(rows, scores, seed):
+    found = same_label(scores, rows.group, rows.y, apart=False)
     return {"twins_found": found["recall_at_10"], "mrr": found["mrr"]}
 
 
