@@ -9,7 +9,7 @@ documents as if they stood in random order: a position that several documents sh
 rank of the first relevant document is the expected one, ``above + (t + 1)/(r + 1)`` with t tied documents, r relevant.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ _CHUNK = 8_000_000
 
 # Of some queries, by their numbers: which documents are relevant (queries, documents), bool.
 Mask = Callable[[Tensor], Tensor]
+Masks = tuple[Mask, Mask | None]  # of what is relevant, and of what is searched; None for all
 Rows = Any  # an array or tensor (N, d), or a SciPy CSR matrix, which has no types
 
 
@@ -198,41 +199,40 @@ def ranking(
     return dict(zip(names, table.numpy(), strict=True))
 
 
+def searched(scores: Scores, searches: Mapping[str, Masks]) -> dict[str, np.ndarray]:
+    """`ranking` for each of several searches by the prefix of its names."""
+    return {f"{prefix}{name}": v for prefix, m in searches.items() for name, v in ranking(scores, *m).items()}
+
+
 def _equal(codes: np.ndarray | Tensor) -> Mask:
     codes = torch.as_tensor(codes)
     return lambda rows: codes[rows, None] == codes
 
 
-def same_label(
-    scores: Scores, y: np.ndarray, group: np.ndarray, *, apart: bool = True, k: int = NEIGHBOURS
-) -> dict[str, np.ndarray]:
-    """`ranking` of N rows by each other; relevant is what has the same label.
+def same_label(y: np.ndarray, group: np.ndarray, *, apart: bool = True) -> Masks:
+    """Of N rows that search each other: relevant is what has the same label; a row never finds itself.
 
-    A row never finds itself, nor, with ``apart``, a row of its own group (patient). A row whose label nobody else has
-    gets NaN. ``precision_at_k`` is the share of the label among the k nearest neighbours.
+    With ``apart`` it also finds no row of its own group (patient). ``precision_at_k`` is then the share of the label among
+    the k nearest neighbours, and a row whose label nobody else has gets NaN.
     """
-    own = _equal(group if apart else torch.arange(len(y)))
-    return ranking(scores, _equal(y), lambda rows: ~own(rows), k=k)
+    own = _equal(group if apart else np.arange(len(y)))
+    return _equal(y), lambda rows: ~own(rows)
 
 
-def same_group(scores: Scores, group: np.ndarray, following: np.ndarray) -> dict[str, np.ndarray]:
-    """A patient's other notes among everybody's, and the note that follows among those of others; no label is used.
+def same_group(group: np.ndarray, following: np.ndarray) -> dict[str, Masks]:
+    """A patient's other notes among everybody's, and as ``adjacent_`` the next note among those of others.
 
     Of N rows ``group`` has the patient codes and ``following`` the row of the patient's next note, −1 for none.
-
-    Returns:
-        ``mrr`` and ``recall_at_10``: all other notes of the patient are relevant; ``adjacent_mrr`` and
-        ``adjacent_recall_at_10``: the next one is, and the patient's other notes are not searched. Each (N,).
     """
     own, target, every = _equal(group), torch.as_tensor(following), torch.arange(len(group))
 
     def follows(rows: Tensor) -> Tensor:
         return target[rows, None] == every
 
-    anyone = ranking(scores, own, lambda rows: rows[:, None] != every)
-    adjacent = ranking(scores, follows, lambda rows: ~own(rows) | follows(rows))
-    names = [name for name in anyone if name.startswith(("mrr", "recall"))]
-    return {name: anyone[name] for name in names} | {f"adjacent_{name}": adjacent[name] for name in names}
+    return {
+        "": (own, lambda rows: rows[:, None] != every),
+        "adjacent_": (follows, lambda rows: ~own(rows) | follows(rows)),
+    }
 
 
 def few_labels(

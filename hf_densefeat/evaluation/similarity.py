@@ -29,20 +29,8 @@ from hf_densefeat.evaluation.metrics import (
     rows_of_some_patients,
     weighted_mean,
 )
-from hf_densefeat.evaluation.ranking import (
-    LABELS,
-    Rows,
-    Scores,
-    coded,
-    cosines,
-    few_labels,
-    ranking,
-    same_group,
-    same_label,
-    unit_rows,
-)
+from hf_densefeat.evaluation.ranking import LABELS, Rows, Scores, coded, cosines, few_labels, searched, unit_rows
 from hf_densefeat.evaluation.similarity_reading import (
-    NEEDS,
     SimilarityRows,
     SimilarityTask,
     beir,
@@ -66,32 +54,26 @@ Values = dict[str, np.ndarray]
 class SimilarityKind:
     """An entry of `SIMILARITY`; a further kind is a further entry."""
 
-    # Rows, their similarity (with its embeddings at length 1) and a seed to one value a scored row for each metric (or
-    # clusters, once for all metrics of them).
-    values: Callable[[SimilarityRows, Scores, int], Values]
     metrics: dict[str, Metric]  # by name, the headline first
     # word on the command line to the column that it names, if any, and the task's name
     words: dict[str, tuple[str, str]]
-    search: bool = False  # it ranks documents, so that rankings by embeddings and by words can be fused
-    # readers of a task's tables, of which the first whose `NEEDS` the task has reads it; by default notes with a label
-    readers: tuple[Callable[[SimilarityTask], SimilarityRows], ...] = (labelled,)
+    # Rows, their similarity (with its embeddings at length 1) and a seed to one value a scored row for each metric (or
+    # clusters, once for all metrics of them); None for a search, whose values are those of `ranking`.
+    values: Callable[[SimilarityRows, Scores, int], Values] | None = None
+    # what a task has to have to what reads it then, the first that fits
+    readers: dict[str, Callable[[SimilarityTask], SimilarityRows]] = field(
+        default_factory=lambda: {"notes label": labelled}
+    )
 
     @property
     def headline(self) -> str:
         """The metric by which verdicts count."""
         return next(iter(self.metrics))
 
-
-def _neighbours(rows: SimilarityRows, scores: Scores, seed: int) -> Values:
-    return same_label(scores, rows.y, rows.group, apart=rows.apart)
-
-
-def _retrieval(rows: SimilarityRows, scores: Scores, seed: int) -> Values:
-    if not rows.queries:
-        return _neighbours(rows, scores, seed)
-    asked, found = rows.relevant.T
-    table = csr_matrix((np.ones(len(asked), dtype=bool), (asked, found)), scores.shape)
-    return ranking(scores, lambda some: torch.from_numpy(table[some.numpy()].toarray()))
+    @property
+    def search(self) -> bool:
+        """It ranks documents, so that rankings by embeddings and by words can be fused."""
+        return self.values is None
 
 
 def _clusters(rows: SimilarityRows, scores: Scores, seed: int) -> Values:
@@ -108,28 +90,23 @@ NEAR, FEW = (("feature-extraction", name) for name in ("Neighbours by cosine", "
 SIMILARITY: dict[str, SimilarityKind] = {
     # Share of a note's label among its 10 nearest notes of other patients.
     "neighbours": SimilarityKind(
-        values=_neighbours,
         metrics={"precision_at_10": Metric(weighted_mean, "precision at 10", True, "precision_at_10", NEAR)},
         words={"neighbours": ("label", "{} neighbours")},
-        search=True,
     ),
     # MRR, recall and nDCG of relevant documents: of three tables as BEIR has them, of a question for its own row, or of
     # rows of the same label for each other.
     "retrieval": SimilarityKind(
-        values=_retrieval,
         metrics={
             "mrr": MRR,
             "recall_at_10": RECALL,
             "ndcg_at_10": Metric(weighted_mean, "nDCG at 10", True, "ndcg_at_10"),
         },
         words={"query": ("question", "{}"), "same": ("label", "same {}")},
-        search=True,
-        readers=(beir, questions, labelled),
+        readers={"queries documents relevance": beir, "notes question": questions, "notes label": labelled},
     ),
     # A patient's other notes among everybody's, and the next one among those of others. Notes that are copies of another of
     # the patient's are counted, and stay: `load_notes(drop_copies=True)` leaves them out.
     "same_patient": SimilarityKind(
-        values=lambda rows, scores, seed: same_group(scores, rows.group, rows.following),
         metrics={
             "mrr": MRR,
             "recall_at_10": RECALL,
@@ -137,8 +114,7 @@ SIMILARITY: dict[str, SimilarityKind] = {
             "adjacent_recall_at_10": replace(RECALL, title="recall at 10 of the next note"),
         },
         words={"same_patient": ("", "own notes")},
-        search=True,
-        readers=(own_notes,),
+        readers={"notes group": own_notes},
     ),
     # NMI and ARI of k-means, k the number of classes.
     "clusters": SimilarityKind(
@@ -165,14 +141,13 @@ def similarity_rows(task: SimilarityTask) -> SimilarityRows:
         ValueError: for a kind without what it needs, a missing column, a row without text or patient, one class,
             unknown or repeated ids, or nothing to score.
     """
-    readers = SIMILARITY[task.kind].readers if task.kind in SIMILARITY else ()
+    readers = SIMILARITY[task.kind].readers if task.kind in SIMILARITY else {}
     given = {name for name, value in vars(task).items() if value is not None}
-    read = next((one for one in readers if given.issuperset(NEEDS[one])), None)
+    read = next((reader for needs, reader in readers.items() if given.issuperset(needs.split())), None)
     if read is None:
-        ways = {name: " or ".join("+".join(NEEDS[one]) for one in kind.readers) for name, kind in SIMILARITY.items()}
+        needs = "; ".join(f"{' or '.join(kind.readers)} for {name}" for name, kind in SIMILARITY.items())
         raise ValueError(
-            f"Similarity {task.name!r}: expected a kind among {tuple(SIMILARITY)} with what it needs: "
-            f"{'; '.join(f'{needed} for {name}' for name, needed in ways.items())}. Got "
+            f"Similarity {task.name!r}: expected a kind among {tuple(SIMILARITY)} with what it needs: {needs}. Got "
             f"kind={task.kind!r}, label={task.label!r}, question={task.question!r}, group={task.group!r}."
         )
     rows = read(task)
@@ -275,7 +250,7 @@ def similarity_of(
         if words and kind.search and not suffix:
             searches[WITH_WORDS] = replace(searches[suffix], beside=cosines(words[-1], words[0]))
         for end, scores in searches.items():
-            found = kind.values(rows, scores, seed)
+            found = kind.values(rows, scores, seed) if kind.values else searched(scores, rows.searches)
             values |= {name + end: found[name] for name in kind.metrics}
             functions |= {name + end: metric.function for name, metric in kind.metrics.items()}
     metrics, replicates = estimated(functions, rows.y, values, PatientWeights.of(rows.group, bootstraps, seed))

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from scipy.sparse import csr_matrix
 
 from hf_densefeat.data.columns import shown
 from hf_densefeat.data.identity import identities
+from hf_densefeat.evaluation.ranking import Mask, Masks, same_group, same_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +61,7 @@ class SimilarityRows:
     group: np.ndarray  # patient codes of the scored rows, (N,) or (Q,)
     # ids of these patients; for the comparison with a `SplitRecord`, never written anywhere
     tested: list = field(repr=False)
-    # rows (query, document) of given relevance, (P, 2)
-    relevant: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
-    # row of the patient's next note, -1 for none, (N,)
-    following: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    apart: bool = False  # a row's own patient is not searched
+    searches: dict[str, Masks]  # what is to be found, by the prefix of the metrics' names
     left_out: dict[str, int]  # rows left out, by reason; of `same_patient` also how many are `copied`, and stay
 
 
@@ -109,6 +108,12 @@ def _patients(task: SimilarityTask, table: Any, kept: np.ndarray, *, required: b
     return {"group": group, "tested": tested.tolist()}
 
 
+def _paired(queries: np.ndarray, documents: np.ndarray, shape: tuple[int, int]) -> Mask:
+    """The documents that are given as relevant for a query."""
+    table = csr_matrix((np.ones(len(queries), dtype=bool), (queries, documents)), shape)
+    return lambda some: torch.from_numpy(table[some.numpy()].toarray())
+
+
 def beir(task: SimilarityTask) -> SimilarityRows:
     """Queries, documents and relevance; queries without a relevant document are left out."""
     ids = [str(one) for one in _column(task, task.queries, "_id", "id", "query_id", "query-id")]
@@ -143,7 +148,7 @@ def beir(task: SimilarityTask) -> SimilarityRows:
         texts=texts,
         queries=[queries[i] for i in kept],
         y=kept,
-        relevant=relevant,
+        searches={"": (_paired(*relevant.T, (len(kept), len(texts))), None)},
         left_out={"without_relevant": len(ids) - len(kept)},
         **_patients(task, task.queries, kept, required=False),
     )
@@ -159,7 +164,7 @@ def questions(task: SimilarityTask) -> SimilarityRows:
         texts=texts,
         queries=[str(asked[i]) for i in kept],
         y=kept,
-        relevant=np.column_stack([np.arange(len(kept)), kept]),
+        searches={"": (_paired(np.arange(len(kept)), kept, (len(kept), len(texts))), None)},
         left_out={"without_question": len(texts) - len(kept)},
         **_patients(task, task.notes, kept),
     )
@@ -175,14 +180,16 @@ def labelled(task: SimilarityTask) -> SimilarityRows:
             f"Similarity {task.name!r}: column {task.label!r} has {len(classes)} different values in {len(kept)} "
             "labelled rows, at least two are needed."
         )
+    patients = _patients(task, task.notes, kept)
+    # for neighbours a patient's own notes would be found for their template, not their label
+    apart = task.kind == "neighbours" if task.apart is None else task.apart
     return SimilarityRows(
         kind=task.kind,
         texts=_texts(task, [texts[i] for i in kept], task.text),
         y=y,
-        # for neighbours a patient's own notes would be found for their template, not their label
-        apart=task.kind == "neighbours" if task.apart is None else task.apart,
+        searches={"": same_label(y, patients["group"], apart=apart)},
         left_out={"unlabelled": len(texts) - len(kept)},
-        **_patients(task, task.notes, kept),
+        **patients,
     )
 
 
@@ -201,14 +208,11 @@ def own_notes(task: SimilarityTask) -> SimilarityRows:
     # Notes with a text that their patient has again, white space aside, are found without any understanding.
     found = Counter((patient, "".join(text.split())) for patient, text in zip(group.tolist(), texts, strict=True))
     copied = sum(count for count in found.values() if count > 1)
-    left_out = {"alone": int((np.bincount(group) == 1).sum()), "copied": copied}
-    return SimilarityRows(kind=task.kind, texts=texts, y=every, following=following, left_out=left_out, **patients)
-
-
-NEEDS = {
-    labelled: ("notes", "label"),
-    questions: ("notes", "question"),
-    beir: ("queries", "documents", "relevance"),
-    own_notes: ("notes", "group"),
-}
-"""What a task has to have for each reader."""
+    return SimilarityRows(
+        kind=task.kind,
+        texts=texts,
+        y=every,
+        searches=same_group(group, following),
+        left_out={"alone": int((np.bincount(group) == 1).sum()), "copied": copied},
+        **patients,
+    )

@@ -13,7 +13,17 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.util import cos_sim
 from sentence_transformers.util.quantization import quantize_embeddings
 
-from hf_densefeat.evaluation.ranking import TIE, coded, cosines, few_labels, ranking, same_group, same_label, unit_rows
+from hf_densefeat.evaluation.ranking import (
+    TIE,
+    coded,
+    cosines,
+    few_labels,
+    ranking,
+    same_group,
+    same_label,
+    searched,
+    unit_rows,
+)
 
 
 def cloud(n, d, seed=0):
@@ -120,9 +130,10 @@ def test_no_relevant_document_and_few_documents():
 def test_chunks_do_not_matter(monkeypatch):
     """Queries in slices of one give what they give at once."""
     z, y, group = cloud(60, 8), np.arange(60) % 3, np.arange(60) // 2
-    whole = same_label(cosines(z), y, group)
+    masks = same_label(y, group)
+    whole = ranking(cosines(z), *masks)
     monkeypatch.setattr("hf_densefeat.evaluation.ranking._CHUNK", 1)
-    for name, values in same_label(cosines(z), y, group).items():
+    for name, values in ranking(cosines(z), *masks).items():
         np.testing.assert_allclose(values, whole[name], atol=1e-6)
 
 
@@ -132,7 +143,7 @@ def test_neighbours_are_of_other_patients():
     group = rng.integers(0, 20, size=80)
     y = rng.integers(0, 3, size=80)
     y[group == 5] = 7
-    found = same_label(cosines(z), y, group, k=4)["precision_at_4"]
+    found = ranking(cosines(z), *same_label(y, group), k=4)["precision_at_4"]
     scores = (unit_rows(z) @ unit_rows(z).T).numpy()
     for i in range(80):
         others = np.flatnonzero(group != group[i])
@@ -146,7 +157,7 @@ def test_neighbours_are_of_other_patients():
 def test_a_row_never_finds_itself():
     """Without `apart` the own patient is searched, but not the row; its copy is, tied with nobody."""
     z = np.repeat(cloud(5, 4), 2, axis=0)
-    found = same_label(cosines(z), np.repeat(np.arange(5), 2), np.zeros(10), apart=False)
+    found = ranking(cosines(z), *same_label(np.repeat(np.arange(5), 2), np.zeros(10), apart=False))
     np.testing.assert_allclose(found["mrr"], 1)
 
 
@@ -155,7 +166,7 @@ def test_own_notes_and_the_next_one():
     z, group = cloud(40, 5), np.arange(40) // 4
     group[39] = 99
     following = np.array([i + 1 if i + 1 < 40 and group[i + 1] == group[i] else -1 for i in range(40)])
-    found = same_group(cosines(z), group, following)
+    found = searched(cosines(z), same_group(group, following))
     scores = (unit_rows(z) @ unit_rows(z).T).numpy()
     for i in range(40):
         own = [j for j in range(40) if group[j] == group[i] and j != i]
@@ -225,11 +236,11 @@ def test_sparse_rows_give_what_dense_ones_do():
     """Ranking, neighbours, own notes and few labels of words are those of the same rows written out."""
     z, y, group = csr_matrix(sparse(60, 400)), np.arange(60) % 3, np.arange(60) // 2
     following = np.where(np.arange(60) % 2 == 0, np.arange(60) + 1, -1)
+    searches = {"": same_label(y, group)}, same_group(group, following)
     for rows in (z[:, :5], z):  # with many zero rows, with none
         whole = rows.toarray()
         for one, other in (
-            (same_label(cosines(rows), y, group), same_label(cosines(whole), y, group)),
-            (same_group(cosines(rows), group, following), same_group(cosines(whole), group, following)),
+            *((searched(cosines(rows), one), searched(cosines(whole), one)) for one in searches),
             (few_labels(rows, y, group), few_labels(whole, y, group)),
         ):
             for name, values in one.items():

@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from conftest import make_model, make_notes
 
 from hf_densefeat import SimilarityEvaluator, SimilarityTask
 from hf_densefeat.evaluation.metrics import PROBES, Metric, paired_difference, weighted_mean
-from hf_densefeat.evaluation.ranking import cosines, same_label
+from hf_densefeat.evaluation.ranking import cosines, ranking, same_label
 from hf_densefeat.evaluation.similarity import SIMILARITY, similarity_of, similarity_rows, similarity_tasks
 from hf_densefeat.models.head import DenseHead
 from hf_densefeat.reporting.comparison import comparisons, measured_of
@@ -68,7 +69,7 @@ def test_intervals_redraw_patients():
     """The interval is that of a bootstrap over patients written out."""
     rows, z = similarity_rows(task("neighbours", label="disease")), embeddings(4.0)
     found = similarity_of(z, rows, codes=("float",), divisors=(1,), bootstraps=4000)
-    values = same_label(cosines(z), rows.y, rows.group)["precision_at_10"]
+    values = ranking(cosines(z), *same_label(rows.y, rows.group))["precision_at_10"]
     assert found.metrics["precision_at_10"].value == pytest.approx(values.mean())
     rng, by_patient = np.random.default_rng(9), values.reshape(40, 3)
     means = [by_patient[rng.integers(0, 40, size=40)].mean() for _ in range(4000)]
@@ -120,7 +121,7 @@ def test_tables_as_beir_has_them():
     """Relevance above 0 counts; a query without any is left out and counted; titles precede the text."""
     rows = similarity_rows(beir())
     assert (rows.texts, rows.queries) == (["A a", "b", "c"], ["one", "two"])
-    assert sorted(map(tuple, rows.relevant.tolist())) == [(0, 0), (0, 2), (1, 1)]
+    assert rows.searches[""][0](torch.arange(2)).nonzero().tolist() == [[0, 0], [0, 2], [1, 1]]
     assert rows.left_out == {"without_relevant": 1}
     z = np.eye(3, dtype=np.float32)
     found = similarity_of(z, rows, queries=z[[2, 0]] + 0.1 * z[[1, 2]], bootstraps=20)
@@ -193,7 +194,7 @@ def test_words_of_the_command_line_are_tasks():
 
 
 def _of_twins(rows, scores, seed):
-    found = same_label(scores, rows.group, rows.y, apart=False)
+    found = ranking(scores, *same_label(rows.group, rows.y, apart=False))
     return {"twins_found": found["recall_at_10"], "mrr": found["mrr"]}
 
 
@@ -223,9 +224,9 @@ def test_the_next_note_is_next_in_time():
     """In the order of the time column, within the patient, whatever the order of the rows."""
     rows = similarity_rows(task("same_patient"))
     time = np.array(notes_of()["time"])
-    for i, j in enumerate(rows.following):
+    for i, found in enumerate(rows.searches["adjacent_"][0](torch.arange(N))):
         later = [k for k in range(N) if k // 3 == i // 3 and time[k] > time[i]]
-        assert j == (min(later, key=lambda k: time[k]) if later else -1)
+        assert found.nonzero()[:, 0].tolist() == ([min(later, key=lambda k: time[k])] if later else [])
 
 
 @pytest.mark.parametrize("kind", ["neighbours", "same_patient"])
