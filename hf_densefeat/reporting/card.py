@@ -15,9 +15,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_densefeat.models.pooling import POOLINGS
-from hf_densefeat.reporting.comparison import GROUPS, Measured, comparisons, judged, verdict
+from hf_densefeat.reporting.comparison import GROUPS, Measured, comparisons, judged, metric_named, verdict
 from hf_densefeat.reporting.formats import markdown, number
-from hf_densefeat.reporting.metric_names import metric_named
 from hf_densefeat.reporting.plots import Picture
 from hf_densefeat.reporting.tables import before_after_table, geometry_table, subspace_table
 

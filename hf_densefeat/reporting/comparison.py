@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
 from hf_densefeat.evaluation.geometry import State, geometry_state, variance_share
-from hf_densefeat.evaluation.metrics import PROBES, WITH_WORDS, Estimate, paired_difference
+from hf_densefeat.evaluation.metrics import PROBES, WITH_WORDS, Estimate, Metric, paired_difference
 from hf_densefeat.evaluation.probes import ProbeResult
 from hf_densefeat.evaluation.similarity import SIMILARITY, SimilarityResult
 from hf_densefeat.reporting.formats import interval
-from hf_densefeat.reporting.metric_names import metric_named
 
 Triple = Sequence[float | None]  # value, low, high; None where there is none
 
@@ -103,6 +103,34 @@ def plain_numbers(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+# ---- Metrics by the names that they have in results -----------------------------------------------------------------
+
+_VARIANT = re.compile(rf"(.+?)(?:_(int8|binary)|_d_over_(\d+)|{WITH_WORDS})")
+
+
+def known_metrics() -> dict[str, Metric]:
+    """Name to metric of every kind of probe and similarity, without variants."""
+    kinds = [*PROBES.values(), *(kind.metrics for kind in SIMILARITY.values())]
+    return {name: metric for metrics in kinds for name, metric in metrics.items()}
+
+
+def metric_named(name: str) -> Metric:
+    """The metric of a name, which may end in what was done: ``mrr_binary``, ``mrr_d_over_4``, ``mrr_with_words``.
+
+    Raises:
+        KeyError: for an unknown name.
+    """
+    known = known_metrics()
+    if name in known:
+        return known[name]
+    found = _VARIANT.fullmatch(name)
+    if found is None:
+        raise KeyError(name)
+    base, code, divisor = found.groups()
+    how = f"{code} codes" if code else f"first d/{divisor} dimensions" if divisor else "fused with words"
+    return replace(known[base], title=f"{known[base].title}, {how}")
+
+
 # ---- Rows of a comparison -------------------------------------------------------------------------------------------
 
 Direction = Literal["better", "worse", "equal"]
@@ -158,6 +186,11 @@ class Comparison:
         # relative, so that gains of metrics with other units can be put in one order
         base = abs(next(iter(self.values.values())).value)
         return metric_named(self.metric).sign * self.differences[name].value / max(base, 1e-9)
+
+    def difference(self, name: str, part: str, marks: Mapping[Direction, str], *, digits: int | None = None) -> str:
+        """A cell: the encoder's difference in `differences` or `against_words`, and what it means; n/a where unknown."""
+        gap = getattr(self, part).get(name)
+        return f"{interval(gap, digits=digits, signed=True)} {marks[direction(gap, self.metric)]}" if gap else "n/a"
 
     def quoted(self, difference: Estimate) -> str:
         """Metric, task and difference, for a sentence."""
@@ -272,13 +305,10 @@ def _advice(ours: str, base: str, against: str, counts: dict[str, dict[Direction
 
 def _extremes(rows: list[Comparison], name: str) -> str:
     """The largest gain and the largest loss, relative to the base, as a sentence; also where they are not visible."""
-    order, parts = sorted(rows, key=lambda row: row.gain(name)), []
-    lost, gained = order[0], order[-1]
-    if gained.gain(name) > 0:
-        parts.append(f"largest gain: {gained.quoted(gained.differences[name])}")
-    if lost.gain(name) < 0:
-        parts.append(f"largest loss: {lost.quoted(lost.differences[name])}")
-    return f" {_sentence('; '.join(parts))}" if parts else ""
+    order = sorted(rows, key=lambda row: row.gain(name))
+    ends = (("gain", order[-1], order[-1].gain(name) > 0), ("loss", order[0], order[0].gain(name) < 0))
+    said = "; ".join(f"largest {what}: {row.quoted(row.differences[name])}" for what, row, there in ends if there)
+    return f" {_sentence(said)}" if said else ""
 
 
 def _beside_words(ours: Measured) -> str:

@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hf_densefeat.evaluation.geometry import geometry_state, variance_share
 from hf_densefeat.evaluation.metrics import CODES, WITH_WORDS, Estimate, Result
-from hf_densefeat.reporting.comparison import ARROWS, WORDS, Measured, comparisons, direction, judged
+from hf_densefeat.reporting.comparison import ARROWS, WORDS, Measured, comparisons, judged, known_metrics
 from hf_densefeat.reporting.formats import Table, interval, number
-from hf_densefeat.reporting.metric_names import known_metrics
 
 Report = dict[str, float]
 BESIDE = ("accuracy_at_16", "mrr_binary")
@@ -31,10 +30,7 @@ def before_after_table(measured: Sequence[Measured], *, wide: bool = False) -> T
     for row in rows:
         if row.headline or row.fused or row.metric in BESIDE:
             cells = [number(row.values.get(name, UNKNOWN).value) for name in names]
-            for part in compared.values():
-                gap = getattr(row, part).get(last["name"])
-                arrow = ARROWS[direction(gap, row.metric)] if gap else ""
-                cells.append(f"{interval(gap, digits=3, signed=True)} {arrow}" if gap else "n/a")
+            cells += [row.difference(last["name"], part, ARROWS, digits=3) for part in compared.values()]
             lines["similarity" if row.group == "similarity" else "probes"].append([row.title, *cells])
     attainable = f"effective rank, of {last['geometry']['attainable_rank']:.0f}"
     for title, key, digits in (
@@ -88,9 +84,7 @@ def comparison_table(measured: Sequence[Measured], groups: Sequence[str], title:
     lines = [[title, *names, *(f"{name} − {other}" for name, other, _ in compared)]]
     for row in rows:
         cells = [interval(row.values.get(name, UNKNOWN)) for name in names]
-        for name, _, part in compared:
-            gap = getattr(row, part).get(name)
-            cells.append(f"{interval(gap, signed=True)} {WORDS[direction(gap, row.metric)]}" if gap else "n/a")
+        cells += [row.difference(name, part, WORDS) for name, _, part in compared]
         lines.append([row.title, *cells])
     return lines
 

@@ -13,8 +13,7 @@ from hf_densefeat.evaluation.metrics import PROBES, Metric, paired_difference, w
 from hf_densefeat.evaluation.ranking import cosines, ranking, same_label
 from hf_densefeat.evaluation.similarity import SIMILARITY, similarity_of, similarity_rows, similarity_tasks
 from hf_densefeat.models.head import DenseHead
-from hf_densefeat.reporting.comparison import comparisons, measured_of
-from hf_densefeat.reporting.metric_names import known_metrics, metric_named
+from hf_densefeat.reporting.comparison import comparisons, known_metrics, measured_of, metric_named
 
 N = 120
 
