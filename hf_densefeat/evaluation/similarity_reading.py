@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 
 from hf_densefeat.data.columns import shown
 from hf_densefeat.data.identity import identities
-from hf_densefeat.evaluation.ranking import Mask, Masks, same_group, same_label
+from hf_densefeat.evaluation.ranking import Masks, same_group, same_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +108,10 @@ def _patients(task: SimilarityTask, table: Any, kept: np.ndarray, *, required: b
     return {"group": group, "tested": tested.tolist()}
 
 
-def _paired(queries: np.ndarray, documents: np.ndarray, shape: tuple[int, int]) -> Mask:
-    """The documents that are given as relevant for a query."""
-    table = csr_matrix((np.ones(len(queries), dtype=bool), (queries, documents)), shape)
-    return lambda some: torch.from_numpy(table[some.numpy()].toarray())
+def _paired(pairs: np.ndarray, shape: tuple[int, int]) -> Masks:
+    """All documents are searched; relevant are those that are given for a query, (P, 2)."""
+    table = csr_matrix((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape)
+    return lambda some: torch.from_numpy(table[some.numpy()].toarray()), None
 
 
 def beir(task: SimilarityTask) -> SimilarityRows:
@@ -148,7 +148,7 @@ def beir(task: SimilarityTask) -> SimilarityRows:
         texts=texts,
         queries=[queries[i] for i in kept],
         y=kept,
-        searches={"": (_paired(*relevant.T, (len(kept), len(texts))), None)},
+        searches={"": _paired(relevant, (len(kept), len(texts)))},
         left_out={"without_relevant": len(ids) - len(kept)},
         **_patients(task, task.queries, kept, required=False),
     )
@@ -164,7 +164,7 @@ def questions(task: SimilarityTask) -> SimilarityRows:
         texts=texts,
         queries=[str(asked[i]) for i in kept],
         y=kept,
-        searches={"": (_paired(np.arange(len(kept)), kept, (len(kept), len(texts))), None)},
+        searches={"": _paired(np.column_stack([np.arange(len(kept)), kept]), (len(kept), len(texts)))},
         left_out={"without_question": len(texts) - len(kept)},
         **_patients(task, task.notes, kept),
     )
