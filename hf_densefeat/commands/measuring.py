@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.data.layouts import Layout
+from hf_densefeat.data.columns import Layout
 from hf_densefeat.data.pairs import NotePairs, adjacent_pairs, pair_notes
 from hf_densefeat.data.readers import read_files
 from hf_densefeat.data.splits import SplitRecord

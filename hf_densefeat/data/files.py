@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,14 @@ def opened(file: Path) -> Any:
 def header_of(file: Path) -> tuple[list[str], str, int]:
     """The cells of the first line of a text table that has any, what separates them, and how many empty lines precede it.
 
-    The separator is the one of , ; | and tab that is most frequent in that line.
-
-    Raises:
-        StopIteration: where there is none.
+    The separator is the one of , ; | and tab that is most frequent in that line; StopIteration where there is none.
     """
     with io.TextIOWrapper(opened(file), "utf-8-sig", errors="surrogateescape", newline="") as lines:
-        first = next(line for line in lines if line.strip())
-    outside = "".join(first.split('"')[::2])  # a quoted name may hold any of them
-    usual = "\t" if ".tsv" in file.name.lower() else ","
-    found = max(DELIMITERS, key=lambda mark: (outside.count(mark), mark == usual))
-    delimiter = found if outside.count(found) else usual
-    with io.TextIOWrapper(opened(file), "utf-8-sig", errors="surrogateescape", newline="") as lines:
-        empty, names = next((i, row) for i, row in enumerate(csv.reader(lines, delimiter=delimiter)) if row)
+        empty, first = next((i, line) for i, line in enumerate(lines) if line.strip())
+        outside = "".join(first.split('"')[::2])  # a quoted name may hold any of them
+        usual = "\t" if ".tsv" in file.name.lower() else ","
+        delimiter = max(DELIMITERS, key=lambda mark: (outside.count(mark), mark == usual))
+        names = next(csv.reader(chain([first], lines), delimiter=delimiter))
     return [str(decoded(name.encode("utf-8", "surrogateescape"))) for name in names], delimiter, empty
 
 

@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_densefeat.data.columns import column, dense_codes, order_of_notes, shown, time_ticks
+from hf_densefeat.data.columns import FLAGGED, PRESETS, column, dense_codes, order_of_notes, shown, time_ticks
 from hf_densefeat.data.identity import NONE_WORDS, identities
-from hf_densefeat.data.layouts import FLAGGED, PRESETS
 from hf_densefeat.data.readers import SourceTable
 from hf_densefeat.data.sources import open_source
 from hf_densefeat.data.times import TIME_UNITS, read_times
@@ -174,8 +173,12 @@ def _unusable(
 def no_notes(table: datasets.Dataset, preset: str) -> dict[str, np.ndarray]:
     """Mark the rows that are no notes, by reason; each reason shows in the row alone."""
     blank, word = _no_texts(column(table, "text"))
+    flagged = np.zeros(len(table), dtype=bool)
+    for name in table.column_names:
+        if name.strip().lower() == FLAGGED.get(preset):
+            flagged |= pc.equal(column(table, name).cast(pa.string()), "1").fill_null(False).to_numpy()
     return {
-        "a mark that they are errors": _flagged(table, preset),
+        "a mark that they are errors": flagged,
         "no text": blank,
         "a word for no text (NULL, nan, None)": word,
     }
@@ -187,15 +190,6 @@ def other_codes(table: datasets.Dataset, preset: str) -> np.ndarray:
         return np.zeros(len(table), dtype=bool)
     notes: np.ndarray = pc.starts_with(column(table, "code"), pattern="NOTE").fill_null(False).to_numpy()
     return ~notes if notes.any() else notes
-
-
-def _flagged(table: datasets.Dataset, preset: str) -> np.ndarray:
-    """Mark the rows that MIMIC-III calls errors, ISERROR = 1."""
-    flag = next((name for name in table.column_names if name.strip().lower() == FLAGGED.get(preset)), None)
-    if flag is None:
-        return np.zeros(len(table), dtype=bool)
-    marks: np.ndarray = pc.equal(column(table, flag).cast(pa.string()), "1").fill_null(False).to_numpy()
-    return marks
 
 
 def _oddities(table: datasets.Dataset, rows: np.ndarray, hashes: np.ndarray) -> dict[str, tuple[int, int]]:

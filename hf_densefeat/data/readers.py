@@ -9,6 +9,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from hf_densefeat.data.columns import shown
+from hf_densefeat.data.columns import Layout, shown
 from hf_densefeat.data.files import EXPECTED, decoded, header_of, kind_of, opened
-from hf_densefeat.data.layouts import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +69,10 @@ def read_files(path: Path, resolve: Callable[[Sequence[str], bool], Layout]) -> 
     """Convert a file, or a folder of files of one format, to one Arrow file in the `datasets` cache, and map it.
 
     A file that was converted before, and has not changed since, is only mapped. The cache (under `HF_HOME`) then holds
-    what the files hold. Text that is not UTF-8 is read as Windows-1252, NUL bytes are removed; both are counted.
+    what the files hold. Text that is not UTF-8 is read as Windows-1252, NUL bytes are removed; both are counted. A folder
+    with `data/` and `metadata/` is MEDS; `resolve(names, meds)` gives the layout of columns of these names, or raises.
 
     ValueError, which names file and row and quotes no text, if there is nothing to read, or a file is damaged.
-
-    Args:
-        path: The file or folder. A folder with `data/` and `metadata/` is read as MEDS.
-        resolve: Given the names of the columns and whether the folder is MEDS, returns their layout, or raises.
     """
     meds = path.is_dir() and (path / "data").is_dir() and (path / "metadata").is_dir()
     root = path / "data" if meds else path if path.is_dir() else path.parent
@@ -94,12 +91,22 @@ def read_files(path: Path, resolve: Callable[[Sequence[str], bool], Layout]) -> 
         arrow.parent.mkdir(parents=True, exist_ok=True)
         arrow.parent.chmod(0o700)  # it is patient text, and so is what `datasets` keeps beside it
         record = _convert(files, root, arrow, roles, meds)
-        unfinished = arrow.with_suffix(f".{os.getpid()}.ledger")
-        unfinished.touch(mode=0o600)
-        unfinished.write_text(json.dumps(record))
-        unfinished.replace(arrow.with_suffix(".json"))  # whole or not there: one cut short would be read for ever
+        with _unfinished(arrow.with_suffix(".json")) as ledger:
+            ledger.write_text(json.dumps(record))
     data = datasets.Dataset.from_file(str(arrow))
     return SourceTable(data, layout, record["files"], record["repaired"], meds, untyped=kind == "csv")
+
+
+@contextmanager
+def _unfinished(file: Path) -> Iterator[Path]:
+    """A file for the user alone, which gets its name when it is whole: one cut short would be read for ever."""
+    part = file.with_suffix(f".{os.getpid()}.tmp")
+    part.touch(mode=0o600)
+    try:
+        yield part
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def damaged(name: str, rows: int, error: Exception) -> ValueError:
@@ -144,7 +151,7 @@ def _column_names(file: Path) -> list[str]:
         elif kind_of(file) == "csv":
             names = header_of(file)[0]
         else:
-            names = list(map(str, next(_batches(file, {}, True)).schema.names))
+            names = list(map(str, next(_batches(file, set(), True)).schema.names))
     except StopIteration:
         raise ValueError(f"{file.name} has no rows: expected a table of notes.") from None
     except READ_ERRORS as error:
@@ -160,13 +167,13 @@ class _TypeChanged(Exception):
 
 def _convert(files: list[Path], root: Path, arrow: Path, roles: Mapping[str, str], meds: bool) -> dict[str, Any]:
     """Write the rows of all files to `arrow`; return how many came from each, and what was mended."""
-    columns = {file: _column_names(file) for file in files}
+    needed, columns = set(roles.values()), {file: _column_names(file) for file in files}
     if meds:
         columns = {file: names for file, names in columns.items() if roles["text"] in names}
     for file, names in columns.items():
-        if not set(roles.values()) <= set(names):
+        if not needed <= set(names):
             raise ValueError(
-                f"{file.relative_to(root)} has the columns {shown(names)}: expected {sorted(set(roles.values()))} in every "
+                f"{file.relative_to(root)} has the columns {shown(names)}: expected {sorted(needed)} in every "
                 "file of a folder. Pass the file that holds the notes, or move the other tables elsewhere."
             )
     types: dict[str, pa.DataType | None] = {name: None for names in columns.values() for name in names}
@@ -174,45 +181,30 @@ def _convert(files: list[Path], root: Path, arrow: Path, roles: Mapping[str, str
     if lacking:
         logger.warning("Some files lack the columns %s: these cells are empty.", shown(lacking))
     if kind_of(files[0]) == "parquet":  # a column may be empty in the first file, and of no type there
-        try:
+        with suppress(pa.ArrowException, TypeError):  # no type fits all: the first file's is tried, and then strings
             schemas = [pq.read_schema(file) for file in columns]
             types |= {one.name: _plain(one.type) for one in pa.unify_schemas(schemas, promote_options="permissive")}
-        except (pa.ArrowException, TypeError):
-            pass  # no type fits all files: the first one's is tried, and then strings
-    files = list(columns)
-    unfinished = arrow.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.touch(mode=0o600)
-    try:
+    places, events = {file: str(file.relative_to(root)) for file in columns}, roles["text"] if meds else None
+    with _unfinished(arrow) as target:
         try:
-            record = _write(files, root, unfinished, roles, types, meds, infer=True)
+            return _write(places, target, needed, types, events, infer=True)
         except _TypeChanged:  # types of the first rows do not hold for later ones
             logger.info("Columns besides patient, time and text change their type: read as strings.")
-            types = {name: None if name in roles.values() else pa.string() for name in types}
-            record = _write(files, root, unfinished, roles, types, meds, infer=False)
-        unfinished.replace(arrow)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return record
+            types = {name: None if name in needed else pa.string() for name in types}
+            return _write(places, target, needed, types, events, infer=False)
 
 
 def _write(
-    files: list[Path],
-    root: Path,
-    target: Path,
-    roles: Mapping[str, str],
-    types: Mapping[str, pa.DataType | None],
-    meds: bool,
-    *,
-    infer: bool,
+    files: dict[Path, str], target: Path, needed: set[str], types: dict[str, Any], events: str | None, infer: bool
 ) -> dict[str, Any]:
-    """Write the rows of all files with columns of these types, or of those of the first rows where a type is None."""
+    """Write the rows (of `events`, those with a text) with columns of these types, where None with the first rows'."""
     counts, total, writer, repaired = [], 0, None, dict[str, tuple[int, int]]()
     with pa.OSFile(str(target), "wb") as sink:
-        for file in files:
-            name, before = str(file.relative_to(root)), total
-            for batch in _helpful(file, name, roles, infer):
-                some = batch.filter(pc.is_valid(batch[roles["text"]])) if meds else batch
-                found = _mended(some, roles, total, repaired)
+        for file, name in files.items():
+            before = total
+            for batch in _helpful(file, name, needed, infer):
+                some = batch.filter(pc.is_valid(batch[events])) if events else batch
+                found = _mended(some, needed, total, repaired)
                 if writer is None:
                     first = {one: values.type for one, values in found.items()}
                     kinds = {one: kind or first.get(one, pa.string()) for one, kind in types.items()}
@@ -226,24 +218,24 @@ def _write(
                     if infer:
                         raise _TypeChanged from None
                     raise ValueError(
-                        f"{name}: a column changes its type from {files[0].name}, or from the first rows: expected "
-                        f"{ {one: str(kinds[one]) for one in roles.values()} }."
+                        f"{name}: a column changes its type from {next(iter(files)).name}, or from the first rows: expected "
+                        f"{ {one: str(kinds[one]) for one in sorted(needed)} }."
                     ) from None
                 writer.write_table(pa.table(cells, names=list(kinds)), max_chunksize=BATCH_ROWS)
                 total += len(some)
             counts.append((name, total - before))
         if total == 0 or writer is None:
-            what, others = "events with text" if meds else "rows", " and the others" * (len(files) > 1)
-            raise ValueError(f"{files[0].name}{others}: no {what}. Expected a table of notes.")
+            what, others = "events with text" if events else "rows", " and the others" * (len(files) > 1)
+            raise ValueError(f"{next(iter(files)).name}{others}: no {what}. Expected a table of notes.")
         writer.close()
     return {"files": counts, "repaired": repaired}
 
 
-def _helpful(file: Path, name: str, roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
+def _helpful(file: Path, name: str, needed: set[str], infer: bool) -> Iterator[pa.RecordBatch]:
     """The batches of a file, and ValueError with help where reading fails."""
     rows = 0
     try:
-        for batch in _batches(file, roles, infer):
+        for batch in _batches(file, needed, infer):
             yield batch
             rows += len(batch)
     except READ_ERRORS as error:
@@ -252,21 +244,20 @@ def _helpful(file: Path, name: str, roles: Mapping[str, str], infer: bool) -> It
         raise damaged(name, rows, error) from None
 
 
-def _batches(file: Path, roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
+def _batches(file: Path, needed: set[str], infer: bool) -> Iterator[pa.RecordBatch]:
     """Yield the rows of one file; of a file without rows an empty batch, or nothing."""
     kind = kind_of(file)
     if kind == "parquet":
         # Arrow would read a whole row group ahead, which may be the whole file, and keep it
         yield from pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20).iter_batches(batch_size=BATCH_ROWS)
     elif kind == "csv":
-        yield from _csv_batches(file, roles, infer)
+        yield from _csv_batches(file, needed, infer)
     elif kind == "json" and opened(file).read(1000).decode("utf-8-sig", errors="ignore").lstrip()[:1] == "[":
         rows = json.loads(opened(file).read().decode("utf-8-sig"))
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("Expected a list of objects.")
-        keys = dict.fromkeys(name for row in rows for name in row)
-        table = pa.table({name: [row.get(name) for row in rows] for name in keys})
-        yield from table.to_batches(max_chunksize=BATCH_ROWS)
+        # of the keys of all rows: `from_pylist` takes those of the first
+        yield from pa.Table.from_struct_array(pa.array(rows, None if rows else pa.struct([]))).to_batches(BATCH_ROWS)
     else:
         read = pa_json.ReadOptions(block_size=BLOCK_BYTES)
         schema = pa_json.open_json(opened(file), read).schema
@@ -280,13 +271,13 @@ class UnclosedQuote(csv.Error):
     """The last field of a csv file runs to the end of the file."""
 
 
-def _csv_batches(file: Path, roles: Mapping[str, str], infer: bool) -> Iterator[pa.RecordBatch]:
+def _csv_batches(file: Path, needed: set[str], infer: bool) -> Iterator[pa.RecordBatch]:
     names, delimiter, empty = header_of(file)
     # Bytes, not strings: one row that is not UTF-8 must not lose the file. And 007 is a patient, not the number 7.
-    types = dict.fromkeys(roles.values() if infer else names, pa.binary())
+    types = dict.fromkeys(needed if infer else names, pa.binary())
     # The names are given, because Arrow takes no header that is not UTF-8.
-    skip = {"column_names": names, "skip_rows_after_names": empty + 1}
-    read = pa_csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False, **skip)
+    how = {"column_names": names, "skip_rows_after_names": empty + 1, "use_threads": False}
+    read = pa_csv.ReadOptions(block_size=BLOCK_BYTES, **how)
     parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     last = None
     with pa_csv.open_csv(opened(file), read, parse, pa_csv.ConvertOptions(column_types=types)) as reader:
@@ -311,7 +302,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _mended(
-    batch: pa.RecordBatch, roles: Mapping[str, str], offset: int, repaired: dict[str, tuple[int, int]]
+    batch: pa.RecordBatch, needed: set[str], offset: int, repaired: dict[str, tuple[int, int]]
 ) -> dict[str, pa.Array]:
     """Every column, text as a plain string without NUL, counting in which rows that changed something."""
     columns = {}
@@ -329,7 +320,7 @@ def _mended(
                 values = pa.array(map(decoded, cells), kind)
                 odd = [cell is not None and cell.decode(errors="ignore").encode() != cell for cell in cells]
                 _count(repaired, "bytes that are not UTF-8, read as Windows-1252", odd, offset)
-            text = values.buffers()[2] if name in roles.values() else None
+            text = values.buffers()[2] if name in needed else None
             # A look at the bytes is ten times faster than a search in every row, and nearly always enough.
             if text and not np.frombuffer(text, np.uint8).all():
                 nul = pc.match_substring(values, "\0")

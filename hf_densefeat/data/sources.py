@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hf_densefeat.data.columns import match_columns
 from hf_densefeat.data.files import EXPECTED, FORMATS, PACKED
-from hf_densefeat.data.layouts import match_columns
 from hf_densefeat.data.readers import READ_ERRORS, SourceTable, damaged, read_files
 
 
@@ -24,7 +24,10 @@ def open_source(source: Any, columns: str | Mapping[str, str], split: str | None
     if isinstance(source, str | os.PathLike):
         return _from_path(source, columns, split)
     if isinstance(source, datasets.DatasetDict):
-        source = _one_split(source, split)
+        split = next(iter(source)) if split is None and len(source) == 1 else split
+        if split not in source:
+            raise ValueError(f"Expected `split` to be one of {list(source)}, got {split!r}.")
+        source = source[split]
     try:
         if isinstance(source, datasets.Dataset):
             data = source.with_format(None)
@@ -75,25 +78,11 @@ def _from_path(source: str | os.PathLike[str], columns: str | Mapping[str, str],
         ) from None
 
 
-def _one_split(parts: datasets.DatasetDict, split: str | None) -> datasets.Dataset:
-    """The split asked for, or the only one."""
-    if split is None and len(parts) == 1:
-        split = next(iter(parts))
-    if split not in parts:
-        raise ValueError(f"Expected `split` to be one of {list(parts)}, got {split!r}.")
-    return parts[split]
-
-
 def _plain_table(table: pa.Table) -> pa.Table:
-    """Without a frame's index, and with types that `datasets` knows: no dictionaries, no views."""
+    """Without a frame's index, and with strings in the place of views, which few functions of Arrow know."""
     table = table.select([name for name in table.column_names if not name.startswith("__index_level_")])
-    kinds = {one.name: one.type for one in table.schema}
-    for name, kind in kinds.items():
-        if pa.types.is_dictionary(kind):
-            kinds[name] = kind.value_type
-        if str(kind) == "string_view":
-            kinds[name] = pa.large_string()
-    return table.cast(pa.schema(list(kinds.items())))
+    fields = [one.with_type(pa.large_string()) if str(one.type) == "string_view" else one for one in table.schema]
+    return table.cast(pa.schema(fields))
 
 
 def _with_meds_splits(table: SourceTable, path: Path) -> SourceTable:

@@ -60,7 +60,8 @@ def read_times(
         raise ValueError(
             f"Column time holds {kind}: expected timestamps, dates, ISO 8601 strings, or days as integers."
         )
-    values = stripped(values)
+    values = pc.utf8_trim_whitespace(values.cast(pa.string()))
+    values = pc.if_else(pc.equal(values, ""), None, values)
     if pattern:
         return _parsed(values, lambda some: pc.strptime(some, pattern, "us"), place, f"{pattern!r}"), "timestamps"
     first = next((value.as_py() for value in values if value.is_valid), "")
@@ -125,24 +126,22 @@ def _from_digits(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _how_to_say(values: pa.ChunkedArray, place: Callable[[int], str]) -> str | None:
     """The sentence for dates such as 31/12/2020: which format, and whether day and month can be told apart."""
+
+    def read(some: pa.ChunkedArray, patterns: list[str]) -> list[str]:
+        """The patterns that read all of these."""
+        times = {one: pc.strptime(some, one, "us", error_is_null=True) for one in patterns}
+        return [one for one, found in times.items() if found.null_count == some.null_count]
+
     row = int(values.is_valid().to_numpy().argmax())
-    likely = [one for one in PATTERNS if _reads(values.slice(row, 1), one)]
+    likely = read(values.slice(row, 1), PATTERNS)
     # %Y reads two digits too, as a year of the first century
     likely = [one for one in likely if "%y" in one] or likely
     if not likely:
         return None
-    formats = [one for one in likely if _reads(values, one)] or likely
+    formats = read(values, likely) or likely
     said = " or ".join(f'`time_format="{one}"`' for one in formats)
     unclear = ": day and month cannot be told apart by these rows" if len(formats) > 1 else ""
     return f"Column time is not ISO 8601, first in {place(row)}. Say how it is written{unclear}: {said}."
-
-
-def _reads(values: pa.ChunkedArray, pattern: str) -> bool:
-    try:
-        pc.strptime(values, pattern, "us")
-    except pa.ArrowInvalid:
-        return False
-    return True
 
 
 def _parsed(
@@ -177,9 +176,3 @@ def _from_iso(values: pa.ChunkedArray) -> pa.ChunkedArray:
     if not pc.any(zoned).as_py():
         return naive
     return pc.coalesce(naive, pc.if_else(zoned, values, None).cast(pa.timestamp("us", "UTC")).cast(MICROSECONDS))
-
-
-def stripped(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Strip white space; what is then empty becomes null."""
-    values = pc.utf8_trim_whitespace(values.cast(pa.string()))
-    return pc.if_else(pc.equal(values, ""), None, values)
