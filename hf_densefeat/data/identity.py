@@ -48,19 +48,14 @@ def identities(
     return pc.if_else(pc.is_in(pc.utf8_lower(values), value_set=pa.array(NONE_WORDS)), None, values)
 
 
-def id_keys(ids: pa.ChunkedArray | Sequence[Any]) -> list[str]:
-    """The text by which each patient is split and recorded, (n,); "" for a missing id.
+def id_hashes(ids: Sequence[Any], salt: str = "", *, key: bytes = b"") -> np.ndarray:
+    """A 64-bit hash of the salt and each id, (n,) uint64, by which patients are split and recorded.
 
-    It is coarser than identity: 007 and 7, or a UUID in capitals, may be one patient in two tables, and share a key.
+    It is coarser than identity: 007 and 7, or a UUID in capitals, may be one patient in two tables, and share a hash.
     """
     texts = pc.utf8_lower(identities(ids).cast(pa.string())).fill_null("")
-    keys: list[str] = pc.replace_substring_regex(texts, r"^0+(\d)", r"\1").to_pylist()
-    return keys
-
-
-def id_hashes(ids: Sequence[Any], salt: str = "", *, key: bytes = b"") -> np.ndarray:
-    """A 64-bit hash of the salt and each id, (n,) uint64."""
-    found = [hashlib.blake2b(f"{salt}{one}".encode(), digest_size=8, key=key).digest() for one in id_keys(ids)]
+    texts = pc.replace_substring_regex(texts, r"^0+(\d)", r"\1").to_pylist()
+    found = [hashlib.blake2b(f"{salt}{one}".encode(), digest_size=8, key=key).digest() for one in texts]
     return np.array(found, dtype="S8").view(">u8").astype(np.uint64)
 
 

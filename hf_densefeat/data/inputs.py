@@ -22,9 +22,7 @@ Batch = dict[str, Any]  # tensors, and `num_pairs`, an int
 class PairDataset(Dataset[dict[str, Any]], ABC):
     """Pairs of rows, looked up by `(pair, mask_seed)` or by pair: `{"earlier": row, "later": row, "mask_seed": seed}`.
 
-    Args:
-        pairs: the row numbers of both notes of each pair.
-        lengths: (num_notes,) int64, tokens or events of each note; batches hold pairs of like length.
+    `lengths` are the tokens or events of each note, (num_notes,) int64; batches hold pairs of like length.
     """
 
     def __init__(self, pairs: NotePairs, lengths: np.ndarray):

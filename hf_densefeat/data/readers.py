@@ -57,12 +57,11 @@ class SourceTable:
 
     def place(self, row: int) -> str:
         """Name a row as its owner would find it: counted from 1, a header not counted."""
-        if not self.files:
-            return f"row {row + 1:,}"
-        ends = np.cumsum([count for _, count in self.files])
-        file = int(np.searchsorted(ends, row, side="right"))
-        inside = row - int(ends[file - 1] if file else 0) + 1
-        return f"{'event with text' if self.meds else 'row'} {inside:,} of {self.files[file][0]}"
+        for name, count in self.files:
+            if row < count:
+                return f"{'event with text' if self.meds else 'row'} {row + 1:,} of {name}"
+            row -= count
+        return f"row {row + 1:,}"
 
 
 def read_files(path: Path, resolve: Callable[[Sequence[str], bool], Layout]) -> SourceTable:

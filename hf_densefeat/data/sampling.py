@@ -18,27 +18,17 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
     micro-batches × 4 pairs see the same ones. A step batch, longest pairs first, is cut into micro-steps of
     `batch_size · ranks` pairs and these into contiguous slices, one per rank, whose sizes differ by at most one.
 
-    Every pair comes once per epoch and every rank yields the same number of lists. The last step batch may be short;
-    a rank whose slice of it is empty yields an empty list, so that no rank waits for another.
+    Every pair comes once per epoch and every rank yields the same number of lists. The last step batch may be short, or is
+    left out (`drop_last`); a rank whose slice of it is empty yields an empty list, so that no rank waits for another. Without
+    `shuffle` step batches are the same every epoch, from the longest pair to the shortest. A pair is as long as its longer
+    note, by `lengths`, (notes,).
 
     Items are `(pair, mask_seed)`; `mask_seed`, in [0, 2³¹), depends on (seed, epoch, pair) and seeds the masks of that pair.
 
-    Args:
-        pairs: What `adjacent_pairs` returns.
-        lengths: (notes,) tokens per note; a pair is as long as its longer note.
-        batch_size: Pairs per rank and micro-batch.
-        ranks: Number of ranks.
-        rank: This rank.
-        accumulation: Micro-batches per optimiser step.
-        pairs_per_patient: Up to so many pairs of a patient that follow each other stay in one step batch, unless its
-            border falls among them.
-        seed: Seed of everything random here.
-        shuffle: New step batches every epoch; False: the same every epoch, from the longest pair to the shortest.
-        drop_last: Leave out the last step batch if it is short.
-        spread_patients: Have each patient once in a step batch, as estimators need whose rows are to be independent;
-            needs `shuffle` and `pairs_per_patient` 1. Pairs are drawn at random into buckets of up to 50 step batches:
-            a patient with more pairs in one than it has step batches comes as evenly as can be, and the last, short
-            step batch of an epoch may have a patient twice.
+    Up to `pairs_per_patient` pairs of a patient that follow each other stay in one step batch, unless its border falls among
+    them. `spread_patients` has each patient once in a step batch, as estimators need whose rows are to be independent. Pairs
+    are drawn at random into buckets of up to 50 step batches: a patient with more pairs in one than it has step batches comes
+    as evenly as can be, and the last, short step batch of an epoch may have a patient twice.
     """
 
     def __init__(

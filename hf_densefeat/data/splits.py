@@ -38,8 +38,8 @@ class UnknownTrainingPatients(ValueError):
 class HashRule:
     """A split by a hash of (seed, patient id): it gives the part of any patient of any table, and names none.
 
-    A patient's place is his hash as a share of its range. Validation ends at the first of `cuts`, test at the second if
-    there are three `shares`, and train has the rest.
+    Of the hash's range validation ends at the first of `cuts`, test at the second if there are three `shares`; train has
+    the rest.
     """
 
     seed: int
@@ -78,7 +78,9 @@ class SplitRecord:
         lists: tuple[tuple[bytes, np.ndarray], ...] | None = ()
         if block["listed"]:
             places = [Path(folder) / LISTED, Path(folder).absolute().parent / LISTED] if folder else []
-            lists = next((_read_lists(place) for place in places if place.exists()), None)
+            found = next((load_file(place) for place in places if place.exists()), None)
+            pairs = ((found[f"{i}.key"].tobytes(), found[f"{i}.hashes"]) for i in range(len(found or ()) // 2))
+            lists = None if found is None else tuple(pairs)
         return cls(tuple(rules), lists, str(block["ids"]))
 
     @classmethod
@@ -125,17 +127,9 @@ class SplitRecord:
                 f"Who the model was trained on cannot be told from its record: {why}. Copy that file from the folder that "
                 "training wrote; or, if these are other patients or you want it so, allow it (allow_trained=True)."
             )
-        found = np.zeros(len(ids), dtype=bool)
-        for rule in self.rules:
-            found |= rule.parts_of(ids) == 0
-        for key, hashes in self.lists:
-            found |= np.isin(id_hashes(ids, key=key), hashes)
-        return found
-
-
-def _read_lists(file: Path) -> tuple[tuple[bytes, np.ndarray], ...]:
-    found = load_file(file)
-    return tuple((found[f"{i}.key"].tobytes(), found[f"{i}.hashes"]) for i in range(len(found) // 2))
+        by_rule = [rule.parts_of(ids) == 0 for rule in self.rules]
+        listed = [np.isin(id_hashes(ids, key=key), hashes) for key, hashes in self.lists]
+        return np.logical_or.reduce([np.zeros(len(ids), dtype=bool), *by_rule, *listed])
 
 
 def refuse_trained(ids: Sequence[Hashable], model: Any, what: str) -> None:
@@ -186,18 +180,10 @@ def parts_of_patients(
 ) -> np.ndarray:
     """The part of each patient, 0 (train), 1 (validation) or 2 (test), (n,): nobody whom the record names is held out.
 
-    The table's own parts stand if they hold out nobody who was trained on. Without such, the record's rule splits any table,
-    but whom another of its rules or lists trained on trains. Without a rule the shares are drawn from the other patients.
-
-    Args:
-        ids: different patients.
-        given: the parts that the table brings, (n,).
-        shares: `fractions` of `split_by_patient`; without a rule of the record.
-        seed: of the split; without a rule of the record.
-        record: of the model, or of several (`a | b`); ValueError if one cannot say who was trained on.
-        allow_trained: keep parts that hold out patients who were trained on.
-        stratum: a label for each patient: each stratum is split by itself, so that a rare outcome reaches every part.
-        table: the name in errors.
+    The table's own parts (`given`) stand if they hold out nobody who was trained on. Without such, the record's rule splits
+    any table, but whom another of its rules or lists trained on trains. Without a rule the shares are drawn from the other
+    patients, of each `stratum` by itself, so that a rare outcome reaches every part. With `allow_trained` who was trained on
+    may be held out. ValueError for parts that contradict the record, and for a record that cannot say who was trained on.
     """
     trained = np.zeros(len(ids), dtype=bool)
     if record is not None and not allow_trained:

@@ -32,12 +32,13 @@ class _Note(NamedTuple):
 class PairStream(IterableDataset[Batch]):
     """The micro-batches of one rank, without end: after the last note the stream is read again.
 
-    Notes of a patient follow each other, in the order of time; shards are read one after another, so that pairs
-    across their borders are kept. Of the stream's pairs, in order, `buffer` at a time are held, in whole step batches of
-    `batch_size · ranks · accumulation` pairs, and `PairBatchSampler` mixes them: a step batch depends on (seed, number
-    of the buffer) alone, not on how it is cut. A stream with fewer pairs than `buffer` has a smaller one, so that no
-    buffer holds a pair twice. Lengths are those of the texts, in characters. All ranks read all notes, and tokenise what
-    is theirs.
+    Notes have `patient_id`, `time` (timestamps, dates, or numbers of days) and `text`. Those of a patient follow each other,
+    in the order of time; shards are read one after another, so that pairs across their borders are kept. Of the stream's
+    pairs, which are as `kinds` and `max_gap` of `pair_notes` say, `buffer` at a time are held, in whole step batches of
+    `batch_size · ranks · accumulation` pairs, and `PairBatchSampler`, to which `sampling` goes, mixes them: a step batch
+    depends on (seed, number of the buffer) alone, not on how it is cut. A stream with fewer pairs than `buffer` has a smaller
+    one, so that no buffer holds a pair twice. Lengths are those of the texts, in characters. All ranks read all notes, and
+    `tokenize` (`StreamProcessor.columns`) and `collate` what is theirs.
 
     Every batch brings `stream`, the JSON of where reading is to go on after it, the same on every rank; it holds no
     text and no id. Reading goes on with the shard and the buffer it was in, not at the beginning.
@@ -45,15 +46,6 @@ class PairStream(IterableDataset[Batch]):
     Iterating raises ValueError, naming the row, for a note without patient or time, for times that decrease, and for a
     patient who comes back after another's notes. The latter costs some 60 bytes a patient, and is noticed for patients
     who were read since the last start or resume. Notes without text are left out, and counted in a warning.
-
-    Args:
-        notes: A stream with `patient_id`, `time` (timestamps, dates, or numbers of days) and `text`.
-        tokenize: Texts to columns, as `StreamProcessor.columns` does.
-        collate: Pairs of tokenised notes to a batch, such as a `DensePairCollator`.
-        batch_size: Goes to `PairBatchSampler`, with `ranks`, `accumulation` and all of `sampling`.
-        kinds: Kinds of pairs, as for `pair_notes`.
-        max_gap: Largest time between the two notes of a pair, in days; pairs further apart are left out.
-        buffer: Pairs held, and mixed; rounded down to whole step batches, at least one.
     """
 
     def __init__(
@@ -128,11 +120,8 @@ class PairStream(IterableDataset[Batch]):
         return self.collate(paired(rows_of(columns), [mask_seed for _, mask_seed in items]))
 
     def _pass(self, position: dict[str, Any], runs: Iterator[int]) -> Iterator[tuple[_Note, _Note]]:
-        """Yield the pairs from a position to the end: of a note and the one before, then those inside the note.
-
-        A position within a note has `done`, how many of the pairs inside it were yielded before.
-        """
-        found, done = False, position.get("done", 0)
+        """Yield the pairs from a position to the end: of a note and the one before, then those inside the note."""
+        found, done = False, position.get("done", 0)  # pairs inside the first note that were yielded before
         before: _Note | None = None
         for note in self._read(position, runs):
             if before and "adjacent" in self.kinds and before.run == note.run and self._near(before, note):

@@ -38,13 +38,8 @@ def read_times(
 ) -> tuple[pa.ChunkedArray, str]:
     """Times as timestamps in UTC or as numbers of days, none of them odd, and a word for which.
 
-    ValueError for a value that cannot be read, and for numbers that look like dates, where no unit is given.
-
-    Args:
-        values: the column.
-        place: the name of a row, for errors.
-        unit: what numbers count: one of `TIME_UNITS`; "yyyymmdd" also with the time of day, or without the day.
-        pattern: how strings are written, as for `strptime`.
+    `unit` and `pattern` are `time_unit` and `time_format` of `load_notes`; `place` names a row. ValueError for a value that
+    cannot be read, and for numbers that look like dates, where no unit is given.
     """
     kind = values.type
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):

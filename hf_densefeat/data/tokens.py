@@ -143,16 +143,10 @@ class TextProcessor:
         return self.tokenizer.save_pretrained(save_directory)
 
     def tokens(self, notes: datasets.Dataset, max_length: int | None = None) -> tuple[datasets.Dataset, TokenStats]:
-        """Tokenise every note once, memory-mapped and cached by `datasets`; row i of the result is note i.
+        """Tokenise every note once: `input_ids`, `length`, and `word_ids` or `marked` where masks need them; and the counts.
 
-        Patient text ends up, as token ids, in the `datasets` cache (under `HF_HOME`).
-
-        Args:
-            notes: What `load_notes` returns.
-            max_length: Keep so many tokens of a note, special tokens included; None for the tokenizer's own limit.
-
-        Returns:
-            A dataset with `input_ids`, `length`, and `word_ids` or `marked` where masks need them; and the counts.
+        Row i of the result is note i, cut to `max_length` tokens, special ones included, or to the tokenizer's own limit. It
+        is memory-mapped: patient text ends up, as token ids, in the `datasets` cache (under `HF_HOME`).
         """
         # tokenizers without a limit say 10^30
         if max_length is None and self.tokenizer.model_max_length < 10**9:
@@ -222,12 +216,7 @@ class TextProcessor:
 
 
 def marked_tokens(text: str, encoding: Any) -> list[int]:
-    """Return 1 for each token of which a part stands in a de-identification mark, 0 for the others.
-
-    Args:
-        text: the note.
-        encoding: what a fast tokenizer made of it (`tokenizers.Encoding`), not cut.
-    """
+    """1 for each token of a text (a `tokenizers.Encoding`) of which a part stands in a de-identification mark, else 0."""
     marked = [0] * len(encoding)
     for match in MARKS.finditer(text):
         places = range(match.start(), match.end())
@@ -240,10 +229,7 @@ def marked_tokens(text: str, encoding: Any) -> list[int]:
 
 
 class TokenPairs(PairDataset):
-    """Pairs of notes whose tokens `TextProcessor.tokens` returned; they are read memory-mapped.
-
-    A row has `input_ids`, and `word_ids` and `marked` where the processor kept them.
-    """
+    """Pairs of notes whose tokens `TextProcessor.tokens` returned; they are read memory-mapped."""
 
     def __init__(self, tokens: datasets.Dataset, pairs: NotePairs):
         super().__init__(pairs, column(tokens, "length").to_numpy())
