@@ -156,11 +156,6 @@ class EpisodeModel(DenseFeatureMixin, PreTrainedModel):
         for name, head in self.views.items() if is_main_process else ():
             head.module().save(Path(save_directory) / f"{name}_Dense")
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding of the codes."""
-        body: Any = self.base_model
-        return body.embeddings.codes
-
 
 class EventPreTrainedModel(EpisodeModel):
     """Config, prefix and processor of both event models."""
@@ -168,6 +163,7 @@ class EventPreTrainedModel(EpisodeModel):
     config_class = EventConfig
     base_model_prefix = "encoder"
     processor_class = EventProcessor
+    _input_embed_layer = "codes"  # where transformers looks for the input embeddings
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -70,11 +70,7 @@ class MultimodalProcessor(EpisodeProcessor):
         return f"{type(self).__name__}({self.tokenizer!r}, {self.events!r})"
 
     def read(self, episodes: Sequence[str], max_length: int | None = None) -> tuple[list[Row], EventStats]:
-        """One row an episode, and the counts of events.
-
-        Raises:
-            ValueError: For an episode that cannot be read, or that has neither a note nor a known event.
-        """
+        """One row an episode, and the counts of events; ValueError for one with neither a note nor a known event."""
         rows, stats = self.events.read(episodes, empty=True)
         notes = [note_of(episode) for episode in episodes]
         written = [note for note in notes if note]
