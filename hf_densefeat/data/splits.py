@@ -78,9 +78,10 @@ class SplitRecord:
         lists: tuple[tuple[bytes, np.ndarray], ...] | None = ()
         if block["listed"]:
             places = [Path(folder) / LISTED, Path(folder).absolute().parent / LISTED] if folder else []
-            found = next((load_file(place) for place in places if place.exists()), None)
-            pairs = ((found[f"{i}.key"].tobytes(), found[f"{i}.hashes"]) for i in range(len(found or ()) // 2))
-            lists = None if found is None else tuple(pairs)
+            file = next((place for place in places if place.exists()), None)
+            found = load_file(file) if file else {}
+            pairs = [(found[f"{i}.key"].tobytes(), found[f"{i}.hashes"]) for i in range(len(found) // 2)]
+            lists = tuple(pairs) if file else None
         return cls(tuple(rules), lists, str(block["ids"]))
 
     @classmethod
@@ -127,9 +128,12 @@ class SplitRecord:
                 f"Who the model was trained on cannot be told from its record: {why}. Copy that file from the folder that "
                 "training wrote; or, if these are other patients or you want it so, allow it (allow_trained=True)."
             )
-        by_rule = [rule.parts_of(ids) == 0 for rule in self.rules]
-        listed = [np.isin(id_hashes(ids, key=key), hashes) for key, hashes in self.lists]
-        return np.logical_or.reduce([np.zeros(len(ids), dtype=bool), *by_rule, *listed])
+        found = np.zeros(len(ids), dtype=bool)
+        for rule in self.rules:
+            found |= rule.parts_of(ids) == 0
+        for key, hashes in self.lists:
+            found |= np.isin(id_hashes(ids, key=key), hashes)
+        return found
 
 
 def refuse_trained(ids: Sequence[Hashable], model: Any, what: str) -> None:
