@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -21,8 +21,8 @@ from hf_densefeat.commands.measuring import (
     load,
     loading,
     parse_tasks,
-    quiet,
     sample,
+    tokens_seen,
 )
 from hf_densefeat.commands.probe import Settings
 from hf_densefeat.commands.settings import writable
@@ -34,47 +34,27 @@ from hf_densefeat.evaluation.geometry import (
     halves_of,
     patient_subspaces,
     principal_angles,
-    spectrum,
 )
 from hf_densefeat.evaluation.probes import SHOTS
 from hf_densefeat.evaluation.similarity import similarity_tasks
 from hf_densefeat.evaluation.words import Words
-from hf_densefeat.reporting.comparison import TaskResults
+from hf_densefeat.reporting.comparison import Measured, TaskResults
 
 logger = logging.getLogger("probe")
 
 
-@dataclass
-class Encoder:
-    """A model under the name that the report gives it, and how many tokens of a text it sees; None for given vectors."""
-
-    name: str
-    model: Any
-    tokenizer: Any = None
-    max_length: int | None = None
-
-
 @dataclass(frozen=True)
 class Found:
-    """What was measured of one encoder; what is of adjacent notes is empty where there are none."""
+    """What was found of one encoder; what is of adjacent notes is empty where there are none."""
 
-    encoder: Encoder
+    measured: Measured
+    results: TaskResults
     known: Encoded
-    geometry: dict[str, float]
-    spectrum: torch.Tensor
+    max_length: int | None  # tokens of a note that it sees; None for given vectors
     adjacent: dict[str, float]
     per_patient: dict[str, float]
     angles: tuple[np.ndarray, np.ndarray] | None
-    results: TaskResults
     seconds: float
-
-
-def examine_all(settings: Settings) -> tuple["Reading", dict[str, Found]]:
-    """Read the notes, then encode and measure them with one encoder after the other; what is found stands under its name."""
-    quiet(logging.INFO)
-    check_words(settings)
-    reading = Reading(settings)
-    return reading, {one.name: reading.examine(one) for one in reading.encoders()}
 
 
 def check_words(settings: Settings) -> None:
@@ -87,20 +67,24 @@ def check_words(settings: Settings) -> None:
     check_probes(settings.task, "task")
 
 
-def named(argument: str, names: Collection[str]) -> tuple[str, str]:
-    """Name and path of `path` or `name=path`; ValueError for a name that is given already."""
-    name, _, source = argument.rpartition("=")
-    name = name or Path(source).name or Path(source).resolve().name
-    if name in names:
-        raise ValueError(f"Two models would be called {name!r}: give names, --model first=PATH --model second=PATH.")
-    return name, source
+def named(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and path of each `path` or `name=path`; ValueError for a name that is given twice."""
+    found: dict[str, str] = {}
+    for argument in arguments:
+        name, _, source = argument.rpartition("=")
+        name = name or Path(source).name or Path(source).resolve().name
+        if name in found:
+            raise ValueError(
+                f"Two models would be called {name!r}: give names, --model first=PATH --model second=PATH."
+            )
+        found[name] = source
+    return list(found.items())
 
 
-def recorded_split(models: Sequence[str]) -> SplitRecord | None:
+def recorded_split(models: Iterable[str]) -> SplitRecord | None:
     """Who any of the models was trained on, as far as their folders say so: all of them are tested on the others."""
     record: SplitRecord | None = None
-    for argument in models:
-        source = argument.rpartition("=")[2]
+    for source in models:
         with loading(source):
             config = json.loads(Path(str(cached_file(source, "config.json"))).read_text())
         split = (config.get("densefeat") or {}).get("split")
@@ -110,13 +94,14 @@ def recorded_split(models: Sequence[str]) -> SplitRecord | None:
     return record
 
 
-def given_vectors(settings: Settings) -> tuple[datasets.Dataset, dict[str, Encoded]]:
+def given_vectors(
+    sources: Sequence[tuple[str, str]], settings: Settings
+) -> tuple[datasets.Dataset, dict[str, Encoded]]:
     """The notes that have a vector in each of the tables, and these vectors by the name of the table."""
+    if not sources:
+        return settings.read(), {}
     notes = numbered_notes(settings)
-    tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for argument in settings.vectors:
-        name, source = named(argument, tables)
-        tables[name] = read_vectors(source, notes, settings.id_column)
+    tables = {name: read_vectors(source, notes, settings.id_column) for name, source in sources}
     kept = reduce(np.intersect1d, (found for found, _ in tables.values()))
     if len(kept) < len(notes):
         logger.warning("%d of %d notes have no vector and are left out.", len(notes) - len(kept), len(notes))
@@ -133,13 +118,17 @@ class Reading(Measurement):
         record: of whom the models were trained on.
         train: texts of training patients, for words.
         left_out: notes that were read and are not measured on, because they are too many.
+        models: name and source of each.
         given: vectors that are there already, by name.
         fitted: how words were fitted, once they were.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.record = recorded_split(settings.model)  # first: a model that is not there is said before notes are read
-        every, self.given = given_vectors(settings) if settings.vectors else (settings.read(), {})
+        sources, count = named([*settings.model, *settings.vectors]), len(settings.model)
+        self.models = sources[:count]
+        # first: a model that is not there is said before notes are read
+        self.record = recorded_split(source for _, source in self.models)
+        every, self.given = given_vectors(sources[count:], settings)
         notes = sample(every, settings.max_notes, settings.seed)
         how: dict[str, Any] = {"seed": settings.seed, "record": self.record, "allow_trained": settings.allow_trained}
         parts, _ = hold_out(notes, need=("test",), **how)
@@ -160,42 +149,37 @@ class Reading(Measurement):
         if self.given and set(self.others) - set(every["text"][:]):
             raise ValueError("--vectors are of the notes: tables of their own and column:query need an encoder.")
 
-    def encoders(self) -> Iterator[Encoder]:
-        """One after the other: the models, loaded when their turn comes, then given vectors."""
-        names = set(self.given)
-        for argument in self.settings.model:
-            name, source = named(argument, names)
-            names.add(name)
-            model, tokenizer = load(source)
-            limits = (self.settings.max_length, model.max_length, tokenizer.model_max_length)
-            yield Encoder(name, model, tokenizer, min(int(limit) for limit in limits if limit))
-        yield from (Encoder(name, known) for name, known in self.given.items())
+    def found(self) -> dict[str, Found]:
+        """What is found of each encoder, by name: of the models, loaded when their turn comes, then of given vectors."""
+        found = {name: self.examine(name, *load(source)) for name, source in self.models}
+        return found | {name: self.examine(name, known) for name, known in self.given.items()}
 
-    def examine(self, encoder: Encoder) -> Found:
+    def examine(self, name: str, model: Any, tokenizer: Any = None) -> Found:
         """Encode what is asked for, once, and measure; the first encoder says how far into each note words read."""
+        seen = tokens_seen(model, tokenizer, self.settings.max_length) if tokenizer else None
         if self.train and self.evaluators and not self.fit_words:
-            read = None if getattr(encoder.model, "long_notes", "") == "chunk" else encoder.max_length
+            read = None if getattr(model, "long_notes", "") == "chunk" else seen
             much = f"the first {read:,} tokens" if read else "all"
             self.fitted = f"words: TF-IDF of {much} of {len(self.train):,} training notes"
-            self.fit_words = partial(Words.fit, self.train, encoder.tokenizer, read)
-        self.refuse_trained(encoder.model)
+            self.fit_words = partial(Words.fit, self.train, tokenizer, read)
+        self.refuse_trained(model)
         start, k, seed = time.perf_counter(), self.k, self.settings.seed
         how: dict[str, Any] = {
-            "tokenizer": encoder.tokenizer,
+            "tokenizer": tokenizer,
             "batch_size": self.settings.batch_size,
-            "max_length": encoder.max_length,
+            "max_length": seen,
             "cache": not self.settings.no_cache,
-            "key": encoder_key(encoder.model, encoder.tokenizer) if encoder.tokenizer else None,
+            "key": encoder_key(model, tokenizer) if tokenizer else None,
         }
         # other texts are encoded apart, so that another task does not cost another pass over the notes
-        z, cut = embed(encoder.model, self.texts, return_cut=True, **how)
+        z, cut = embed(model, self.texts, return_cut=True, **how)
         rows = torch.from_numpy(z)
         if self.others:
-            z = np.concatenate([z, embed(encoder.model, self.others, **how)])
+            z = np.concatenate([z, embed(model, self.others, **how)])
         seconds = time.perf_counter() - start
-        logger.info("%s: %d texts in %.0f s", encoder.name, len(z), seconds)
+        logger.info("%s: %d texts in %.0f s", name, len(z), seconds)
         geometry = geometry_report(rows, k=k, seed=seed)
-        if encoder.max_length:
+        if seen:
             geometry["truncated"] = float(cut.mean())
         adjacent, per_patient, angles = {}, {}, None
         if len(self.pairs) > 3:
@@ -207,8 +191,11 @@ class Reading(Measurement):
             if adjacent["k"]:
                 angles = _angles_with_floor(earlier, later, groups, int(adjacent["k"]), seed)
         known = Encoded.of(self.texts + self.others, z)
-        shape, results = spectrum(rows, center=True), self.results(known)
-        return Found(encoder, known, geometry, shape, adjacent, per_patient, angles, results, seconds)
+        results = self.results(known)
+        if len(self.models) + len(self.given) == 1:
+            self.first = self.of_words  # a single encoder is compared with words
+        measured = self.compared(name, geometry, rows, results)
+        return Found(measured, results, known, seen, adjacent, per_patient, angles, seconds)
 
 
 def _angles_with_floor(z: torch.Tensor, z_next: torch.Tensor, patients: torch.Tensor, k: int, seed: int):

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def fit_and_measure(
 
 def measured_views(measure: Measurement, encoder: Encoded, views: Mapping[str, DenseHead]) -> list[Measured]:
     """What is measured under each view."""
-    return [measure(f"{name} view", encoder.under(head)) | {"view": name} for name, head in views.items()]
+    return [measure(f"{name} view", replace(encoder, head=head)) | {"view": name} for name, head in views.items()]
 
 
 def below(model: Any, tokenizer: Any, **options: Any) -> Callable[[Sequence[str]], torch.Tensor]:

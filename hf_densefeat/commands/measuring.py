@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,34 +107,32 @@ def read_table(path: str) -> datasets.Dataset:
     return read_files(Path(path), layout).data
 
 
+def tokens_seen(model: Any, tokenizer: Any, max_length: int | None = None) -> int | None:
+    """How many tokens of a text an encoder sees at once; None for no limit."""
+    limits = (max_length, getattr(model, "max_length", None), getattr(tokenizer, "model_max_length", None))
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
 def words_of(notes: Any, model: Any, tokenizer: Any) -> Words:
     """The words of training notes, as far into each as the encoder reads."""
-    limits = (getattr(model, "max_length", None), getattr(tokenizer, "model_max_length", None))
-    read = None if model.long_notes == "chunk" else min((int(one) for one in limits if one), default=None)
+    read = None if model.long_notes == "chunk" else tokens_seen(model, tokenizer)
     return Words.fit(notes["text"][:], tokenizer, read)
 
 
+@dataclass
 class Encoded:
-    """An encoder that reads each text once, under one map of its embeddings after another.
+    """An encoder that reads each text once, under one map of its embeddings after another (`replace(encoded, head=...)`)."""
 
-    Args:
-        encode: texts -> embeddings (N, D) below the map; None where the rows of all texts are given.
-        width: d of the embedding, the first columns of those below the map.
-        head: the map; None for the embedding as it is.
-        rows: text to its row below the map, where it is known already.
-    """
-
-    def __init__(self, encode: Any, *, width: int, head: Any = None, rows: dict[str, Any] | None = None) -> None:
-        self.read, self.width, self.head, self.rows = encode, width, head, {} if rows is None else rows
+    read: Any  # texts -> embeddings (N, D) below the map; None where the rows of all texts are given
+    _: KW_ONLY
+    width: int  # d of the embedding, the first columns of those below the map
+    head: Any = None  # the map; None for the embedding as it is
+    rows: dict[str, Any] = field(default_factory=dict)  # text to its row below the map, where it is known already
 
     @classmethod
     def of(cls, texts: Sequence[str], z: Any) -> "Encoded":
         """Embeddings that are already there."""
         return cls(None, width=z.shape[1], rows=dict(zip(texts, torch.as_tensor(z), strict=True)))
-
-    def under(self, head: Any) -> "Encoded":
-        """The same encoder under another map."""
-        return Encoded(self.read, width=self.width, head=head, rows=self.rows)
 
     def below(self, texts: Sequence[str]) -> Any:
         """Embeddings (N, D) below the map."""
@@ -151,17 +149,9 @@ class Encoded:
 class Measurement:
     """Similarity of held-out notes, linear probes and geometry, of words and of one frozen encoder after another.
 
-    Args:
-        notes: of patients that are held out.
-        kinds: how these are paired for the geometry.
-        similarity: uses by cosine, as words; None for a patient's own notes, where any patient has two.
-        asked_of: the notes for these uses, where they are not the same.
-        tasks: linear probes, with notes of their own, and `shots`, their few-shot sizes.
-        words: gives the words that are measured beside the encoders, once; None for none.
-        record: of whom the encoders were trained on, as for `ProbeEvaluator`.
-        k: subspace dimension.
-        variants: similarity of codes and of fewer dimensions too.
-        options: of both evaluators, such as `seed` and `allow_trained`.
+    Geometry is of the held-out `notes`, paired by `kinds`. The uses of `similarity` are of `asked_of`, by default the same;
+    None is a patient's own notes, where any patient has two. `words` gives the words that are measured beside the encoders,
+    once. `variants` adds similarity of codes and of fewer dimensions. `options` are those of both evaluators.
     """
 
     def __init__(
@@ -224,9 +214,14 @@ class Measurement:
             earlier, later = z[self.pairs.earlier], z[self.pairs.later]
             groups = torch.from_numpy(self.pairs.patient)
         geometry = geometry_report(earlier, later, k=self.k, groups=groups)
+        return self.compared(name, geometry, z, results)
+
+    def compared(self, name: str, geometry: dict[str, float], z: torch.Tensor, results: TaskResults) -> Measured:
+        """What was measured of an encoder, with differences to the first one and to words."""
         base, self.first = self.first, self.first or results
         return measured_of(name, geometry, spectrum(z, center=True), results, base=base, words=self.of_words)
 
     def beside(self) -> list[Measured]:
         """What words give, compared with the first encoder, for the list of encoders; empty where nothing is asked of them."""
-        return [measured_of(WORDS, {}, [], self.of_words, base=self.first)] if self.of_words else []
+        base = None if self.first is self.of_words else self.first
+        return [measured_of(WORDS, {}, [], self.of_words, base=base)] if self.of_words else []

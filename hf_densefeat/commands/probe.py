@@ -19,6 +19,7 @@ They hold numbers, names of columns and label values, and no note text, patient 
 rows' predictions of binary tasks go to that folder in the schema of meds-evaluation, with patient ids.
 """
 
+import logging
 from dataclasses import dataclass
 
 from hf_densefeat.commands.settings import NotesTable
@@ -55,11 +56,15 @@ def run(settings: Settings) -> dict:
     """Read, encode, measure, write; returns what `report.json` holds."""
     if not settings.model and not settings.vectors:
         raise ValueError("Nothing to measure: pass --model, a folder or Hub name, or --vectors, a table.")
-    from hf_densefeat.commands.examine import examine_all
+    from hf_densefeat.commands.examine import Reading, check_words
+    from hf_densefeat.commands.measuring import quiet
     from hf_densefeat.commands.probe_report import show, write_predictions, write_report
 
-    reading, found = examine_all(settings)
-    report = write_report(found, reading, settings)
+    quiet(logging.INFO)
+    check_words(settings)
+    reading = Reading(settings)
+    found = reading.found()
+    report = write_report(found, reading)
     show(report, found, settings.output)
     if settings.meds:
         write_predictions(settings.meds, reading, found)

@@ -4,7 +4,6 @@ import datetime
 import importlib.metadata
 import json
 import textwrap
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,39 +11,24 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from hf_densefeat.commands.examine import Found, Reading
-from hf_densefeat.commands.probe import Settings
 from hf_densefeat.data.notes import copied
 from hf_densefeat.evaluation.probes import ProbeResult, meds_predictions
 from hf_densefeat.evaluation.words import NAME as WORDS
-from hf_densefeat.reporting.comparison import Measured, TaskResults, measured_of, plain_numbers, verdict
+from hf_densefeat.reporting.comparison import plain_numbers, verdict
 from hf_densefeat.reporting.page import METHOD, render, render_markdown, report_sections
 from hf_densefeat.reporting.plots import Picture, plot_projection
 from hf_densefeat.reporting.tables import before_after_table, rows_table, terminal
 
 
-def draw_projection(found: dict[str, Found], reading: Reading, settings: Settings) -> Picture | None:
+def draw_projection(found: dict[str, Found], reading: Reading, output: Path) -> Picture | None:
     """The first probe's rows in the plane."""
     if reading.probes is None:
         return None
     task = reading.probes.tasks[0]
     rows = reading.probes.rows[task.name]
-    some = np.random.default_rng(settings.seed).permutation(len(rows.y))[:2000]
+    some = np.random.default_rng(reading.settings.seed).permutation(len(rows.y))[:2000]
     sets = {name: one.known.encode(rows.texts)[some] for name, one in found.items()}
-    place = Path(settings.output) / "projection.png"
-    return plot_projection(sets, rows.y[some], rows.classes, label=task.label, path=place)
-
-
-def measured_beside(found: dict[str, Found], beside: TaskResults | None) -> list[Measured]:
-    """The encoders, and words after the first one; a single encoder is compared with words, which then come first."""
-    first = next(iter(found.values())).results if len(found) > 1 or beside is None else beside
-    measured = []
-    for name, one in found.items():
-        base = None if one.results is first else first
-        measured.append(measured_of(name, one.geometry, one.spectrum, one.results, base=base, words=beside))
-    if beside is not None:
-        own = measured_of(WORDS, {}, [], beside, base=None if beside is first else first)
-        measured.insert(0 if beside is first else 1, own)
-    return measured
+    return plot_projection(sets, rows.y[some], rows.classes, label=task.label, path=output / "projection.png")
 
 
 def plain(found: ProbeResult) -> dict:
@@ -53,10 +37,12 @@ def plain(found: ProbeResult) -> dict:
     return {"kind": found.kind, "metrics": metrics, "shots": shots, "rows": found.rows, "strength": found.strength}
 
 
-def write_report(found: dict[str, Found], reading: Reading, settings: Settings) -> dict:
+def write_report(found: dict[str, Found], reading: Reading) -> dict:
     """Page, Markdown, JSON and pictures; returns what the JSON holds."""
-    output, base = Path(settings.output), next(iter(found.values()))
-    measured = measured_beside(found, reading.of_words)
+    settings, base = reading.settings, next(iter(found.values()))
+    output, measured = Path(settings.output), [one.measured for one in found.values()]
+    place = 0 if reading.first is reading.of_words else 1  # words come first where they are what is compared with
+    measured[place:place] = reading.beside()
     others = [one for one in measured[1:] if one["name"] != WORDS] or measured
     # The newest encoder first: that is what the reader asks about.
     verdicts = {one["name"]: verdict(one, measured[0] if measured[1:] else None) for one in reversed(others)}
@@ -67,14 +53,14 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
         adjacent={name: one.adjacent for name, one in found.items()} if base.adjacent else None,
         per_patient={name: one.per_patient for name, one in found.items()} if base.per_patient else None,
         angles=angles,
-        shots=few_shot_curves({name: one.results.probes for name, one in found.items()}),
-        projection=draw_projection(found, reading, settings),
+        shots=few_shot_curves(found),
+        projection=draw_projection(found, reading, output),
         rows=rows_table(base.results.similarity) + rows_table(base.results.probes)[1:],
     )
     counts = {"notes": len(reading.notes), "notes_left_out": reading.left_out}
     counts |= {"patients": reading.pairs.num_patients, "pairs": len(reading.pairs), "copied": copied(reading.notes)}
     how = {
-        "facts": facts_of(found, counts, reading, settings),
+        "facts": facts_of(found, counts, reading),
         "method": METHOD.format(bootstraps=f"{settings.bootstraps:,}"),
     }
     report = {
@@ -95,11 +81,11 @@ def write_report(found: dict[str, Found], reading: Reading, settings: Settings) 
     return report
 
 
-def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, settings: Settings) -> str:
+def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading) -> str:
     """When, with what, on what and with which options, in a paragraph."""
     encoders = []
     for name, one in found.items():
-        length, cut = one.encoder.max_length, one.geometry.get("truncated", 0.0)
+        length, cut = one.max_length, one.measured["geometry"].get("truncated", 0.0)
         seen = f"{length:,} tokens, which cut {cut:.1%} of the notes" if length else "vectors as given"
         encoders.append(f"{name}: {one.known.width} dimensions, {seen}")
     encoders += [reading.fitted] if reading.fitted else []
@@ -115,15 +101,15 @@ def facts_of(found: dict[str, Found], counts: dict[str, int], reading: Reading, 
         f"{datetime.date.today().isoformat()}, hf_densefeat {importlib.metadata.version('hf_densefeat')}. "
         f"{counts['notes']:,} notes of {counts['patients']:,} patients{left_out}, {counts['pairs']:,} adjacent pairs{whose}. "
         f"{copies if counts['copied'] else ''}{'; '.join(encoders)}. "
-        f"Subspaces of {settings.k} dimensions, seed {settings.seed}. {different_lengths(found)}"
+        f"Subspaces of {reading.k} dimensions, seed {reading.settings.seed}. {different_lengths(found)}"
     )
 
 
 def different_lengths(found: dict[str, Found]) -> str:
     """What to know where the models do not see the same of a note; nothing where they do."""
-    lengths = [(one.encoder.max_length, one.geometry["truncated"]) for one in found.values() if one.encoder.max_length]
-    limits = [length for length, truncated in lengths if truncated and length]
-    if len({length for length, _ in lengths}) < 2 or not limits:
+    seen = [one for one in found.values() if one.max_length]
+    limits = [one.max_length for one in seen if one.measured["geometry"]["truncated"] and one.max_length]
+    if len({one.max_length for one in seen}) < 2 or not limits:
         return ""
     return f"The models do not see the same of a note: --max_length {min(limits)} makes them comparable."
 
@@ -141,11 +127,11 @@ def show(report: dict, found: dict[str, Found], output: str) -> None:
     print(f"\nWritten to {output}: report.html, one file that can be sent, report.md and report.json.")
 
 
-def few_shot_curves(results: Mapping[str, Mapping[str, ProbeResult]]) -> dict:
+def few_shot_curves(found: dict[str, Found]) -> dict:
     """Task to encoder to number of rows of a class to `Estimate`, the last for all rows."""
     curves: dict[str, dict] = {}
-    for name, tasks in results.items():
-        for task, one in tasks.items():
+    for name, encoder in found.items():
+        for task, one in encoder.results.probes.items():
             if one.shots:
                 curves.setdefault(task, {})[name] = one.shots | {"all": one.metrics["auroc"]}
     return curves

@@ -287,14 +287,8 @@ def test_models_that_see_different_lengths_are_said():
     from hf_densefeat.commands import probe_report
 
     made = {}
-    for name, limit, long_notes, cut in (
-        ("a", 8, "truncate", 0.5),
-        ("b", 16, "truncate", 0.5),
-        ("c", 8, "chunk", 0.0),
-    ):
-        model = SimpleNamespace(max_length=limit, long_notes=long_notes)
-        encoder = SimpleNamespace(name=name, model=model, max_length=limit)
-        made[name] = SimpleNamespace(encoder=encoder, geometry={"truncated": cut})
+    for name, limit, cut in (("a", 8, 0.5), ("b", 16, 0.5), ("c", 8, 0.0)):
+        made[name] = SimpleNamespace(max_length=limit, measured={"geometry": {"truncated": cut}})
     said = probe_report.different_lengths({name: made[name] for name in "ab"})
     assert "--max_length 8 makes them comparable" in said
     assert probe_report.different_lengths({name: made[name] for name in "ac"}) == ""
