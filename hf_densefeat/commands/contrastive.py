@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from hf_densefeat.commands.pretrain import Settings
 from hf_densefeat.data.pairs import pairs_by_kind
 from hf_densefeat.models.choosing import reciprocal_ranks
-from hf_densefeat.models.interpolation import Share, choose_share, interpolate_weights
+from hf_densefeat.models.interpolation import choose_share, interpolate_weights
 from hf_densefeat.training.arguments import CONTRASTIVE, DenseTrainingArguments
 
 KINDS = ("adjacent", "halves")  # of the validation pairs that choose the share
@@ -47,14 +47,7 @@ def go_share(
 ) -> str:
     """Turn the trained model back to the share of the way that is asked for, in place; returns the share in words.
 
-    Args:
-        model: trained.
-        start: what it was trained from.
-        validation: notes of validation patients, which choose where `share` is "auto".
-        share: "auto", or a number.
-        tokenizer: the model's.
-        seed: of the sample of validation pairs.
-        new: names of weights that the start's checkpoint does not have.
+    Validation notes choose where `share` is "auto". `new` are names of weights that the start's checkpoint does not have.
     """
     if share != "auto":
         interpolate_weights(model, start, float(share), new=new)
@@ -78,8 +71,5 @@ def go_share(
     model.load_state_dict(trained.state_dict())
     interpolate_weights(model, start, chosen.share, new=new)
     model.config.densefeat["share"] = chosen.share
-    return f"{chosen}; tried {', '.join(map(_tried, tried))}"
-
-
-def _tried(one: Share) -> str:
-    return f"{one.share:g}: {' and '.join(f'{rank:.3f}' for rank in one.ranks.values())}"
+    found = (f"{one.share:g}: {' and '.join(f'{rank:.3f}' for rank in one.ranks.values())}" for one in tried)
+    return f"{chosen}; tried {', '.join(found)}"

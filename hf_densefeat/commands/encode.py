@@ -41,11 +41,7 @@ class Settings(Columns):
 
 
 def run(settings: Settings) -> None:
-    """Encode what is not encoded yet.
-
-    Raises:
-        ValueError: for a model, notes or options that cannot be used, and for a folder with vectors of another run.
-    """
+    """Encode what is not encoded yet."""
     from hf_densefeat.commands.encoding import encode_table
 
     encode_table(settings)

@@ -142,19 +142,12 @@ def fit_views(
 ) -> tuple[dict[str, DenseHead], list[Choice]]:
     """The views of unmasked training notes, and what was tried for the content view.
 
-    Args:
-        encode: texts -> embeddings below the views.
-        parts: notes by split, as `hold_out` returns them.
-        width: d of the embedding.
-        epsilon: "auto" for `choose_content`; a number, as a word, in the place of that of its views; "center" to subtract
-            the mean alone, as is done where there are no pairs to fit or to choose by.
-        seed: of the samples.
-        kinds: of pairs that are tried.
-        for_similarity: the encoder was trained for cosine.
+    `encode` gives embeddings below the views, `parts` is of `hold_out`, `kinds` of pairs are tried. With `epsilon` "center",
+    or without pairs to fit or to choose by, the mean alone is subtracted; a number takes the place of that of the views.
     """
     notes = {name: sample(parts[name], most, seed) for name, most in PAIRED.items() if name in parts}
-    pairs = {}
-    if epsilon_of(epsilon) < math.inf or epsilon == "auto":
+    pairs, given = {}, epsilon_of(epsilon)
+    if given is None or given < math.inf:
         pairs = {name: encoded_pairs(encode, part, kinds) for name, part in notes.items()}
     train, validation = pairs.get("train"), pairs.get("validation")
     if not train or not validation:
@@ -164,17 +157,18 @@ def fit_views(
         logger.warning(
             "Views are chosen by %d pairs of validation texts: fewer than %d cannot tell.", known, FEW_PAIRS
         )
-    given = None if epsilon == "auto" else epsilon_of(epsilon)
     return choose_views(train, validation, width=width, for_similarity=for_similarity, epsilon=given)
 
 
-def epsilon_of(word: str) -> float:
-    """The number that `auto` (NaN), `center` (inf) or a number above 0 says; ValueError for another word."""
+def epsilon_of(word: str) -> float | None:
+    """What `auto` (None), `center` (inf) or a number above 0 says; ValueError for another word."""
+    if word == "auto":
+        return None
     try:
-        epsilon = {"auto": math.nan, "center": math.inf}.get(word) or float(word)
+        epsilon = math.inf if word == "center" else float(word)
     except ValueError:
         epsilon = 0.0
-    if epsilon <= 0:
+    if not epsilon > 0:
         raise ValueError(f"Expected auto, center or a number above 0 but got {word!r}.")
     return epsilon
 

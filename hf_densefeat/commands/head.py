@@ -47,11 +47,7 @@ class Settings(Fitting):
 
 
 def run(settings: Settings) -> None:
-    """Encode, fit, save, measure.
-
-    Raises:
-        ValueError: for notes, a model or an epsilon that cannot be used.
-    """
+    """Encode, fit, save, measure."""
     from hf_densefeat.commands.fitting import fit_model, fit_vectors, opened
 
     if bool(settings.model) == bool(settings.vectors):

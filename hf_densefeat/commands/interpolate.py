@@ -22,11 +22,7 @@ class Settings(head.Fitting):
 
 
 def run(settings: Settings) -> None:
-    """Load both, interpolate, fit the views, save, measure.
-
-    Raises:
-        ValueError: for models that are not of one training, and for a share, notes or an epsilon that cannot be used.
-    """
+    """Load both, interpolate, fit the views, save, measure."""
     from hf_densefeat.commands.fitting import fit_model, opened
     from hf_densefeat.commands.measuring import loading
     from hf_densefeat.data.splits import SplitRecord

@@ -24,9 +24,7 @@ densefeat pretrain|encode --num_processes 4 ..., or accelerate launch -m hf_dens
 def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
     """Hand the command line on to a command; what is misspelt is said before anything heavy is imported.
 
-    Args:
-        argv: words of the command line, the command first.
-        default_config: what `pretrain` reads where neither --config nor --notes is given.
+    `default_config` is what `pretrain` reads where neither --config nor --notes is given.
     """
     try:
         hand_on(list(sys.argv[1:] if argv is None else argv), default_config)

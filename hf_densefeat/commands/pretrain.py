@@ -141,12 +141,7 @@ def short_help(options: dict[str, tuple[Any, str]]) -> str:
 
 
 def parse(argv: Sequence[str], default_config: Path | None = None) -> tuple[Settings, "DenseTrainingArguments"]:
-    """Options of a YAML file, then those of the command line, through one parser that types both.
-
-    Args:
-        argv: words of the command line.
-        default_config: the file that is read where neither --config nor --notes is given.
-    """
+    """Options of a YAML file, then those of the command line, through one parser that types both."""
     from transformers import HfArgumentParser
     from transformers.integrations import get_available_reporting_integrations
 

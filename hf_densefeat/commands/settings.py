@@ -107,10 +107,7 @@ def canonical(words: Sequence[str]) -> list[str]:
 def refuse_unknown(words: Sequence[str], known: Iterable[str], parser: argparse.ArgumentParser) -> None:
     """End the process if there are options that are not known; all are named, with the nearest ones.
 
-    Args:
-        words: of the command line.
-        known: names with underscores. `--no-x` of a switch and hyphens are taken too, as HfArgumentParser takes them.
-        parser: says it.
+    `--no-x` of a switch and hyphens are taken too, as HfArgumentParser takes them.
     """
     names, unknown = {name.replace("-", "_") for name in known}, []
     for word in words:

@@ -23,20 +23,9 @@ def numbered_notes(settings: NotesTable) -> Any:
 
 
 def read_vectors(source: str, notes: Any, id_column: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """The vector of each note that has one.
+    """Numbers of the notes that have a vector (N,), and their vectors (N, d), float32, of a file or folder of parquet files.
 
-    Args:
-        source: a parquet or csv file, or a folder of parquet files. A column of lists, or all columns of floats, are
-            the vectors.
-        notes: with the id column too.
-        id_column: by which vectors and notes are joined; None for `note_id`, else `row`.
-
-    Returns:
-        numbers of the notes that have a vector (N,), and their vectors (N, d), float32.
-
-    Raises:
-        ValueError: for a missing id column, ids that repeat, vectors that are not of floats, of one length and finite, or
-            no note with a vector.
+    A column of lists, or all columns of floats, are the vectors. `id_column`, or else `note_id` or `row`, joins them to notes.
     """
     path = Path(source)
     files: Any = sorted(map(str, path.glob("*.parquet"))) if path.is_dir() else str(path)

@@ -19,25 +19,17 @@ Sides = tuple[Tensor, Tensor]  # embeddings of pairs, row i of the second belong
 
 @dataclass(frozen=True)
 class Choice:
-    """A content view that is tried, and what validation notes say of it.
+    """A content view that is tried, and what validation notes say of it."""
 
-    Attributes:
-        pairs: kind of the training pairs that it is fitted on; "" for the encoder as it is.
-        input_layer: it reads the input embeddings beside the last layer, where they are given.
-        center: it subtracts the mean.
-        epsilon: see `content_head`.
-        ranks: kind of validation pairs to the mean reciprocal rank at which a text finds its pair among everybody's.
-        gain: in rank over the encoder as it is, on the kinds of pairs that the view was not fitted on, or else on its own.
-        error: standard error of `gain`, paired by text.
-    """
-
-    pairs: str = ""
-    input_layer: bool = False
-    center: bool = False
-    epsilon: float = math.inf
+    pairs: str = ""  # kind of the training pairs that it is fitted on; "" for the encoder as it is
+    input_layer: bool = False  # it reads the input embeddings beside the last layer, where they are given
+    center: bool = False  # it subtracts the mean
+    epsilon: float = math.inf  # see `content_head`
+    # kind of validation pairs to the mean reciprocal rank at which a text finds its pair among everybody's
     ranks: Mapping[str, float] = field(default_factory=dict)
+    # in rank over the encoder as it is, on the kinds of pairs that the view was not fitted on, or else on its own
     gain: float = 0.0
-    error: float = 0.0
+    error: float = 0.0  # standard error of `gain`, paired by text
 
     @property
     def found(self) -> float:
@@ -110,7 +102,7 @@ def choose_content(
     for_similarity: bool = False,
     epsilon: float | None = None,
 ) -> tuple[DenseHead | None, list[Choice]]:
-    """The content view that validation pairs speak for, and all that was tried, the chosen one first.
+    """The content view that validation pairs speak for, None for no view, and all that was tried, the chosen one first.
 
     An encoder of language modelling gets a strong map: of the last and the input layer, centred, by adjacent notes if these
     teach more than the halves of a note do, else by halves; or else it is centred alone. They teach more if validation notes
@@ -120,15 +112,8 @@ def choose_content(
     Taken is the first that is ahead of the encoder as it is, by more than the standard error, in the ranks at which validation
     texts find their pairs: pairs of the kind that it was not fitted on, so that the others share the matter, not the author.
 
-    Args:
-        train: kind of pairs, "adjacent" or "halves", to embeddings (n, width), or (n, D) with the input embeddings behind.
-        validation: likewise, of other patients.
-        width: d of the embedding.
-        for_similarity: the encoder was trained for cosine.
-        epsilon: in the place of the view's own, `STRONG` or `MILD`.
-
-    Returns:
-        The view, None where the encoder stays as it is, and what was tried, the chosen one first.
+    Embeddings are (n, width), or (n, D) with the input embeddings behind. `for_similarity` says that the encoder was trained
+    for cosine; `epsilon` takes the place of `STRONG` or `MILD`.
     """
     known = {kind: sides for kind, sides in validation.items() if len(sides[0])}
     base = {kind: reciprocal_ranks(*(z[:, :width] for z in sides)) for kind, sides in known.items()}

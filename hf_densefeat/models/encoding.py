@@ -18,17 +18,11 @@ CACHED_TOKENS = 2048  # tokens of a batch whose hidden states stay in a processo
 
 
 class Rows(NamedTuple):
-    """Token rows of some texts.
+    """Token rows of some texts."""
 
-    Attributes:
-        tokens: columns of rows, not padded.
-        chunk_to_note: which text each row is of, where long ones are read in chunks.
-        cut: of each text, whether it lost tokens; None for inputs of which nothing is counted.
-    """
-
-    tokens: dict[str, list]
-    chunk_to_note: list[int] | None = None
-    cut: list[bool] | None = None
+    tokens: dict[str, list]  # columns of rows, not padded
+    chunk_to_note: list[int] | None = None  # which text each row is of, where long ones are read in chunks
+    cut: list[bool] | None = None  # of each text, whether it lost tokens; None for inputs of which nothing is counted
 
 
 def token_rows(texts: Sequence[str], tokenizer: Any, limit: int, *, chunk: bool) -> Rows:

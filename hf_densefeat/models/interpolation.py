@@ -18,17 +18,11 @@ LOST = 0.03  # of the start's rank of halves, at most
 
 @dataclass(frozen=True)
 class Share:
-    """A share of the way from the start to the trained weights, and what validation notes say of it.
+    """A share of the way from the start to the trained weights, and what validation notes say of it."""
 
-    Attributes:
-        share: 0 for the start, 1 for the trained weights.
-        ranks: kind of pairs to the mean reciprocal rank at which a text finds its pair.
-        gains: kind of pairs to the gain of that over the start, and the standard error of the gain, paired by text.
-    """
-
-    share: float
-    ranks: Mapping[str, float]
-    gains: Mapping[str, tuple[float, float]]
+    share: float  # 0 for the start, 1 for the trained weights
+    ranks: Mapping[str, float]  # kind of pairs to the mean reciprocal rank at which a text finds its pair
+    gains: Mapping[str, tuple[float, float]]  # kind to the gain of that over the start, and its standard error, paired
 
     @property
     def serves(self) -> bool:
@@ -50,7 +44,7 @@ class Share:
 def choose_share(
     ranks: Callable[[float], Mapping[str, Tensor]], *, shares: Sequence[float] = SHARES
 ) -> tuple[Share, list[Share]]:
-    """The largest share that serves validation texts, without labels; 0 if none does.
+    """The largest share that serves validation texts, without labels, 0 if none does; and all that was tried, 0 first.
 
     The two halves of a note share what tells it from other notes: an encoder that finds them worse will find worse what a
     question asks for. Adjacent notes share topics, but an author too, so that a lower rank of theirs need not be a loss. A
@@ -58,12 +52,7 @@ def choose_share(
     and loses at most 3 % of the rank of halves (`recipes/results/minilm.md`). The largest one is tried first, and the first
     that serves is taken.
 
-    Args:
-        ranks: share to {kind: reciprocal ranks (n,)}, of the same texts in the same order for every share.
-        shares: above 0, in any order.
-
-    Returns:
-        The choice, and all that was tried, the start first.
+    `ranks` gives {kind: reciprocal ranks (n,)} of a share, of the same texts in the same order for every share.
     """
     base = ranks(0.0)
     tried = [_share(0.0, base, base)]

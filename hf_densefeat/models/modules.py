@@ -34,27 +34,16 @@ def write_json(path: Path, content: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class SentenceModule:
-    """One module of a sentence-transformers folder.
+    """One module of a sentence-transformers folder."""
 
-    Attributes:
-        kind: the name of its class there.
-        options: its `config.json`.
-        weights: by the names that its class gives them.
-        metadata: of its safetensors file.
-    """
-
-    kind: str
-    options: dict[str, Any]
-    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    metadata: dict[str, str] = field(default_factory=dict)
+    kind: str  # the name of its class there
+    options: dict[str, Any]  # its `config.json`
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)  # by the names that its class gives them
+    metadata: dict[str, str] = field(default_factory=dict)  # of its safetensors file
 
     @classmethod
     def load(cls, kind: str, path: str, fetch: Fetch) -> SentenceModule:
-        """Read `path/config.json` and the weights of a module that follows pooling.
-
-        Raises:
-            ValueError: for a class or an option that `__call__` does not know.
-        """
+        """Read the config and weights of a module; ValueError for a class or an option that `__call__` does not know."""
         if kind not in KEPT:
             raise ValueError(f"the module {kind} is none of {', '.join(KEPT)}")
         options = read_json(fetch(f"{path}/config.json"))

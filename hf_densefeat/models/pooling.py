@@ -37,17 +37,11 @@ def max_pooling(hidden: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pooling:
-    """An entry of `POOLINGS`: all that training, saving and the model card need of a pooling.
+    """An entry of `POOLINGS`: all that training, saving and the model card need of a pooling."""
 
-    Attributes:
-        function: hidden states (B, L, d) and mask (B, L) to embeddings (B, d).
-        mode: name in the pooling config of sentence-transformers, after `pooling_mode_`.
-        snippet: the same in lines of PyTorch, of `hidden` and `tokens` to `embeddings`, for the card.
-    """
-
-    function: Callable[[Tensor, Tensor], Tensor]
-    mode: str
-    snippet: str
+    function: Callable[[Tensor, Tensor], Tensor]  # hidden states (B, L, d) and mask (B, L) to embeddings (B, d)
+    mode: str  # name in the pooling config of sentence-transformers, after `pooling_mode_`
+    snippet: str  # the same in lines of PyTorch, of `hidden` and `tokens` to `embeddings`, for the card
 
 
 POOLINGS = {

@@ -27,23 +27,14 @@ OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 @dataclass(frozen=True)
 class SentenceSettings:
-    """What a sentence-transformers folder adds to a transformer and its pooling.
+    """What a sentence-transformers folder adds to a transformer and its pooling."""
 
-    Attributes:
-        tail: modules after pooling, in order.
-        prompts: name to the text that is put before every text.
-        default_prompt_name: the prompt where `encode` names none; None for no prompt.
-        include_prompt: pool over the tokens of the prompt too.
-        lower_case: the tokenizer lowers every text first.
-        similarity: the function by which the embeddings are to be compared; None for what the library takes.
-    """
-
-    tail: tuple[SentenceModule, ...] = ()
-    prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt_name: str | None = None
-    include_prompt: bool = True
-    lower_case: bool = False
-    similarity: str | None = "cosine"
+    tail: tuple[SentenceModule, ...] = ()  # modules after pooling, in order
+    prompts: dict[str, str] = field(default_factory=dict)  # name to the text that is put before every text
+    default_prompt_name: str | None = None  # the prompt where `encode` names none; None for no prompt
+    include_prompt: bool = True  # pool over the tokens of the prompt too
+    lower_case: bool = False  # the tokenizer lowers every text first
+    similarity: str | None = "cosine"  # by which embeddings are to be compared; None for what the library takes
 
     def prompt(self, name: str | None = None) -> str:
         """The prompt of a name, by default the default one; ValueError for a name that the folder does not have."""
@@ -63,19 +54,12 @@ class SentenceSettings:
 
 
 class SentenceFolder(NamedTuple):
-    """What `modules.json` and the files that it names say of how a folder embeds a text.
+    """What `modules.json` and the files that it names say of how a folder embeds a text."""
 
-    Attributes:
-        pooling: a name of `POOLINGS`; None without `modules.json`.
-        max_length: tokens that are kept of a text; None for as many as the transformer has positions.
-        settings: what comes beside and after pooling.
-        views: the last module: a `DenseHead` alone, or one for each route of a `Router`.
-    """
-
-    pooling: str | None
-    max_length: int | None
-    settings: SentenceSettings
-    views: dict[str, DenseHead]
+    pooling: str | None  # a name of `POOLINGS`; None without `modules.json`
+    max_length: int | None  # tokens that are kept of a text; None for as many as the transformer has positions
+    settings: SentenceSettings  # what comes beside and after pooling
+    views: dict[str, DenseHead]  # the last module: a `DenseHead` alone, or one for each route of a `Router`
 
 
 def fetcher(name_or_path: str, hub: dict[str, Any]) -> Fetch:

@@ -13,19 +13,12 @@ VIEWS = ("content", "form")
 
 
 class PairCovariances(NamedTuple):
-    """Second moments of pairs of embeddings (z_a, z_b), each side about its own mean: all that the views need.
+    """Second moments of pairs of embeddings (z_a, z_b), each side about its own mean: all that the views need."""
 
-    Attributes:
-        mean: mean (d,) of all rows, of both sides.
-        a: covariance (d, d) of the first side.
-        b: covariance (d, d) of the second side.
-        cross: C = E[(z_a - mu_a)(z_b - mu_b)^T] (d, d), not symmetric.
-    """
-
-    mean: Tensor
-    a: Tensor
-    b: Tensor
-    cross: Tensor
+    mean: Tensor  # (d,), of all rows, of both sides
+    a: Tensor  # covariance (d, d) of the first side
+    b: Tensor  # covariance (d, d) of the second side
+    cross: Tensor  # C = E[(z_a - mu_a)(z_b - mu_b)^T] (d, d), not symmetric
 
     @classmethod
     def of(cls, z_a: Tensor, z_b: Tensor) -> PairCovariances:
