@@ -1,8 +1,9 @@
-"""Views of an encoder, fitted on training and chosen by validation notes: of `head`, `interpolate` and `pretrain`."""
+"""What validation notes choose: views of an encoder, fitted on training notes, and the share of the way from its start."""
 
+import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from transformers import AutoConfig
+from transformers.utils import cached_file
 
-from hf_densefeat.commands.contrastive import trained_for_similarity
 from hf_densefeat.commands.measuring import Encoded, Measurement, load, quiet, sample, words_of
 from hf_densefeat.commands.settings import writable
 from hf_densefeat.commands.vectors import numbered_notes, read_vectors
@@ -21,16 +23,18 @@ from hf_densefeat.data.pairs import pairs_by_kind
 from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.evaluation.similarity import similarity_tasks
 from hf_densefeat.evaluation.words import Words
-from hf_densefeat.models.choosing import Choice, Sides, choose_views
+from hf_densefeat.models.choosing import Choice, Sides, choose_views, reciprocal_ranks
 from hf_densefeat.models.head import DenseHead
+from hf_densefeat.models.interpolation import choose_share, interpolate_weights
 from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.reporting.tables import before_after_table, terminal
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("adjacent", "halves")  # of pairs by which views are fitted and chosen
+KINDS = ("adjacent", "halves")  # of pairs by which views are fitted and chosen, and the share
 FEW_PAIRS = 50  # the mean of so many ranks in [0, 1] has a standard error of up to .5 / sqrt(50) = .07
 PAIRED = {"train": 5000, "validation": 2000}  # notes of whole patients: thousands of pairs are plenty for d^2 numbers
+MOST = 1000  # pairs of each kind, which are encoded for every share that is tried
 
 
 def opened(settings: Any) -> tuple[Any, Any]:
@@ -125,6 +129,17 @@ def measured_views(measure: Measurement, encoder: Encoded, views: Mapping[str, D
     return [measure(f"{name} view", replace(encoder, head=head)) | {"view": name} for name, head in views.items()]
 
 
+def trained_for_similarity(source: str) -> bool:
+    """Whether a start is a sentence-transformers folder that is not of ours, or was trained from one.
+
+    Such an encoder is used by its cosines as they are. OSError for a name that is none.
+    """
+    block = getattr(AutoConfig.from_pretrained(source), "densefeat", None)
+    if block is not None:
+        return bool(block.get("contrastive"))
+    return cached_file(source, "modules.json", _raise_exceptions_for_missing_entries=False) is not None
+
+
 def below(model: Any, tokenizer: Any, **options: Any) -> Callable[[Sequence[str]], torch.Tensor]:
     """Texts -> embeddings below the views, with the input embeddings where the encoder gives them."""
     return partial(model.encode, tokenizer=tokenizer, view=None, input_layer=model.has_input_layer, **options)
@@ -201,3 +216,36 @@ def how_to_use(folder: Any, views: Mapping[str, DenseHead]) -> str:
     calls = {"content": "encode(texts)", "form": 'encode(texts, task="form")'}
     used = {name: call for name, call in calls.items() if name in views} or {"search": "encode(texts)"}
     return "\n".join(f'{name.capitalize() + ":":9} SentenceTransformer("{folder}").{used[name]}' for name in used)
+
+
+def go_share(
+    model: Any, start: Any, validation: Any, *, share: str, tokenizer: Any, seed: int, new: Collection[str] = ()
+) -> str:
+    """Turn the trained model back to the share of the way that is asked for, in place; returns the share in words.
+
+    Validation notes choose where `share` is "auto". `new` are names of weights that the start's checkpoint does not have.
+    """
+    if share != "auto":
+        interpolate_weights(model, start, float(share), new=new)
+        model.config.densefeat["share"] = float(share)
+        return f"{float(share):g} of the way"
+    sides = {}
+    for kind, (texts, pairs) in pairs_by_kind(validation, KINDS).items():
+        rows = np.random.default_rng(seed).permutation(len(pairs))[:MOST]
+        sides[kind] = [texts.select(side[rows])["text"][:] for side in (pairs.earlier, pairs.later)]
+    if not sides:
+        return "all of the way: validation notes have no pairs that could choose the share"
+    trained = copy.deepcopy(model)
+    encode = partial(model.encode, tokenizer=tokenizer, view=None)
+
+    def ranks(share: float) -> dict:
+        model.load_state_dict(trained.state_dict())
+        interpolate_weights(model, start, share, new=new)
+        return {kind: reciprocal_ranks(*map(encode, texts)) for kind, texts in sides.items()}
+
+    chosen, tried = choose_share(ranks)
+    model.load_state_dict(trained.state_dict())
+    interpolate_weights(model, start, chosen.share, new=new)
+    model.config.densefeat["share"] = chosen.share
+    found = (f"{one.share:g}: {' and '.join(f'{rank:.3f}' for rank in one.ranks.values())}" for one in tried)
+    return f"{chosen}; tried {', '.join(found)}"

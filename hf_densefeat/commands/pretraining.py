@@ -19,8 +19,15 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_densefeat.commands.contrastive import go_share, take_defaults, trained_for_similarity
-from hf_densefeat.commands.fitting import below, described, fit_views, how_to_use, measured_views
+from hf_densefeat.commands.fitting import (
+    below,
+    described,
+    fit_views,
+    go_share,
+    how_to_use,
+    measured_views,
+    trained_for_similarity,
+)
 from hf_densefeat.commands.measuring import Encoded, Measurement, check_probes, loading, parse_tasks, sample, words_of
 from hf_densefeat.commands.pretrain import Settings, written_options
 from hf_densefeat.commands.progress import line, show
@@ -37,7 +44,7 @@ from hf_densefeat.objective.distributed import end_processes
 from hf_densefeat.reporting.comparison import Measured, judged, plain_numbers, verdict
 from hf_densefeat.reporting.formats import markdown
 from hf_densefeat.reporting.tables import before_after_table, terminal
-from hf_densefeat.training.arguments import DenseTrainingArguments
+from hf_densefeat.training.arguments import CONTRASTIVE, DenseTrainingArguments
 from hf_densefeat.training.checkpoints import CheckpointError, newest_whole
 from hf_densefeat.training.trainer import DenseTrainer
 
@@ -192,6 +199,18 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     show(trainer)
     start = trainer.start or copy.deepcopy(model) if settings.share is not None else None
     return trainer, measure, parts, start, head_is_new
+
+
+def take_defaults(settings: Settings, args: DenseTrainingArguments) -> str:
+    """Set the options that were not given to what a contrastive start needs; return these in words."""
+    chosen = {name: value for name, value in CONTRASTIVE.items() if name not in settings.given}
+    if "num_train_epochs" in settings.given:
+        chosen.pop("max_steps", None)
+    for name, value in chosen.items():
+        setattr(args, name, value)
+    settings.share = settings.share or "auto"
+    words = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
+    return f"trained for similarity, so by default {words}, share {settings.share}"
 
 
 def where_to(args: DenseTrainingArguments) -> str:

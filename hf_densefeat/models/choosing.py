@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hf_densefeat.models.head import DenseHead
-from hf_densefeat.models.views import PairCovariances, content_head, form_head
+from hf_densefeat.models.head import DenseHead, PairCovariances, content_head, form_head
 
 STRONG, MILD = 0.03, 10.0  # epsilon of an encoder of language modelling, and of one that was trained for similarity
 FORM_EPSILON = 0.5

@@ -15,12 +15,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_densefeat.models.encoding import Rows, capturing, evaluating, pooled_texts, token_rows
 from hf_densefeat.models.families import auto_class, check_family, language_modeling_of, positions_of
-from hf_densefeat.models.head import DenseHead
+from hf_densefeat.models.head import VIEWS, DenseHead
 from hf_densefeat.models.modules import SentenceModule, through
 from hf_densefeat.models.pooling import POOLINGS, pool, without_prompt
 from hf_densefeat.models.sentence_transformers import SentenceSettings, placed_modules, read_folder, write_folder
 from hf_densefeat.models.tokenizers import ABSENT, check_vocabulary, load_tokenizer
-from hf_densefeat.models.views import VIEWS
 
 Native: Any = PreTrainedModel if TYPE_CHECKING else object  # what the mixin is mixed into
 

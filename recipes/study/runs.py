@@ -13,7 +13,7 @@ import torch
 from domains import Domain
 
 from hf_densefeat import DenseTrainingArguments, interpolate_weights
-from hf_densefeat.commands.contrastive import trained_for_similarity
+from hf_densefeat.commands.fitting import trained_for_similarity
 from hf_densefeat.data.splits import refuse_trained
 from study.measures import Measures
 from study.methods import METHODS, Method

@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaModel, set_seed
 
 from hf_densefeat import AutoDenseModel, DenseHead, DenseTrainer, DenseTrainingArguments
 from hf_densefeat.commands.main import main
+from hf_densefeat.models.head import PairCovariances, content_head, form_head
 from hf_densefeat.models.interpolation import interpolate_weights
 from hf_densefeat.models.sentence_transformers import as_sentence_transformer
 from hf_densefeat.models.tokenizers import load_tokenizer
-from hf_densefeat.models.views import PairCovariances, content_head, form_head
 
 TEXTS = [" ".join(WORDS[i : i + n]) for i, n in ((0, 4), (4, 2), (6, 25), (3, 3), (9, 12), (1, 1))]
 PROMPTS = {"query": "chest: ", "passage": "fever and pain: "}

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from hf_densefeat import AutoDenseModel, DenseHead, Moments
 from hf_densefeat.events import EventConfig, EventModelForMaskedValues
-from hf_densefeat.models.views import PairCovariances, content_head, form_head
+from hf_densefeat.models.head import PairCovariances, content_head, form_head
 
 TEXTS = [" ".join(WORDS[i : i + n]) for i, n in ((0, 4), (4, 2), (6, 5), (3, 3), (9, 2))]
 

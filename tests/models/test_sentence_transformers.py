@@ -16,8 +16,8 @@ from hf_densefeat import (
     SimilarityEvaluator,
     SimilarityTask,
 )
+from hf_densefeat.models.head import PairCovariances, form_head
 from hf_densefeat.models.sentence_transformers import as_sentence_transformer
-from hf_densefeat.models.views import PairCovariances, form_head
 
 NOTES = make_notes()
 TEXTS = NOTES["text"][:20]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_densefeat.models.views import PairCovariances, content_head, form_head, shared_covariance, unshared_covariance
+from hf_densefeat.models.head import PairCovariances, content_head, form_head, shared_covariance, unshared_covariance
 from hf_densefeat.objective.moments import PairMoments
 
 EPSILONS = (10.0, 0.3, 0.03)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_densefeat import DenseObjective
-from hf_densefeat.models.views import PairCovariances, content_head, form_head
+from hf_densefeat.models.head import PairCovariances, content_head, form_head
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

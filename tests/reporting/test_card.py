@@ -16,7 +16,7 @@ from hf_densefeat import (
     geometry_report,
 )
 from hf_densefeat.evaluation.metrics import PROBES, Metric
-from hf_densefeat.models.views import PairCovariances, content_head, form_head
+from hf_densefeat.models.head import PairCovariances, content_head, form_head
 from hf_densefeat.reporting.card import licence_of
 
 ARGUMENTS = {"use_cpu": True, "report_to": [], "subspace_dim": 3, "max_steps": 1}
