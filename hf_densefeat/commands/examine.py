@@ -111,30 +111,23 @@ def given_vectors(
 
 
 class Reading(Measurement):
-    """The notes that a command names, read before anything is encoded, and what is asked of each encoder on them.
-
-    Attributes:
-        notes: those that geometry is measured on: of held-out patients where a model says whom it was trained on, else all.
-        record: of whom the models were trained on.
-        train: texts of training patients, for words.
-        left_out: notes that were read and are not measured on, because they are too many.
-        models: name and source of each.
-        given: vectors that are there already, by name.
-        fitted: how words were fitted, once they were.
-    """
+    """The notes that a command names, read before anything is encoded, and what is asked of each encoder on them."""
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         sources, count = named([*settings.model, *settings.vectors]), len(settings.model)
-        self.models = sources[:count]
+        self.models = sources[:count]  # name and source of each
         # first: a model that is not there is said before notes are read
         self.record = recorded_split(source for _, source in self.models)
         every, self.given = given_vectors(sources[count:], settings)
         notes = sample(every, settings.max_notes, settings.seed)
         how: dict[str, Any] = {"seed": settings.seed, "record": self.record, "allow_trained": settings.allow_trained}
         parts, _ = hold_out(notes, need=("test",), **how)
-        self.settings, self.left_out, self.fitted = settings, len(every) - len(notes), ""
+        self.left_out = len(every) - len(notes)  # these are too many
+        # what geometry is measured on: notes of held-out patients where a model says whom it was trained on, else all
         self.notes = notes if self.record is None else parts["test"]
-        self.train = parts["train"]["text"][:]
+        self.train = parts["train"]["text"][:]  # for words
+        self.fitted = ""  # how words were fitted, once they were
         super().__init__(
             self.notes,
             similarity=settings.similarity,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import cached_file
@@ -55,8 +54,7 @@ def fit_model(model: Any, tokenizer: Any, settings: Any, record: SplitRecord | N
     """Fit the views of an encoder, save it with them, and measure; `record` is of another model in its weights, if any."""
     own = SplitRecord.of(model)
     for_similarity = model.config.densefeat["contrastive"] = trained_for_similarity(settings.model)
-    encode = below(model, tokenizer, batch_size=settings.batch_size, show_progress_bar=True)
-    encoder = Encoded(encode, width=model.embedding_dimension)
+    encoder = below(model, tokenizer, batch_size=settings.batch_size, show_progress_bar=True)
 
     def save(views: dict[str, DenseHead], record: SplitRecord) -> None:
         model.views = views
@@ -116,8 +114,7 @@ def fit_and_measure(
     measure = Measurement(parts["test"], seed=settings.seed, **asked)
     if measure.others:
         raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
-    options |= {"width": encoder.width, "epsilon": settings.epsilon, "seed": settings.seed}
-    views, tried = fit_views(encoder.below, parts, **options)
+    views, tried = fit_views(encoder, parts, epsilon=settings.epsilon, seed=settings.seed, **options)
     save(views, record)
     print(described(views, tried))
     start, after = measure("as it is", encoder), measured_views(measure, encoder, views)
@@ -140,16 +137,16 @@ def trained_for_similarity(source: str) -> bool:
     return cached_file(source, "modules.json", _raise_exceptions_for_missing_entries=False) is not None
 
 
-def below(model: Any, tokenizer: Any, **options: Any) -> Callable[[Sequence[str]], torch.Tensor]:
-    """Texts -> embeddings below the views, with the input embeddings where the encoder gives them."""
-    return partial(model.encode, tokenizer=tokenizer, view=None, input_layer=model.has_input_layer, **options)
+def below(model: Any, tokenizer: Any, **options: Any) -> Encoded:
+    """An encoder below its views, with the input embeddings where it gives them."""
+    how: dict[str, Any] = {"tokenizer": tokenizer, "view": None, "input_layer": model.has_input_layer}
+    return Encoded(partial(model.encode, **how, **options), width=model.embedding_dimension)
 
 
 def fit_views(
-    encode: Callable[[Sequence[str]], torch.Tensor],
+    encoder: Encoded,
     parts: Mapping,
     *,
-    width: int,
     epsilon: str = "auto",
     seed: int = 0,
     kinds: Sequence[str] = KINDS,
@@ -157,22 +154,22 @@ def fit_views(
 ) -> tuple[dict[str, DenseHead], list[Choice]]:
     """The views of unmasked training notes, and what was tried for the content view.
 
-    `encode` gives embeddings below the views, `parts` is of `hold_out`, `kinds` of pairs are tried. With `epsilon` "center",
-    or without pairs to fit or to choose by, the mean alone is subtracted; a number takes the place of that of the views.
+    `parts` are of `hold_out`, `kinds` of pairs are tried. With `epsilon` "center", or without pairs to fit or to choose by,
+    the mean alone is subtracted; a number takes the place of that of the views.
     """
     notes = {name: sample(parts[name], most, seed) for name, most in PAIRED.items() if name in parts}
     pairs, given = {}, epsilon_of(epsilon)
     if given is None or given < math.inf:
-        pairs = {name: encoded_pairs(encode, part, kinds) for name, part in notes.items()}
+        pairs = {name: encoded_pairs(encoder, part, kinds) for name, part in notes.items()}
     train, validation = pairs.get("train"), pairs.get("validation")
     if not train or not validation:
-        return {"content": DenseHead.fit(encode(notes["train"]["text"][:])[:, :width])}, []
+        return {"content": DenseHead.fit(encoder.below(notes["train"]["text"][:])[:, : encoder.width])}, []
     known = min(len(sides[0]) for sides in validation.values())
     if known < FEW_PAIRS:
         logger.warning(
             "Views are chosen by %d pairs of validation texts: fewer than %d cannot tell.", known, FEW_PAIRS
         )
-    return choose_views(train, validation, width=width, for_similarity=for_similarity, epsilon=given)
+    return choose_views(train, validation, width=encoder.width, for_similarity=for_similarity, epsilon=given)
 
 
 def epsilon_of(word: str) -> float | None:
@@ -188,13 +185,11 @@ def epsilon_of(word: str) -> float | None:
     return epsilon
 
 
-def encoded_pairs(
-    encode: Callable[[Sequence[str]], torch.Tensor], notes: Any, kinds: Sequence[str]
-) -> dict[str, Sides]:
+def encoded_pairs(encoder: Encoded, notes: Any, kinds: Sequence[str]) -> dict[str, Sides]:
     """Embeddings of adjacent notes and of the halves of notes, of each kind that the notes have."""
     found = {}
     for kind, (table, pairs) in pairs_by_kind(notes, kinds).items():
-        z = encode(table["text"][:])
+        z = encoder.below(table["text"][:])
         found[kind] = (z[pairs.earlier], z[pairs.later])
     return found
 

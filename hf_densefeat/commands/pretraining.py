@@ -28,7 +28,7 @@ from hf_densefeat.commands.fitting import (
     measured_views,
     trained_for_similarity,
 )
-from hf_densefeat.commands.measuring import Encoded, Measurement, check_probes, loading, parse_tasks, sample, words_of
+from hf_densefeat.commands.measuring import Measurement, check_probes, loading, parse_tasks, sample, words_of
 from hf_densefeat.commands.pretrain import Settings, written_options
 from hf_densefeat.commands.progress import line, show
 from hf_densefeat.commands.settings import error_line, writable
@@ -79,7 +79,7 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
             say(args, line("share", said))
         if settings.views != "none":
             dense = trainer.dense_model
-            how: dict[str, Any] = {"width": dense.embedding_dimension, "epsilon": settings.views, "seed": args.seed}
+            how: dict[str, Any] = {"epsilon": settings.views, "seed": args.seed}
             how["for_similarity"] = dense.config.densefeat["contrastive"]
             dense.views, tried = fit_views(below(dense, tokenizer), parts, **how)
             say(args, described(dense.views, tried))
@@ -88,7 +88,7 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
             # the folder as a user opens it: a forward of the wrapped model on one rank alone would wait for the others
             trained = AutoDenseModel.from_pretrained(str(args.output_dir)).to(args.device)
             name = ("MLM + dense" if args.mlm_weight else "dense") if args.dense_weight else "MLM alone"
-            encoder = Encoded(below(trained, tokenizer), width=trained.embedding_dimension)
+            encoder = below(trained, tokenizer)
             after = measured_views(measure, encoder, trained.views) or [measure(name, encoder)]
             report([before, *measure.beside(), *beside, *after], trainer, args)
     except SafetensorError as error:

@@ -173,30 +173,24 @@ def _read_pooling(config: dict[str, Any]) -> tuple[str, bool]:
 
 def write_folder(target: Path | str, model: Any) -> None:
     """Write a dense model's files into its folder, in the older form, which every release from 2 to 6 reads."""
-    settings, modules = model.sentence, placed_modules(model)
+    folder, settings, modules = Path(target), model.sentence, placed_modules(model)
     for path, module in modules.items():
-        module.save(Path(target) / path)
+        module.save(folder / path)
     entries = list(dict.fromkeys(path.split("/")[0] for path in modules))
     if entries[-1].endswith("Router"):
-        write_json(Path(target) / entries[-1] / ROUTER, _router(list(model.views)))
-    wide = any(module.kind == "WeightedLayerPooling" for module in modules.values())
+        write_json(folder / entries[-1] / ROUTER, _router(list(model.views)))
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": TYPE.format(path.partition("_")[2] or "Transformer")}
+        for i, path in enumerate(["", *entries])
+    ]
+    write_json(folder / MODULES, listed)
     transformer: dict[str, Any] = {"max_seq_length": model.max_length, "do_lower_case": settings.lower_case}
-    files: dict[str, Any] = {
-        MODULES: [
-            {"idx": i, "name": str(i), "path": path, "type": TYPE.format(path.partition("_")[2] or "Transformer")}
-            for i, path in enumerate(["", *entries])
-        ],
-        TRANSFORMER: transformer | ({"config_args": {"output_hidden_states": True}} if wide else {}),
-        SETTINGS: {
-            "model_type": "SentenceTransformer",
-            "__version__": {},
-            "prompts": settings.prompts,
-            "default_prompt_name": settings.default_prompt_name,
-            "similarity_fn_name": settings.similarity,
-        },
-    }
-    for name, content in files.items():
-        write_json(Path(target) / name, content)
+    if any(module.kind == "WeightedLayerPooling" for module in modules.values()):
+        transformer["config_args"] = {"output_hidden_states": True}
+    write_json(folder / TRANSFORMER, transformer)
+    own: dict[str, Any] = {"model_type": "SentenceTransformer", "__version__": {}, "prompts": settings.prompts}
+    own |= {"default_prompt_name": settings.default_prompt_name, "similarity_fn_name": settings.similarity}
+    write_json(folder / SETTINGS, own)
 
 
 def placed_modules(model: Any) -> dict[str, SentenceModule]:
