@@ -77,9 +77,8 @@ relative to the file, any other to the folder that you are in. --help_all lists 
 EXTRA = ("config", "help", "help_all", "num_processes")  # options that no dataclass has
 
 
-def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
+def main(words: Sequence[str], default_config: Path | None = None) -> None:
     """Read the options, and run."""
-    words = list(sys.argv[1:] if argv is None else argv)
     check(words)
     settings, args = parse(words, default_config)
     from hf_densefeat.commands.pretraining import run

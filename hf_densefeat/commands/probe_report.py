@@ -139,11 +139,9 @@ def few_shot_curves(found: dict[str, Found]) -> dict:
 
 def write_predictions(output: str, reading: Reading, found: dict[str, Found]) -> None:
     """One parquet file an encoder and binary task, readable by the user alone: unlike the report, they hold patient ids."""
-    folder = Path(output)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, one in found.items():
         for task in reading.probes.tasks if reading.probes else ():
             if task.kind == "binary":
-                path = folder / f"{name} {task.name}.parquet"
+                path = Path(output) / f"{name} {task.name}.parquet"
                 path.touch(mode=0o600)
                 pq.write_table(meds_predictions(task, one.results.probes[task.name]), path)

@@ -159,10 +159,7 @@ def fit_content(sides: Sides, choice: Choice, *, width: int) -> DenseHead:
 
 
 def fit_form(train: Mapping[str, Sides], *, width: int, input_layer: bool) -> DenseHead | None:
-    """The centred form view by what adjacent notes share and, where there are some, halves do not.
-
-    None without adjacent notes.
-    """
+    """The centred form view by what adjacent notes share and halves, if there are any, do not; None without the former."""
     if "adjacent" not in train:
         return None
     sides = {kind: _columns(pair, input_layer, width) for kind, pair in train.items() if len(pair[0])}

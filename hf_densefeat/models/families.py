@@ -51,11 +51,7 @@ def positions_of(model: Any) -> int | None:
 
 
 def check_family(model: PreTrainedModel) -> None:
-    """Refuse a native model that would fail later, or whose embeddings others would not get.
-
-    Raises:
-        ValueError: with the reason, and what to take instead.
-    """
+    """ValueError for a native model that would fail later, or whose embeddings others would not get."""
     name, reason = type(model).__name__, _reason_against(model)
     if reason:
         raise ValueError(f"{name} {reason}")

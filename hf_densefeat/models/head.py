@@ -128,11 +128,7 @@ class PairCovariances(NamedTuple):
 
     @classmethod
     def of(cls, z_a: Tensor, z_b: Tensor) -> PairCovariances:
-        """Of embeddings (P, d), in float64: row i of `z_b` belongs to row i of `z_a`.
-
-        Raises:
-            ValueError: for sides of unlike shapes, no pair, or values that are not finite.
-        """
+        """Of embeddings (P, d), in float64: row i of `z_b` belongs to row i of `z_a`."""
         if z_a.shape != z_b.shape or z_a.ndim != 2 or len(z_a) == 0:
             raise ValueError(
                 "Expected two sides of pairs, both of one shape (n, d) with n >= 1, but got "
@@ -174,9 +170,6 @@ def content_head(pairs: PairCovariances, *, epsilon: float, center: bool = True)
         pairs: second moments of training pairs.
         epsilon: >= 0; inf for z - mu. At 0, and with fewer pairs than d, directions that no pair tells of go to 0.
         center: subtract mu, which masked-LM encoders need; without, mu is 0.
-
-    Raises:
-        ValueError: for an epsilon below 0 or NaN.
     """
     return _whitened(pairs, unshared_covariance(pairs.a, pairs.b, pairs.cross), epsilon, center)
 

@@ -33,12 +33,9 @@ class Share:
 
     def __str__(self) -> str:
         """In words, for a log."""
-        kinds = (f"{kind} {rank:.3f}{self._gain(kind)}" for kind, rank in self.ranks.items())
+        shown = {kind: f" ({gain:+.4f} ± {error:.4f})" for kind, (gain, error) in self.gains.items() if self.share}
+        kinds = (f"{kind} {rank:.3f}{shown.get(kind, '')}" for kind, rank in self.ranks.items())
         return f"{self.share:g} of the way: validation notes find their pairs at mean reciprocal ranks of {', '.join(kinds)}"
-
-    def _gain(self, kind: str) -> str:
-        gain, error = self.gains[kind]
-        return f" ({gain:+.4f} ± {error:.4f})" if self.share else ""
 
 
 def choose_share(

@@ -64,11 +64,10 @@ class SentenceFolder(NamedTuple):
 
 def fetcher(name_or_path: str, hub: dict[str, Any]) -> Fetch:
     """What finds a file of a folder or Hub repository: its path, or None where there is no such file."""
-    options = {name: value for name, value in hub.items() if name not in ("trust_remote_code", "subfolder")}
+    options = {name: value for name, value in hub.items() if name != "trust_remote_code"}
 
     def fetch(name: str) -> str | None:
-        path = f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
-        return cached_file(str(name_or_path), path, _raise_exceptions_for_missing_entries=False, **options)
+        return cached_file(str(name_or_path), name, _raise_exceptions_for_missing_entries=False, **options)
 
     return fetch
 
@@ -76,9 +75,7 @@ def fetcher(name_or_path: str, hub: dict[str, Any]) -> Fetch:
 def read_folder(name_or_path: str, hub: dict[str, Any]) -> SentenceFolder:
     """What a folder or Hub repository says, in the layout of any release from 2 to 6; `hub` says where and how to look.
 
-    Raises:
-        ValueError: for what another model than ours would have to compute.
-        OSError: if there is no such folder or repository.
+    ValueError for what another model than ours would have to compute, OSError if there is no such folder or repository.
     """
     fetch = fetcher(name_or_path, hub)
     if fetch(MODULES) is None:  # without what is for texts: an encoder of episodes has its views in its config's block

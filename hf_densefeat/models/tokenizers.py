@@ -27,11 +27,8 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
 def load_tokenizer(name_or_path: Path | str, **options: Any) -> Any:
     """As `AutoTokenizer.from_pretrained`, which makes one without a vocabulary of a folder that has a config alone.
 
-    Where the config of a sentence-transformers folder says so, the tokenizer lowers every text first.
-
-    Raises:
-        ValueError: if there is no tokenizer, or it knows no token but the special ones.
-        OSError: if there is no such folder or repository.
+    Where the config of a sentence-transformers folder says so, the tokenizer lowers every text first. ValueError if there is
+    no tokenizer, or it knows no token but the special ones; OSError if there is no such folder or repository.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
