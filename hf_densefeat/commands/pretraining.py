@@ -146,7 +146,8 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
 
     The fourth is a copy of the start, where a share of the way from it is asked for, else None.
     """
-    place = where_to(args)
+    folder = writable(str(args.output_dir), "output_dir")
+    full = any(folder.iterdir()) and not args.resume_from_checkpoint
     similarity_tasks(settings.similarity, None)  # words alone
     check_probes(settings.probe, "probe")
     if args.push_to_hub:
@@ -189,12 +190,13 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     trainer = DenseTrainer(
         model, args, train_dataset=parts["train"], eval_dataset=validation, processing_class=tokenizer
     )
+    weighted = " + ".join(f"{weight:g} {name}" for name, (weight, _) in trainer.objective.terms.items() if weight)
     say(
         args,
         line("pairs", str(cast(TokenPairs, trainer.train_dataset).pairs)),
         line("tokens", str(trainer.reading_stats["train"])),
-        line("objective", objective_in_words(args)),
-        line("output", place),
+        line("objective", f"{args.mlm_weight:g} mlm_loss + {args.dense_weight:g} ({weighted})"),
+        line("output", f"{folder}{', which is not empty: files of the same names are written over' if full else ''}"),
     )
     show(trainer)
     start = trainer.start or copy.deepcopy(model) if settings.share is not None else None
@@ -213,26 +215,11 @@ def take_defaults(settings: Settings, args: DenseTrainingArguments) -> str:
     return f"trained for similarity, so by default {words}, share {settings.share}"
 
 
-def where_to(args: DenseTrainingArguments) -> str:
-    """The output folder, and whether it has something in it already."""
-    folder = writable(str(args.output_dir), "output_dir")
-    full = any(folder.iterdir()) and not args.resume_from_checkpoint
-    return f"{folder}{', which is not empty: files of the same names are written over' if full else ''}"
-
-
-def objective_in_words(args: DenseTrainingArguments) -> str:
-    """The weights of every term, as they stand in the loss."""
-    terms = args.dense_objective().terms.items()
-    weighted = " + ".join(f"{weight:g} {name}" for name, (weight, _) in terms if weight)
-    return f"{args.mlm_weight:g} mlm_loss + {args.dense_weight:g} ({weighted})"
-
-
 def load_model(settings: Settings, args: DenseTrainingArguments) -> tuple[Any, bool]:
     """The model, and whether its language-modelling head has just been made."""
     if not settings.model:
-        return AutoDenseModel.from_config(
-            AutoConfig.from_pretrained(str(settings.config_name)), pooling=args.pooling
-        ), False
+        config = AutoConfig.from_pretrained(str(settings.config_name))
+        return AutoDenseModel.from_config(config, pooling=args.pooling), False
     model, loading = AutoDenseModel.from_pretrained(settings.model, pooling=args.pooling, output_loading_info=True)
     return model, bool(set(loading["missing_keys"]) & set(names_of_head(model)))
 
