@@ -32,8 +32,8 @@ def read_vectors(source: str, notes: Any, id_column: str | None) -> tuple[np.nda
     if not files or not path.exists():
         raise ValueError(f"--vectors: there is no file or folder of parquet files {source!r}.")
     table = arrow.dataset(files, format="csv" if path.suffix == ".csv" else "parquet").to_table()
-    known = [name for name in ([id_column] if id_column else IDS) if name in table.column_names]
-    shared = [name for name in known if name in notes.column_names]
+    both = set(table.column_names) & set(notes.column_names)
+    shared = [name for name in ([id_column] if id_column else IDS) if name in both]
     if not shared:
         raise ValueError(
             f"--vectors: expected a column {id_column or ' or '.join(IDS)} in the vectors and in the notes; the vectors "
@@ -44,13 +44,13 @@ def read_vectors(source: str, notes: Any, id_column: str | None) -> tuple[np.nda
         raise ValueError(f"--vectors: expected one vector a {shared[0]}; some repeat or are missing.")
     z = _matrix(table)
     asked = pa.array([str(one) for one in notes[shared[0]][:]])
-    place = pc.index_in(asked, value_set=ids).to_numpy(zero_copy_only=False)
-    found = np.flatnonzero(np.isfinite(place.astype(float)))
+    place = pc.index_in(asked, value_set=ids)
+    found = np.flatnonzero(place.is_valid())
     if len(found) == 0:
         raise ValueError(
             f"--vectors: no note has a vector: no {shared[0]} of the notes is among those of the vectors."
         )
-    return found, z[place[found].astype(np.int64)]
+    return found, z[place.drop_null()]
 
 
 def _matrix(table: pa.Table) -> np.ndarray:

@@ -203,14 +203,10 @@ class DenseFeatureMixin(Native):
                 cut = torch.zeros(len(z), dtype=torch.bool)
             else:
                 tokenizer, prompt = tokenizer or self._default_tokenizer(), self.sentence.prompt(prompt_name)
-                texts = [prompt + text for text in texts] if prompt else list(texts)
-                how: dict[str, Any] = {
-                    "batch_size": batch_size,
-                    "max_length": max_length,
-                    "progress": show_progress_bar,
-                }
-                excluded = self.sentence.excluded(prompt, tokenizer)
-                z, cut = pooled_texts(self, texts, tokenizer, excluded=excluded, input_layer=wide, **how)
+                texts = [prompt + text for text in texts]
+                how: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "input_layer": wide}
+                how["excluded"] = self.sentence.excluded(prompt, tokenizer)
+                z, cut = pooled_texts(self, texts, tokenizer, progress=show_progress_bar, **how)
         z, *inputs = z.split(self.config.hidden_size, dim=1)
         z = torch.cat([through(self.tail, z), *inputs], 1)
         z = z if found is None else found(z)
