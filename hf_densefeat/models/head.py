@@ -156,7 +156,8 @@ def shared_covariance(cross: Tensor) -> Tensor:
     Directions in which the notes of a pair differ more than notes of different pairs have negative eigenvalues, set to 0.
     """
     values, vectors = torch.linalg.eigh((cross + cross.mT) / 2)
-    return vectors * values.clamp(min=0) @ vectors.mT
+    shared: Tensor = vectors * values.clamp(min=0) @ vectors.mT
+    return shared
 
 
 def content_head(pairs: PairCovariances, *, epsilon: float, center: bool = True) -> DenseHead:
