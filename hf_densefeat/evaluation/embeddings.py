@@ -13,11 +13,6 @@ from huggingface_hub.constants import HF_HOME
 from scipy.sparse import issparse
 
 
-def _accepted(model: Any, **options: Any) -> dict[str, Any]:
-    known = inspect.signature(model.encode).parameters
-    return {name: value for name, value in options.items() if value is not None and name in known}
-
-
 def encoder_key(model: Any, tokenizer: Any = None) -> str:
     """SHA-256 over body, architecture, config, tokenizer, and what follows pooling: equal keys, equal embeddings."""
     digest = hashlib.sha256(repr(model).encode())
@@ -59,23 +54,19 @@ def embed(
 ) -> Any:
     """Embeddings (N, d) float32 of the texts, each different text encoded once; bf16 autocast on CUDA.
 
-    Args:
-        model: anything with ``encode(texts, ...)``: one of our encoders, a `SentenceTransformer`, or `Words`, whose rows are
-            a sparse matrix and are not cached.
-        texts: N strings.
-        tokenizer: passed on where ``encode`` takes one.
-        batch_size: passed on.
-        max_length: passed on where ``encode`` takes it.
-        cache: True for the private folder ``$HF_HOME/hf_densefeat/embeddings``, or a folder; made with mode 0700.
-            The file name is a hash of weights, tokenizer, options, precision and texts; the file holds numbers only.
-        key: `encoder_key` of the model, where it is known already.
-        head: False for the embeddings below the model's views, where ``encode`` takes ``head``.
-        return_cut: Return the embeddings, and of each text whether it was cut (N,), as far as ``encode`` says so.
+    The model is anything with ``encode(texts, ...)``, which gets those of the options that it takes: one of our encoders, a
+    `SentenceTransformer`, or `Words`, whose rows are a sparse matrix and are not cached. ``head=False`` gives the embeddings
+    below the model's views. With ``return_cut`` a second array says of each text whether it was cut, as far as the model does.
+
+    ``cache`` is True for the private folder ``$HF_HOME/hf_densefeat/embeddings``, or a folder; made with mode 0700. The file
+    name is a hash of weights, tokenizer, options, precision and texts; the file holds numbers only. ``key`` is `encoder_key`
+    of the model, where it is known already.
     """
     unique, inverse = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
-    options = _accepted(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, return_cut=True)
-    if not head:
-        options |= _accepted(model, head=False)
+    given = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length, "return_cut": True}
+    given["head"] = None if head else False
+    known = inspect.signature(model.encode).parameters
+    options = {name: value for name, value in given.items() if value is not None and name in known}
     precision, path = precision_of(model), None
     if cache and isinstance(model, torch.nn.Module):
         folder = Path(HF_HOME) / "hf_densefeat" / "embeddings" if cache is True else Path(cache)
@@ -85,8 +76,8 @@ def embed(
             digest.update(hashlib.sha256(text.encode()).digest())
         path = folder / f"{digest.hexdigest()}.npz"
     if path is not None and path.exists():
-        with np.load(path, allow_pickle=False) as known:
-            z, cut = known["z"], known["cut"]
+        with np.load(path, allow_pickle=False) as kept:
+            z, cut = kept["z"], kept["cut"]
     else:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
             found = model.encode(unique.tolist(), **options)

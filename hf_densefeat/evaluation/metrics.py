@@ -292,12 +292,6 @@ PROBES: dict[str, dict[str, Metric]] = {
 CODES = ("float", "int8", "binary")
 
 
-def metrics_of(kind: str, threshold: float = 0.5) -> dict[str, MetricFunction]:
-    """The functions of a kind's metrics by name, macro-F1 at the threshold."""
-    found = {name: metric.function for name, metric in PROBES[kind].items()}
-    return found | ({"macro_f1": partial(macro_f1_at, threshold=threshold)} if "macro_f1" in found else {})
-
-
 def best_threshold(y: np.ndarray, p: np.ndarray) -> float:
     """The threshold with the best macro-F1 on these (validation) rows."""
     order = np.argsort(-p, kind="stable")

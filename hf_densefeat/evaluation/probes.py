@@ -8,6 +8,7 @@ Intervals are the 2.5 and 97.5 percentiles of bootstrap replicates that redraw *
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from hf_densefeat.evaluation.metrics import (
     best_threshold,
     class_auroc,
     estimated,
-    metrics_of,
+    macro_f1_at,
     plain,
     replicate,
 )
@@ -65,11 +66,7 @@ def _chosen(features: Rows, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
 
 
 def _fitted(z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind) -> tuple[np.ndarray, float, float]:
-    """Fit every strength on the training rows, choose on the validation rows, predict the test rows.
-
-    Returns:
-        the output of the test rows, the strength, the threshold.
-    """
+    """Output of the test rows, strength and threshold: fitted on the training rows, chosen on the validation rows."""
     train, validation, test = (np.flatnonzero(split == code) for code in range(3))
     classes = 0 if kind == "regression" else int(y.max()) + 1
     standard, path = fit_path(z[train], y[train], kind, classes)
@@ -113,19 +110,11 @@ def probe(
     draws: int = 3,
     seed: int = 0,
 ) -> ProbeResult:
-    """One probe on embeddings: ridge, logistic regression or k-means, and its metrics on the test rows.
+    """One probe on embeddings (N, d): ridge, logistic regression or k-means, and its metrics on the test rows.
 
-    Args:
-        z: embeddings (N, d), or words as a sparse matrix, which is not standardised.
-        y: label codes 0, 1, … (int) or values (float), (N,).
-        patient: patient codes (N,).
-        split: 0 train, 1 validation, 2 test, (N,). Clustering takes all rows.
-        kind: see `ProbeTask`.
-        bootstraps: replicates over patients; 0 for none.
-        shots: k of the few-shot curve (classes only): k training and k validation rows of each class, or all that a
-            class has; EHRSHOT's nested samples, without its oversampling.
-        draws: random draws of the few-shot samples.
-        seed: seed of k-means, samples and bootstrap.
+    ``y``, ``patient`` and ``split`` are as in `ProbeRows`; clustering takes all rows. A few-shot curve (classes only) is of k
+    training and k validation rows of each class, or all that a class has: EHRSHOT's nested samples, without its
+    oversampling.
 
     Raises:
         ValueError: for embeddings that are not finite.
@@ -142,7 +131,10 @@ def probe(
         untrained = np.setdiff1d(y[split == 2], y[split == 0]) if kind == "multiclass" else ()
         rows |= {"classes_without_training_rows": len(untrained)} if len(untrained) else {}
     labels, owners = y[test], patient[test]
-    weights, functions = PatientWeights.of(owners, bootstraps, seed), metrics_of(kind, threshold)
+    weights = PatientWeights.of(owners, bootstraps, seed)
+    functions = {name: metric.function for name, metric in PROBES[kind].items()}
+    if "macro_f1" in functions:
+        functions["macro_f1"] = partial(macro_f1_at, threshold=threshold)
     metrics, replicates = estimated(functions, labels, dict.fromkeys(functions, output), weights)
     curve: dict[int, Estimate] = {}
     if shots and kind in ("binary", "multiclass"):
@@ -170,9 +162,6 @@ def probe(
 
 def meds_predictions(task: ProbeTask, result: ProbeResult) -> pa.Table:
     """The test rows' predictions in the schema of meds-evaluation, one row a prediction. It holds patient ids.
-
-    Columns: ``subject_id`` int64, ``prediction_time`` timestamp[us], ``boolean_value``, ``predicted_boolean_value``
-    (at the validation rows' threshold), ``predicted_boolean_probability`` float32.
 
     Raises:
         ValueError: if the task is not binary, comes as a mapping of splits, or lacks integer patients or the column ``time``.

@@ -11,7 +11,7 @@ rank of the first relevant document is the expected one, ``above + (t + 1)/(r + 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -151,15 +151,9 @@ def ranking(
 ) -> dict[str, np.ndarray]:
     """Search of the documents for each query, scored by its relevant documents.
 
-    Equals sentence-transformers' `InformationRetrievalEvaluator` where no cosines are tied (it breaks ties by name).
-
-    Args:
-        scores: similarity of queries and documents, see `cosines`. With another `beside` it, documents are ordered by
-            ``Σ 1/(60 + rank)`` over both rankings of what is searched: reciprocal rank fusion (Cormack, Clarke and
-            Büttcher, 2009) of the first 1,000 of each.
-        relevant: of some queries, the relevant documents as (queries, M) bool.
-        allowed: likewise the documents that are searched; by default all.
-        k: cut of precision, recall and nDCG.
+    Equals sentence-transformers' `InformationRetrievalEvaluator` where no cosines are tied (it breaks ties by name). With
+    scores `beside` others, documents are ordered by ``Σ 1/(60 + rank)`` over both rankings of what is searched: reciprocal
+    rank fusion (Cormack, Clarke and Büttcher, 2009) of the first 1,000 of each.
 
     Returns:
         ``mrr``: reciprocal rank of the first relevant document, of the whole ranking; ``recall_at_k``: share of the
@@ -204,9 +198,17 @@ def searched(scores: Scores, searches: Mapping[str, Masks]) -> dict[str, np.ndar
     return {f"{prefix}{name}": v for prefix, m in searches.items() for name, v in ranking(scores, *m).items()}
 
 
-def _equal(codes: np.ndarray | Tensor) -> Mask:
-    codes = torch.as_tensor(codes)
-    return lambda rows: codes[rows, None] == codes
+# Masks are partial functions: evaluators, which hold them, are pickled for other processes.
+def _equal(codes: Tensor, rows: Tensor) -> Tensor:
+    return codes[rows, None] == codes
+
+
+def _follows(following: Tensor, rows: Tensor) -> Tensor:
+    return following[rows, None] == torch.arange(len(following))
+
+
+def _apart_from(own: Mask, but: Mask | None, rows: Tensor) -> Tensor:
+    return ~own(rows) if but is None else ~own(rows) | but(rows)
 
 
 def same_label(y: np.ndarray, group: np.ndarray, *, apart: bool = True) -> Masks:
@@ -215,8 +217,8 @@ def same_label(y: np.ndarray, group: np.ndarray, *, apart: bool = True) -> Masks
     With ``apart`` it also finds no row of its own group (patient). ``precision_at_k`` is then the share of the label among
     the k nearest neighbours, and a row whose label nobody else has gets NaN.
     """
-    own = _equal(group if apart else np.arange(len(y)))
-    return _equal(y), lambda rows: ~own(rows)
+    own = partial(_equal, torch.as_tensor(group if apart else np.arange(len(y))))
+    return partial(_equal, torch.as_tensor(y)), partial(_apart_from, own, None)
 
 
 def same_group(group: np.ndarray, following: np.ndarray) -> dict[str, Masks]:
@@ -224,14 +226,11 @@ def same_group(group: np.ndarray, following: np.ndarray) -> dict[str, Masks]:
 
     Of N rows ``group`` has the patient codes and ``following`` the row of the patient's next note, −1 for none.
     """
-    own, target, every = _equal(group), torch.as_tensor(following), torch.arange(len(group))
-
-    def follows(rows: Tensor) -> Tensor:
-        return target[rows, None] == every
-
+    own, itself = (partial(_equal, torch.as_tensor(codes)) for codes in (group, np.arange(len(group))))
+    follows = partial(_follows, torch.as_tensor(following))
     return {
-        "": (own, lambda rows: rows[:, None] != every),
-        "adjacent_": (follows, lambda rows: ~own(rows) | follows(rows)),
+        "": (own, partial(_apart_from, itself, None)),
+        "adjacent_": (follows, partial(_apart_from, own, follows)),
     }
 
 
@@ -250,9 +249,8 @@ def few_labels(
     ones: samples are nested. Rows of patients without a labelled row are classified; a centroid is the mean of its
     rows at length 1. Classes with one row are left out.
 
-    Returns:
-        ``accuracy_at_k`` for each k: the share of the draws in which a row was classified right, (N,); NaN for rows
-        that no draw classified. Equally near classes share the credit.
+    ``accuracy_at_k`` is the share of the draws in which a row was classified right, (N,); NaN for rows that no draw
+    classified. Equally near classes share the credit.
     """
     z, group = unit_rows(z), np.asarray(group)
     codes, sizes = np.unique(y, return_inverse=True, return_counts=True)[1:]

@@ -212,19 +212,12 @@ def similarity_of(
     seed: int = 0,
     maximum: int = ASKED,
 ) -> SimilarityResult:
-    """One task on embeddings, without a model.
+    """One task on embeddings (N, d) of its texts and (Q, d) of its queries, where there are any, without a model.
 
-    Args:
-        z: embeddings (N, d) of ``rows.texts``; sparse ones (words) are compared as they are, without codes.
-        rows: the task, see `similarity_rows`.
-        queries: embeddings (Q, d) of ``rows.queries``, where there are any.
-        codes: float, int8 and binary codes of the embeddings at length 1; the ranges of int8 are those of ``z``.
-        divisors: the first d/2, d/4, … dimensions, as floats.
-        words: of `Words`, of the texts and of the queries, where there are any: kinds that search then also have
-            ``mrr_with_words``, of the ranking fused with that by words (see `ranking`).
-        bootstraps: replicates over patients or queries; 0 for none.
-        seed: seed of k-means, samples and bootstrap; one seed redraws the same patients for every encoder.
-        maximum: kinds that search ask so many rows, of whole patients drawn at random; all documents are searched.
+    Codes are of the embeddings at length 1, with the int8 ranges of ``z``; sparse embeddings (words) have none. With
+    ``words``, of the texts and of the queries, kinds that search also have ``mrr_with_words``, of the fused ranking. These
+    kinds ask ``maximum`` rows, of whole patients drawn at random, and search all documents. One ``seed`` redraws the same
+    patients for every encoder.
 
     Raises:
         ValueError: for another number of embeddings than of texts or queries, or embeddings that are not finite.
@@ -302,11 +295,8 @@ class SimilarityEvaluator(Evaluator):
     ) -> dict[str, SimilarityResult]:
         """Task name to `SimilarityResult` with bootstrap intervals; embeddings come from the cache where they are there.
 
-        Args:
-            model: one of our encoders, a `SentenceTransformer`, or `Words` by themselves.
-            tokenizer: passed to ``encode`` where it takes one.
-            points: values alone: no intervals, nothing from the disk.
-            words: `Words`, for rankings fused with theirs beside the encoder's.
+        The model is one of our encoders, a `SentenceTransformer`, or `Words`. With `points` there are values alone: no
+        intervals, nothing from the disk. With `words`, beside an encoder, there are also rankings fused with theirs.
         """
         z, found = self._embedded(model, tokenizer, points, head=self.head), {}
         how: dict[str, Any] = {"codes": self.codes, "divisors": self.divisors, "seed": self.seed}

@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
+from torch import Tensor
 
 from hf_densefeat.data.columns import shown
 from hf_densefeat.data.identity import identities
@@ -108,10 +110,13 @@ def _patients(task: SimilarityTask, table: Any, kept: np.ndarray, *, required: b
     return {"group": group, "tested": tested.tolist()}
 
 
+def _listed(table: csr_matrix, rows: Tensor) -> Tensor:
+    return torch.from_numpy(table[rows.numpy()].toarray())
+
+
 def _paired(pairs: np.ndarray, shape: tuple[int, int]) -> Masks:
     """All documents are searched; relevant are those that are given for a query, (P, 2)."""
-    table = csr_matrix((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape)
-    return lambda some: torch.from_numpy(table[some.numpy()].toarray()), None
+    return partial(_listed, csr_matrix((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape)), None
 
 
 def beir(task: SimilarityTask) -> SimilarityRows:

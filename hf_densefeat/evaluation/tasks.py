@@ -112,11 +112,8 @@ def task_rows(
 ) -> ProbeRows:
     """Read a task's table: labelled rows, label codes, patient codes, the split.
 
-    Args:
-        task: the task.
-        seed: seed of the split, where the table has none and no record is given.
-        record: of a trained model: nobody whom it was trained on is tested, in any table; see `parts_of_patients`.
-        allow_trained: keep the table's own split where it tests such patients.
+    With the record of a trained model nobody whom it was trained on is tested, in any table (see `parts_of_patients`), unless
+    ``allow_trained`` keeps the table's own split.
 
     Raises:
         ValueError: for a missing column, an unknown split name, a wrong number of classes, patients in two splits,

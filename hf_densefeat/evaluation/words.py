@@ -14,6 +14,7 @@ NAME = "words"
 _SLICE = 1000  # texts that are tokenized at a time
 
 
+@dataclass(frozen=True)
 class Words:
     """TF-IDF of words in the shape of an encoder: ``encode(texts)`` gives sparse rows (N, words) of length 1.
 
@@ -22,18 +23,15 @@ class Words:
     seen. The vocabulary is of patient text: it is kept in memory alone.
     """
 
-    def __init__(self, vectorizer: TfidfVectorizer, beginning: Callable[[Sequence[str]], Iterator[str]]) -> None:
-        self._vectorizer, self._beginning = vectorizer, beginning
+    vectorizer: TfidfVectorizer
+    beginning: Callable[[Sequence[str]], Iterator[str]]  # of texts what is read
 
     @classmethod
     def fit(cls, texts: Sequence[str], tokenizer: Any = None, max_length: int | None = None) -> Words:
-        """Count the words of training texts.
+        """Count the words of training texts, of patients who are not tested.
 
-        Args:
-            texts: of patients who are not tested.
-            tokenizer: of the encoder that words are compared with.
-            max_length: words read what the encoder reads, the first so many of its tokens; all of a text by default, and
-                where the tokenizer does not say which letters a token stands for.
+        With a limit words read what the encoder of this tokenizer reads, the first so many of its tokens; all of a text
+        where the tokenizer does not say which letters a token stands for.
         """
 
         def beginning(texts: Sequence[str]) -> Iterator[str]:
@@ -50,7 +48,7 @@ class Words:
 
     def encode(self, texts: Sequence[str]) -> csr_matrix:
         """Rows (N, words) of length 1, float32; zeros where no word is known."""
-        return self._vectorizer.transform(self._beginning(texts))
+        return self.vectorizer.transform(self.beginning(texts))
 
     def known(self, texts: Sequence[str]) -> WordRows:
         """The rows of these texts, computed once, in the shape of an encoder."""
