@@ -157,8 +157,7 @@ class DenseTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"Expected window 'none', 'auto' or a number of samples but got {window!r}."
                 ) from None
-        given: Any = self.terms or {}
-        own: Any = {**given, **(terms or {})}
+        own: dict[str, Any] = {**(self.terms or {}), **(terms or {})}  # type: ignore[dict-item]
         for name, weight in {"unshared_variance": self.lambda_pair, "anchor": self.lambda_anchor}.items():
             if weight:
                 own.setdefault(name, weight)

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
+from accelerate.utils import find_tied_parameters
 from datasets import IterableDataset
 from peft import PeftModel
-from torch import Tensor
 
-from hf_densefeat.data.inputs import PairProcessor, StreamProcessor
+from hf_densefeat.data.inputs import StreamProcessor
 from hf_densefeat.objective.base import Objective
 from hf_densefeat.training.arguments import DenseTrainingArguments
 
@@ -36,38 +36,30 @@ def check_functions(kwargs: dict, data_collator: Any) -> None:
         )
 
 
-def check_head(model, args: DenseTrainingArguments) -> None:
-    """Refuse language modelling without a head for it."""
+def check_objective(objective: Objective, model, args: DenseTrainingArguments) -> None:
+    """Refuse language modelling without a head for it, and a `BatchLoss` over whose parts it does not add up."""
     if args.mlm_weight and model.language_modeling is None:
         raise ValueError(
             f"mlm_weight is {args.mlm_weight} but {type(model).__name__} has no language-modelling head. Load the model "
             "by name, AutoDenseModel.from_pretrained(...), which adds one where its family has it, or set mlm_weight=0 "
             "to train with the dense objective alone."
         )
-
-
-def check_sharding(model) -> None:
-    """Refuse a shared parameter, which would be in two groups of FSDP2; tied embeddings are known to accelerate."""
-    names: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    names.pop(model.get_input_embeddings().weight)
-    for shared in names.values():
-        if len(shared) > 1:
-            raise ValueError(
-                f"FSDP2 cannot shard {type(model).__name__}: {' and '.join(shared)} are one parameter. Train it without "
-                "FSDP (one whole model a GPU), or take a family without shared biases, such as ModernBERT."
-            )
-
-
-def check_objective(objective: Objective, args: DenseTrainingArguments) -> None:
-    """Refuse a `BatchLoss` with several micro-batches or ranks, over which it does not add up."""
     if not objective.adds_up and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
         raise ValueError(
             "A BatchLoss is that of one whole batch, but gradient_accumulation_steps is "
             f"{args.gradient_accumulation_steps} and there are {args.world_size} ranks: its parts would not add up to "
             "it. Use one of each, and a larger per_device_train_batch_size."
         )
+
+
+def check_sharding(model) -> None:
+    """Refuse a shared parameter, which would be in two groups of FSDP2; tied embeddings are known to accelerate."""
+    for shared in find_tied_parameters(model):
+        if model.get_parameter(shared[0]) is not model.get_input_embeddings().weight:
+            raise ValueError(
+                f"FSDP2 cannot shard {type(model).__name__}: {' and '.join(shared)} are one parameter. Train it without "
+                "FSDP (one whole model a GPU), or take a family without shared biases, such as ModernBERT."
+            )
 
 
 def check_subspace(pairs: float, batch: int, d: int, objective: Objective) -> None:
@@ -92,19 +84,6 @@ def check_trainable(model) -> None:
         )
 
 
-def check_stream(args: DenseTrainingArguments, processor: PairProcessor) -> None:
-    """Refuse a stream of inputs other than texts, and several readers of one."""
-    if not isinstance(processor, StreamProcessor):
-        raise ValueError(
-            f"{type(processor).__name__} cannot read a stream: pass the notes as a datasets.Dataset, which is memory-mapped."
-        )
-    if args.dataloader_num_workers > 1:
-        raise ValueError(
-            f"A stream is read by one process a rank, got dataloader_num_workers={args.dataloader_num_workers}. "
-            "Set it to 1 to read and tokenise beside the training."
-        )
-
-
 def check_run(trainer: Any) -> None:
     """Refuse what shows only at the end of the constructor, when devices, ranks and sharding are known."""
     args, model, objective = trainer.args, trainer.dense_model, trainer.objective
@@ -122,8 +101,17 @@ def check_run(trainer: Any) -> None:
     if trainer.is_fsdp_enabled:
         check_sharding(model)
     streamed = isinstance(trainer.train_dataset, IterableDataset)
+    if streamed and not isinstance(trainer.processor, StreamProcessor):
+        raise ValueError(
+            f"{type(trainer.processor).__name__} cannot read a stream: pass the notes as a datasets.Dataset, which is "
+            "memory-mapped."
+        )
+    if streamed and args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"A stream is read by one process a rank, got dataloader_num_workers={args.dataloader_num_workers}. "
+            "Set it to 1 to read and tokenise beside the training."
+        )
     if streamed:
-        check_stream(args, trainer.processor)
         args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint left it
     objective.module.to(args.device, torch.promote_types(model.dtype, torch.float32))
     if trainer.train_dataset is not None and args.dense_weight:

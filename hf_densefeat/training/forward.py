@@ -25,21 +25,13 @@ CUTS = 32  # places among the rows at which groups may begin
 
 
 class Forward(NamedTuple):
-    """What the forward of a micro-batch gave.
+    """What the forward of a micro-batch gave."""
 
-    Attributes:
-        mlm: language-modelling loss, summed over the predicted tokens; 0 where it was not asked for.
-        z_a: embeddings (B, d) of the earlier notes.
-        z_b: embeddings (B, d) of the later notes.
-        slots: positions that the model computed, padding included.
-        start: embeddings of both sides by the frozen start, where the objective needs them.
-    """
-
-    mlm: Tensor
-    z_a: Tensor
-    z_b: Tensor
-    slots: int
-    start: tuple[Tensor, Tensor] | None = None
+    mlm: Tensor  # language-modelling loss, summed over the predicted tokens; 0 where it was not asked for
+    z_a: Tensor  # embeddings (B, d) of the earlier notes
+    z_b: Tensor  # and of the later ones
+    slots: int  # positions that the model computed, padding included
+    start: tuple[Tensor, Tensor] | None = None  # both sides by the frozen start, where the objective needs them
 
     def rows(self) -> Tensor:
         """Embeddings (2B, d) of both sides, earlier notes first, without their graph."""
@@ -49,15 +41,11 @@ class Forward(NamedTuple):
 def forward_pairs(
     model: nn.Module, dense: Any, batch: dict, *, predict: bool, by_position: bool, grouped: bool
 ) -> Forward:
-    """Both notes of each pair through the model.
+    """Both notes of each pair of a collator's batch through `dense`, whose body keeps its last hidden states.
 
-    Args:
-        model: what is called: the dense model, or what wraps it, or its body alone where `predict` is False.
-        dense: the dense model, whose body keeps its last hidden states.
-        batch: what the collator made; `lengths`, the tokens of each row, where rows may be grouped.
-        predict: compute the language-modelling loss.
-        by_position: the head takes chosen positions alone (`predicts_by_position`).
-        grouped: run rows of like length in a forward of their own, so that little is padded (`length_groups`).
+    What is called is `model`: `dense`, what wraps it, or without `predict`, the language-modelling loss, its body alone.
+    `by_position`: the head takes chosen positions alone (`predicts_by_position`). `grouped`: rows of like length have a
+    forward of their own, so that little is padded (`length_groups`); the batch then has `lengths`, the tokens of each row.
     """
     rows = {name: value for name, value in batch.items() if name not in NOT_ROWS}
     labels, lengths = batch["labels"], batch.get("lengths", [])
@@ -131,10 +119,7 @@ def predicts_by_position(dense: Any, batch: dict) -> bool:
     """Whether the head's logits at some positions need those positions alone: then the others are not computed.
 
     True for the heads of nearly all families; False for a head that mixes or reshapes positions, and for an error inside it.
-
-    Args:
-        dense: the dense model, not wrapped yet.
-        batch: a small one, of two rows at least.
+    `dense` is not wrapped yet, and `batch` a small one, of two rows at least.
     """
     rows = {
         name: value.to(dense.device)

@@ -49,14 +49,10 @@ class ResumableTrainer(Trainer):
       process as the signal would.
     * A run that is finished is not trained further when it is resumed.
     * A run with an adapter saves the merged encoder, which opens anywhere, and the adapter, from which it resumes.
-
-    Attributes:
-        told_to_stop: this process has received SIGTERM.
-        stopped: training ended by SIGTERM, on all ranks.
     """
 
-    told_to_stop = False
-    stopped = False
+    told_to_stop = False  # this process has received SIGTERM
+    stopped = False  # training ended by SIGTERM, on all ranks
     _being_written = False
 
     def __init__(self, *args, **kwargs):

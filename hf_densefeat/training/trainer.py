@@ -24,7 +24,7 @@ from hf_densefeat.objective.statistics import Term
 from hf_densefeat.reporting.comparison import Measured
 from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.checkpoints import read_objective, write_objective
-from hf_densefeat.training.checks import check_functions, check_head, check_objective, check_run
+from hf_densefeat.training.checks import check_functions, check_objective, check_run
 from hf_densefeat.training.forward import predicts_by_position
 from hf_densefeat.training.loaders import mixing, pair_loader, stream_loader
 from hf_densefeat.training.preparation import pair_datasets, pair_processor, prepare_model, prepare_tokenizer
@@ -104,8 +104,7 @@ class DenseTrainer(UpdateTrainer):
         made = {"terms": terms, "width": model.embedding_dimension}
         self.objective = args.dense_objective(**made) if objective is None else objective
         self._objective_start = copy.deepcopy(self.objective.state_dict())
-        check_objective(self.objective, args)
-        check_head(model, args)
+        check_objective(self.objective, model, args)
         # copied before a checkpoint is loaded, so that a resumed run has the same start
         wanted = self.objective.needs_start and args.dense_weight > 0
         self.start: Any = copy.deepcopy(model).requires_grad_(False).eval() if wanted else None

@@ -33,27 +33,16 @@ SLOTS, TOKENS = "positions that were computed", "tokens at these"  # in the sums
 
 @dataclass
 class Update:
-    """One optimizer update: its micro-batches, what was planned before the first backward, and sums for the log.
+    """One optimizer update: its micro-batches, what was planned before the first backward, and sums for the log."""
 
-    Attributes:
-        batches: the micro-batches of this rank.
-        left: how many of them have no loss yet.
-        tokens: predicted tokens of the whole update, on all ranks; None until the update is planned.
-        stops: how many ranks were told to stop; the collective of the update counts them too.
-        replays: restore the random state of each forward that is to be made again.
-        expected: embeddings of the first forwards, where the replay is to be checked.
-        kept: forwards with their graphs, first micro-batch first, which need no replay.
-        sums: name to sum over micro-batches, on the device.
-    """
-
-    batches: list
-    left: int
-    tokens: Tensor | None = None
-    stops: Tensor | None = None
-    replays: list[Callable[[], None]] = field(default_factory=list)
-    expected: list[Tensor] = field(default_factory=list)
-    kept: list[Forward] = field(default_factory=list)
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    batches: list  # the micro-batches of this rank
+    left: int  # how many of them have no loss yet
+    tokens: Tensor | None = None  # that are predicted in the whole update, on all ranks; None until it is planned
+    stops: Tensor | None = None  # how many ranks were told to stop, which the collective of the update counts too
+    replays: list[Callable[[], None]] = field(default_factory=list)  # restore the random state of forwards made again
+    expected: list[Tensor] = field(default_factory=list)  # rows of the first forwards, where the replay is checked
+    kept: list[Forward] = field(default_factory=list)  # with their graphs, first micro-batch first: no replay
+    sums: dict[str, Tensor] = field(default_factory=dict)  # over micro-batches, on the device
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Sum over micro-batches, for the log, without waiting for the device."""
@@ -107,7 +96,14 @@ class UpdateTrainer(ResumableTrainer):
         if update.tokens is None:
             # here and not in get_batch_samples, after which a resumed Trainer restores the random state
             self._plan(model, update)
-        made = update.kept.pop(0) if update.kept else self._replayed(model, inputs, update)
+        if update.kept:
+            made = update.kept.pop(0)
+        else:
+            if update.replays:
+                update.replays.pop(0)()  # the dropout of its first forward
+            made = self.embed_pairs(model, inputs)
+            if update.expected:
+                check_replay(update.expected.pop(0), made.rows())
         loss = 0.0
         if self.args.mlm_weight:
             mlm = ranks * made.mlm / update.tokens.clamp(min=1)
@@ -164,15 +160,6 @@ class UpdateTrainer(ResumableTrainer):
     def agreed_to_stop(self) -> bool:
         """Whether any rank was told to stop, as the collective of the update counted."""
         return bool(self._update.stops)
-
-    def _replayed(self, model, inputs, update: Update) -> Forward:
-        """The forward of a micro-batch, with the dropout of its first one if there was one."""
-        if update.replays:
-            update.replays.pop(0)()
-        made = self.embed_pairs(model, inputs)
-        if update.expected:
-            check_replay(update.expected.pop(0), made.rows())
-        return made
 
     def embed_pairs(self, model, inputs, *, predict: bool = True) -> Forward:
         """Both notes of each pair through the model; without `predict` the language-modelling loss is 0."""
@@ -263,11 +250,7 @@ def covariance_rank(covariance: Tensor) -> float:
 
 
 class UpdateLog:
-    """Means of what updates are logged with, and the count of updates that were skipped.
-
-    Attributes:
-        skipped: updates whose gradient was not finite, since the run began; checkpoints keep it.
-    """
+    """Means of what updates are logged with, and the count of updates whose gradient was not finite, since the run began."""
 
     def __init__(self):
         self.skipped = self._in_a_row = self._updates = 0
