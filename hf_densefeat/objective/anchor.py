@@ -17,22 +17,14 @@ Rows = tuple[Tensor, Tensor]  # of both sides of the pairs, each (N, d)
 class AnchorMoments:
     """Sums over the rows x = z / |z| of both sides, and over the frozen start's rows f = z_0 / |z_0| of the same notes.
 
-    | field    | value                                       | shape   |
-    |----------|---------------------------------------------|---------|
-    | count    | 2N, rows of both sides                      | ()      |
-    | gram     | sum x x^T                                   | (d, d)  |
-    | cross    | sum f x^T                                   | (d0, d) |
-    | start    | sum f f^T                                   | (d0, d0)|
-    | partners | sum over the pairs (x_a . x_b - f_a . f_b)^2| ()      |
-
     Sums of parts of the rows are added. They are about zero and not about a shift: unit rows are small numbers.
     """
 
-    count: Tensor
-    gram: Tensor
-    cross: Tensor
-    start: Tensor
-    partners: Tensor
+    count: Tensor  # 2N, rows of both sides, ()
+    gram: Tensor  # sum x x^T, (d, d)
+    cross: Tensor  # sum f x^T, (d0, d)
+    start: Tensor  # sum f f^T, (d0, d0)
+    partners: Tensor  # sum over the pairs (x_a . x_b - f_a . f_b)^2, ()
 
     @classmethod
     def of(cls, rows: Rows, start: Rows) -> AnchorMoments:

@@ -19,27 +19,16 @@ RESERVED |= {"grad_norm", "learning_rate", "epoch", "mlm_weight"}
 
 
 class Objective(ABC):
-    """A loss of the embeddings of pairs, by update: plan it from the moments, then take each micro-batch's share.
+    """A loss of the embeddings of pairs, by update: plan it from the moments, then take each micro-batch's share."""
 
-    Attributes:
-        terms: name to weight and function.
-        adds_up: over micro-batches and ranks.
-        subspace_dim: k, or None for an objective without subspaces.
-        window: averaging window of the running covariances, in samples.
-        center: whether covariances are taken about the mean.
-        shift: near the mean, the same on all ranks: about it moments lose no digits. None before the first update.
-        settings: what a model card says beside terms and weights.
-        module: what is trained along with the model, and put into training or evaluation mode.
-    """
-
-    terms: Mapping[str, tuple[float, Callable[..., Any]]]
-    adds_up: bool = True
-    subspace_dim: int | None = None
-    window: float | str | None = None
-    center: bool = True
-    shift: Tensor | None = None
-    settings: Mapping[str, Any] = {}
-    module: nn.Module = nn.Module()
+    terms: Mapping[str, tuple[float, Callable[..., Any]]]  # name to weight and function
+    adds_up: bool = True  # over micro-batches and ranks
+    subspace_dim: int | None = None  # k, or None for an objective without subspaces
+    window: float | str | None = None  # averaging window of the running covariances, in samples
+    center: bool = True  # whether covariances are taken about the mean
+    shift: Tensor | None = None  # near the mean, the same on all ranks: about it moments lose no digits; None at first
+    settings: Mapping[str, Any] = {}  # what a model card says beside terms and weights
+    module: nn.Module = nn.Module()  # trained along with the model, and put into training or evaluation mode
 
     @property
     def needs_cross_moment(self) -> bool:

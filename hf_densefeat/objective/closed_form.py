@@ -74,16 +74,12 @@ class _PaperTerms(torch.autograd.Function):
             own = None if orthogonal is None else _orthogonality_gradient(orthogonal, *ctx.columns)
             if own is not None and seen.a.average is None:  # of the same covariances
                 base, own = base.add_(own), None
-            factors = None
-            if subspace is not None:
-                factors = distance_gradients(seen.a.eigenspace, seen.b.eigenspace, seen.subspace_dim, seen.broadening)
-            grads = []
+            spaces, grads = (seen.a.eigenspace, seen.b.eigenspace), []
+            factors = distance_gradients(*spaces, seen.subspace_dim, seen.broadening) if subspace is not None else []
             for i, side in enumerate((seen.a, seen.b)):
-                if factors is not None and subspace is not None:
-                    # the second side's in place: nobody needs `base` after it
-                    g = torch.addmm(base, factors[i][0] * subspace, factors[i][1].mT, out=base if i else None)
-                else:
-                    g = base if i else base.clone()
+                g = base if i else base.clone()  # the second side's in place: nobody needs `base` after it
+                if subspace is not None:
+                    g.addmm_(factors[i][0] * subspace, factors[i][1].mT)
                 if side.average is not None:
                     # Sigma = average x trace of this update, whose normalised covariance has the gradient of the average's
                     g.diagonal().add_(inner(g, side.average.covariance) - inner(g, side.batch_normalised))

@@ -156,20 +156,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class PairMoments:
-    """Moments of both sides of pairs, row i of b after row i of a, and sums over pairs; `p + q` is that of the pairs of both.
-
-    | field       | value                                                       | shape   |
-    |-------------|-------------------------------------------------------------|---------|
-    | product_sum | sum (z_a - a.shift) . (z_b - b.shift)                       | ()      |
-    | cross       | sum (z_a - a.shift)(z_b - b.shift)^T, where it is asked for | (d, d)  |
-    | anchor      | sums with the rows of the frozen start, where there is one  |         |
-    """
+    """Moments of both sides of pairs, row i of b after row i of a, and sums over pairs; `p + q` is of the pairs of both."""
 
     a: Moments
     b: Moments
-    product_sum: Tensor
-    cross: Tensor | None = None
-    anchor: AnchorMoments | None = None
+    product_sum: Tensor  # sum (z_a - a.shift) . (z_b - b.shift), ()
+    cross: Tensor | None = None  # sum (z_a - a.shift)(z_b - b.shift)^T, (d, d), where it is asked for
+    anchor: AnchorMoments | None = None  # sums with the rows of the frozen start, where there is one
 
     @classmethod
     def of(

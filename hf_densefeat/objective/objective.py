@@ -286,18 +286,16 @@ class DenseObjective(Objective):
         if self.power_iterations is None:
             space = eigenspace(covariance)
         else:
-            basis = self.bases[i]
+            basis, iterations, warm = self.bases[i], self.power_iterations, True
             if basis is None:
                 width = min(self.subspace_dim + OVERSAMPLING, len(covariance))
                 start = torch.randn(len(covariance), width, generator=torch.Generator().manual_seed(0))
-                basis = torch.linalg.qr(start.to(covariance)).Q
-                space = subspace_iteration(covariance, basis, COLD_ITERATIONS, warm=False)
-            else:
-                space = subspace_iteration(covariance, basis, self.power_iterations)
+                basis, iterations, warm = torch.linalg.qr(start.to(covariance)).Q, COLD_ITERATIONS, False
+            space = subspace_iteration(covariance, basis, iterations, warm=warm)
             usable = side.varies & space.basis.isfinite().all()
             self.bases[i] = space.basis if usable else basis
-        # rounding noise has no directions
-        return space.of_multiple(torch.where(side.varies, scale, 0))
+        scale = torch.where(side.varies, scale, 0)  # rounding noise has no directions
+        return Eigenspace(space.basis, space.values * scale, space.rest * scale)
 
 
 def _checked_term(name: str, term: Any) -> Term:

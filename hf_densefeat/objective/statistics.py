@@ -15,19 +15,12 @@ from hf_densefeat.objective.subspace import Eigenspace
 
 
 class Average(NamedTuple):
-    """Running average of Sigma / tr Sigma (d, d), as numbers: `running.py`.
+    """Running average of Sigma / tr Sigma, as numbers: `running.py`."""
 
-    Attributes:
-        covariance: the average.
-        noise: squared Frobenius norm of its sampling error.
-        drift: squared distance between the average and what the encoder is now.
-        gain: weight of the last update's covariance in the average.
-    """
-
-    covariance: Tensor
-    noise: Tensor
-    drift: Tensor
-    gain: Tensor
+    covariance: Tensor  # the average, (d, d)
+    noise: Tensor  # squared Frobenius norm of its sampling error, ()
+    drift: Tensor  # squared distance between the average and what the encoder is now, ()
+    gain: Tensor  # weight of the last update's covariance in the average, ()
 
 
 class Side:

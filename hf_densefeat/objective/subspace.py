@@ -37,10 +37,6 @@ class Eigenspace:
     values: Tensor
     rest: Tensor
 
-    def of_multiple(self, scale: Tensor) -> "Eigenspace":
-        """The eigenspace of scale times the covariance, scale >= 0."""
-        return Eigenspace(self.basis, self.values * scale, self.rest * scale)
-
     def leading(self, k: int) -> Tensor:
         """Mask (min(k, m),): the leading k directions that carry variance above rounding."""
         eps = 16 * torch.finfo(self.values.dtype).eps
