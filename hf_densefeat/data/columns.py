@@ -23,8 +23,6 @@ PRESETS = {
 }
 # A table without this column is of another layout, though it has the others.
 NEEDED = {"MIMIC-III": "chartdate"}
-# Rows in which this column is 1 are no notes: MIMIC-III marks what a physician called an error.
-FLAGGED = {"MIMIC-III": "iserror"}
 
 
 @dataclass(frozen=True)
@@ -144,6 +142,14 @@ def order_of_notes(notes: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
         tied &= step == 0
     # Sorting notes that are sorted, as all that `load_notes` returns are, would take most of the time of pairing.
     return np.lexsort(keys) if later.any() else np.arange(len(patient)), patient
+
+
+def place_in_run(*keys: np.ndarray) -> np.ndarray:
+    """0, 1, … within each run of rows that are equal in every key."""
+    place = np.arange(len(keys[0]))
+    same = np.logical_and.reduce([key[1:] == key[:-1] for key in keys])
+    place[1:] -= np.maximum.accumulate(np.where(same, 0, place[1:]))
+    return place
 
 
 def shown(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_densefeat.data.columns import FLAGGED, PRESETS, column, dense_codes, order_of_notes, shown, time_ticks
+from hf_densefeat.data.columns import PRESETS, column, dense_codes, order_of_notes, place_in_run, shown, time_ticks
 from hf_densefeat.data.identity import NONE_WORDS, identities
 from hf_densefeat.data.readers import SourceTable
 from hf_densefeat.data.sources import open_source
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 COPIED = "a text that the same patient has at another time"
 DIGEST_ROWS = 10_000
+FLAGGED = {"MIMIC-III": "iserror"}  # rows in which this column is 1 are no notes: a physician called them an error
 WHITE = " \t\n\r\v\f"  # makes no difference between two texts
 PLACEHOLDERS = ("0001-01-01", "1900-01-01", "9999-12-31")  # what they write for a missing date
 
@@ -235,9 +236,8 @@ def _copies(hashes: np.ndarray, patient: np.ndarray) -> dict[str, np.ndarray]:
 def _again(*keys: np.ndarray) -> np.ndarray:
     """Mark rows that agree with an earlier one in every key."""
     order = np.lexsort(keys)
-    same = np.logical_and.reduce([key[order][1:] == key[order][:-1] for key in keys])
     again = np.zeros(len(order), dtype=bool)
-    again[order[1:][same]] = True
+    again[order] = place_in_run(*(key[order] for key in keys)) > 0
     return again
 
 

@@ -126,7 +126,7 @@ def pair_notes(
     kinds = check_kinds(kinds)
     if kinds == ["adjacent"]:
         return notes, adjacent_pairs(notes, max_gap=max_gap, same=same)
-    patient, plain = order_of_notes(notes)[1], notes.select_columns(["patient_id", "time", "text"])
+    patient, plain = dense_codes(notes, "patient_id"), notes.select_columns(["patient_id", "time", "text"])
     features = datasets.Features(plain.features | {"note": datasets.Value("int64")})
     tables, sides, removed, counts, whole = list[datasets.Dataset](), list[np.ndarray](), dict[str, int](), {}, {}
     for kind in kinds:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from hf_densefeat.data.columns import place_in_run
 from hf_densefeat.data.pairs import NotePairs
 
 
@@ -134,9 +135,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
 
 def _runs(patient: np.ndarray, maximum: int) -> np.ndarray:
     """The number of each pair's run: up to `maximum` pairs of a patient that follow each other."""
-    begins = np.flatnonzero(np.diff(patient, prepend=-1))
-    place = np.arange(len(patient)) - np.repeat(begins, np.diff(np.r_[begins, len(patient)]))
-    run: np.ndarray = np.cumsum(place % maximum == 0) - 1
+    run: np.ndarray = np.cumsum(place_in_run(patient) % maximum == 0) - 1
     return run
 
 
@@ -151,7 +150,7 @@ def _spread(pairs: np.ndarray, patient: np.ndarray, size: int) -> np.ndarray:
         _, code, counts = np.unique(patient, return_inverse=True, return_counts=True)
         by_patient = np.argsort(code, kind="stable")
         place = np.empty(len(pairs), dtype=np.int64)
-        place[by_patient] = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
+        place[by_patient] = place_in_run(code[by_patient])
         must, may = place < (counts // left)[code], np.flatnonzero(place * left < counts[code])
         taken = may[np.argsort(~must[may], kind="stable")][:size]
         filled.append(pairs[taken])

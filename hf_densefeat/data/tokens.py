@@ -82,17 +82,11 @@ class TokenStats:
 
 
 class TextProcessor:
-    """The `PairProcessor` of texts, also of a stream.
+    """The `PairProcessor` of texts, each after the `prompt`; also of a stream.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        chunk: Keep all of a note longer than `max_length`, as chunks of so many tokens one after another, each with its
-            special tokens; False: cut it.
-        whole_words: Mask all tokens of a word or none; needs a fast tokenizer.
-        predict_marks: Mask de-identification marks too. With a slow tokenizer, which does not say where in the text a token
-            stands, they are masked always.
-        prompt: What stands before every text.
-        num_proc: Number of processes that tokenise.
+    A note longer than `max_length` is cut, or with `chunk` kept, as chunks of so many tokens one after another, each with its
+    special tokens. `whole_words` masks all tokens of a word or none. De-identification marks are masked with `predict_marks`
+    alone, but with a slow tokenizer, which does not say where in the text a token stands, always.
     """
 
     def __init__(

@@ -115,9 +115,7 @@ class MultimodalPairCollator(EpisodePairCollator):
 
     def row(self, row: Row, seed: tuple[int, int]) -> Row:
         """The row with masked tokens and values, and the labels of both."""
-        note = {"input_ids": row["input_ids"], "labels": np.zeros(0, np.int64)}
-        if len(row["input_ids"]):
-            note = self.text.row({"input_ids": row["input_ids"]}, seed)
+        note = self.text.row({"input_ids": row["input_ids"]}, seed)
         values = {"input_ids": row["event_ids"], "quantiles": row["quantiles"], "hours": row["hours"]}
         return note | _events(self.events.row(values, seed))
 

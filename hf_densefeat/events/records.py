@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
-from hf_densefeat.data.columns import column, dense_codes, time_ticks
+from hf_densefeat.data.columns import column, dense_codes, place_in_run, time_ticks
 
 
 def pack_episodes(episode, code, value, hours, texts: Sequence[str | None] | int) -> list[str]:
@@ -66,9 +66,9 @@ def latest_of_each(episode: np.ndarray, code: np.ndarray, hours: np.ndarray, lim
     order = np.lexsort((-hours, code, episode))
     rank = np.empty(len(episode), dtype=np.int64)
     # 0 for the latest event of each code in the episode, 1 for the one before it, ...
-    rank[order] = _place(episode[order], code[order])
+    rank[order] = place_in_run(episode[order], code[order])
     order = np.lexsort((-hours, rank, episode))
-    return order[_place(episode[order]) < limit]
+    return order[place_in_run(episode[order]) < limit]
 
 
 def event_episodes(events: datasets.Dataset, every: float = 24.0) -> datasets.Dataset:
@@ -137,11 +137,3 @@ def note_of(episode: str) -> str | None:
     """The note of an episode, if it has one."""
     note = json.loads(episode).get("text")
     return note if note and note.strip() else None
-
-
-def _place(*keys: np.ndarray) -> np.ndarray:
-    """0, 1, … within each run of equal keys."""
-    index = np.arange(len(keys[0]))
-    same = np.logical_and.reduce([key[1:] == key[:-1] for key in keys])
-    index[1:] -= np.maximum.accumulate(np.where(same, 0, index[1:]))
-    return index
