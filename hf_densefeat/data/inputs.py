@@ -149,10 +149,6 @@ class PairProcessor(Protocol):
         """
         ...
 
-    def pad(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
-        """Columns of rows of different lengths to one batch with `attention_mask`, padded on the right."""
-        ...
-
     def save_pretrained(self, save_directory: str | Path) -> Any:
         """Write the processor beside the model."""
         ...

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_densefeat.data.collator import DensePairCollator
@@ -126,11 +124,6 @@ class TextProcessor:
             whole_word_mask=self.whole_words and objective == "mlm",
             chunk_length=max_length if self.chunk else None,
         )
-
-    def pad(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
-        """See `PairProcessor`."""
-        columns: Any = dict(rows)
-        return dict(self.tokenizer.pad(columns, padding_side="right", return_tensors="pt"))
 
     def save_pretrained(self, save_directory: str | Path) -> Any:
         """Save the tokenizer."""

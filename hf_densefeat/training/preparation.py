@@ -67,7 +67,7 @@ def pair_processor(processing_class: Any, model: Any, args: DenseTrainingArgumen
         )
     if not isinstance(processing_class, PairProcessor):
         raise ValueError(
-            f"Expected processing_class to be a tokenizer or a PairProcessor (pairs, collator, pad, save_pretrained), got "
+            f"Expected processing_class to be a tokenizer or a PairProcessor (pairs, collator, save_pretrained), got "
             f"{type(processing_class).__name__}. Take the tokenizer of the model: AutoTokenizer.from_pretrained(...)."
         )
     return processing_class
