@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -183,11 +182,6 @@ def check_kinds(kinds: str | Sequence[str]) -> list[str]:
     if not named or set(named) - set(PAIRS):
         raise ValueError(f"Expected pairs to be one or several of {', '.join(PAIRS)}, but got {kinds!r}.")
     return named
-
-
-def spans_of(text: str, kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs of spans of one note; none for adjacent notes."""
-    return [pair for kind in kinds if kind in SPANS for pair in pairwise(SPANS[kind](text))]
 
 
 def _cut(batch: dict[str, list[Any]], rows: list[int], kind: str) -> dict[str, list[Any]]:

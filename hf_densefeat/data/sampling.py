@@ -95,8 +95,8 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         full = n // size * size
         if self.shuffle:
             rng = np.random.default_rng((self.seed, self.epoch))
-            # whole runs are shuffled, so that what is to stay together does
-            run = _runs(self.patient, self.pairs_per_patient)
+            # whole runs, of up to so many pairs of a patient, are shuffled, so that what is to stay together does
+            run = np.cumsum(place_in_run(self.patient) % self.pairs_per_patient == 0) - 1
             place = np.argsort(rng.permutation(run.max(initial=-1) + 1))  # of each run in a random order
             order = np.argsort(place[run], kind="stable")
             longest = np.zeros(n, dtype=np.int64)
@@ -131,12 +131,6 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
                 # slices that differ by one pair at most, empty for some ranks in the last, short batch
                 mine = np.array_split(micro_step, self.ranks)[self.rank]
                 yield list(zip(mine.tolist(), mask_seeds[mine].tolist(), strict=True))
-
-
-def _runs(patient: np.ndarray, maximum: int) -> np.ndarray:
-    """The number of each pair's run: up to `maximum` pairs of a patient that follow each other."""
-    run: np.ndarray = np.cumsum(place_in_run(patient) % maximum == 0) - 1
-    return run
 
 
 def _spread(pairs: np.ndarray, patient: np.ndarray, size: int) -> np.ndarray:

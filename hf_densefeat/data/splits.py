@@ -88,11 +88,10 @@ class SplitRecord:
     def of(cls, model: Any) -> SplitRecord | None:
         """The record of a model, also inside what wraps it (DDP, PEFT, SentenceTransformer); None if it has none."""
         for one in model.modules() if hasattr(model, "modules") else [model]:
-            block = getattr(getattr(one, "config", None), "densefeat", None)
-            known: SplitRecord | None = getattr(one, "split_record", None)
-            if block and known is None and block.get("split"):
-                known = cls.from_dict(block["split"], getattr(one, "name_or_path", ""))
-            if block:
+            if block := getattr(getattr(one, "config", None), "densefeat", None):
+                known: SplitRecord | None = getattr(one, "split_record", None)
+                if known is None and block.get("split"):
+                    known = cls.from_dict(block["split"], getattr(one, "name_or_path", ""))
                 return known
         return None
 
@@ -201,11 +200,9 @@ def parts_of_patients(
                 "it (allow_trained=True)."
             )
         return given
-    rule = record.rules[0] if record is not None and record.rules else None
-    if rule is None and not trained.any() and stratum is None:
-        rule = split_patients(ids, shares, seed)
-    if rule is not None and stratum is None:
-        parts = rule.parts_of(ids)
+    rule = record.rules[0] if record and record.rules else None
+    if stratum is None and (rule or not trained.any()):
+        parts = (rule or split_patients(ids, shares, seed)).parts_of(ids)
     else:
         parts = np.zeros(len(ids), dtype=np.int64)
         free = np.flatnonzero(~trained)

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from itertools import chain, count, islice, repeat
+from itertools import chain, count, islice, pairwise, repeat
 from typing import Any, NamedTuple
 
 import datasets
@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from hf_densefeat.data.inputs import Batch, paired, rows_of
-from hf_densefeat.data.pairs import NotePairs, check_kinds, spans_of
+from hf_densefeat.data.pairs import SPANS, NotePairs, check_kinds
 from hf_densefeat.data.sampling import PairBatchSampler
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,8 @@ class PairStream(IterableDataset[Batch]):
             if before and "adjacent" in self.kinds and before.run == note.run and self._near(before, note):
                 found = True
                 yield before, note
-            for place, (first, second) in enumerate(spans_of(note.text, self.kinds)[done:], done + 1):
+            inside = [pair for kind in self.kinds if kind in SPANS for pair in pairwise(SPANS[kind](note.text))]
+            for place, (first, second) in enumerate(inside[done:], done + 1):
                 found = True
                 yield note._replace(text=first), note._replace(text=second, position=note.position | {"done": place})
             before, done = note, 0
