@@ -30,9 +30,7 @@ class Settings(Columns):
     output: str = option(help="folder to write")
     precision: Literal["float32", "float16", "int8", "bits"] = option("float32", help="of the vectors in the files")
     truncate_dim: int | None = option(None, help="keep the first so many dimensions")
-    view: str | None = option(
-        None, help="content or form, or none for the embedding below the views; default: the model's"
-    )
+    view: str | None = option(None, help="content, form, or none for what is below the views; default: the model's")
     max_length: int | None = option(None, help="tokens of a note; default: what the encoder can see")
     batch_size: int = option(32, help="notes at once")
     dtype: Literal["float32", "bfloat16"] = option("float32", help="of the encoder's weights")

@@ -24,9 +24,7 @@ class Fitting(NotesTable):
     """Options of every command that fits views."""
 
     output: str = option(help="folder to write")
-    epsilon: str = option(
-        "auto", help="auto (the default): .03, or 10 if the encoder was trained for similarity; a number; or center"
-    )
+    epsilon: str = option("auto", help="auto: .03, or 10 of an encoder trained for similarity; a number; or center")
     pooling: str | None = option(None, help="mean, cls, last, max or mean_sqrt_len; default: the encoder's")
     max_length: int | None = option(None, help="tokens of a note; default: what the encoder can see")
     batch_size: int = option(32, help="notes at once")
@@ -41,9 +39,7 @@ class Settings(Fitting):
 
     model: str | None = option(None, help="Hub name or folder of the encoder")
     vectors: str | None = option(None, help="table of vectors that are there already, in the place of a model")
-    id_column: str | None = option(
-        None, help="column that joins vectors and notes; default: note_id, else the row's number"
-    )
+    id_column: str | None = option(None, help="joins vectors and notes; default: note_id, else the row's number")
 
 
 def run(settings: Settings) -> None:

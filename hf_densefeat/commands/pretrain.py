@@ -34,26 +34,18 @@ class Settings(NotesTable):
     model: str | None = option(None, help="Hub name or folder of the encoder.")
     config_name: str | None = option(None, help="Start from random weights with this config.")
     tokenizer_name: str | None = option(None, help="Default: beside the model or config.")
-    similarity: list[str] = option(
-        [], help="Search and neighbours: column:query, column:same, column:neighbours, column:few_labels."
-    )
+    similarity: list[str] = option([], help="Uses: column:query, column:same, column:neighbours, column:few_labels.")
     probe: list[str] = option([], help="Linear probes, label:kind each, as in probe.")
-    beside: str | None = option(
-        None, help="JSON file of an earlier run's measurements, such as MLM alone, shown as a column of the table."
-    )
+    beside: str | None = option(None, help="JSON file of measurements, such as of MLM alone: a column of the table.")
     share: str | None = option(
         None,
         help="Of the way from the start to the trained weights: a number, or auto, by validation notes. Default: auto from a "
         "start that was trained for similarity, else 1.",
     )
-    views: str = option(
-        "auto", help="Content and form view after training: none, auto, an epsilon, or center for the mean."
-    )
+    views: str = option("auto", help="Views after training: none, auto, an epsilon, or center for the mean.")
     allow_trained: bool = option(False, help="Hold out patients that the start was trained on, where the table does.")
     max_measured_notes: int = option(4000, help="Notes, of whole patients, to measure on.")
-    head_warmup_steps: int = option(
-        100, help="If the language-modelling head is new, train it alone for so many updates first."
-    )
+    head_warmup_steps: int = option(100, help="Updates in which a new language-modelling head is trained alone first.")
     head_warmup_learning_rate: float = option(1e-3, help="Peak learning rate of that warm-up.")
     given: frozenset[str] = field(init=False, default=frozenset(), metadata={"help": ""})  # options that were named
 

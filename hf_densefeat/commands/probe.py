@@ -31,12 +31,8 @@ class Settings(NotesTable):
     """Options of the command."""
 
     model: list[str] = option([], help="PATH or NAME=PATH; the first is the base")
-    vectors: list[str] = option(
-        [], help="PATH or NAME=PATH of vectors that are there already, beside the models or alone"
-    )
-    id_column: str | None = option(
-        None, help="column that joins vectors and notes; default: note_id, else the row's number"
-    )
+    vectors: list[str] = option([], help="PATH or NAME=PATH of vectors that are there already, with or without models")
+    id_column: str | None = option(None, help="joins vectors and notes; default: note_id, else the row's number")
     task: list[str] = option([], help="label:kind or label:kind:table")
     similarity: list[str] | None = option(None, help="same_patient, or column:kind")
     output: str = option("probe_report", help="folder to write")
