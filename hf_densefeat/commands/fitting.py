@@ -54,21 +54,19 @@ def fit_model(model: Any, tokenizer: Any, settings: Any, record: SplitRecord | N
     """Fit the views of an encoder, save it with them, and measure; `record` is of another model in its weights, if any."""
     own = SplitRecord.of(model)
     for_similarity = model.config.densefeat["contrastive"] = trained_for_similarity(settings.model)
-    encoder = below(model, tokenizer, batch_size=settings.batch_size, show_progress_bar=True)
-
-    def save(views: dict[str, DenseHead], record: SplitRecord) -> None:
-        model.views = views
-        try:
-            record.write_to(model)  # the patients whose notes fit the head were trained on too
-            model.save_pretrained(settings.output)
-            record.save(settings.output)
-            tokenizer.save_pretrained(settings.output)
-        except SafetensorError as error:  # a full disk
-            raise OSError(f"{settings.output} could not be written: {error}") from error
-
     words = partial(words_of, model=model, tokenizer=tokenizer)
-    how: dict[str, Any] = {"record": own | record if own else record, "for_similarity": for_similarity}
-    fit_and_measure(encoder, settings.read(), settings, words, save, **how)
+    parts, record, measure = held_out(settings.read(), settings, words, record=own | record if own else record)
+    encoder = below(model, tokenizer, batch_size=settings.batch_size, show_progress_bar=True)
+    how: dict[str, Any] = {"epsilon": settings.epsilon, "seed": settings.seed, "for_similarity": for_similarity}
+    model.views, tried = fit_views(encoder, parts, **how)
+    try:
+        record.write_to(model)  # the patients whose notes fit the head were trained on too
+        model.save_pretrained(settings.output)
+        record.save(settings.output)
+        tokenizer.save_pretrained(settings.output)
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{settings.output} could not be written: {error}") from error
+    show(measure, encoder, model.views, tried)
     print(f"Saved to {settings.output}.\n{how_to_use(settings.output, model.views)}")
 
 
@@ -78,44 +76,41 @@ def fit_vectors(settings: Any) -> None:
     notes, folder = numbered_notes(settings), Path(settings.output)
     found, z = read_vectors(settings.vectors, notes, settings.id_column)
     notes = notes.select(found)
-
-    def save(views: dict[str, DenseHead], record: SplitRecord) -> None:
-        for name, head in views.items():
-            head.module().save(folder / name)
-            np.savez(folder / f"{name}.npz", mean=head.mean.numpy(), matrix=head.matrix.numpy())
-
-    how: dict[str, Any] = {"kinds": ("adjacent",), "for_similarity": True}  # the halves of a note have no vectors
-    how["need"] = ("train", "validation", "test")
-    encoder = Encoded.of(notes["text"][:], z)
-    fit_and_measure(encoder, notes, settings, lambda part: Words.fit(part["text"][:]), save, **how)
+    encoder, need = Encoded.of(notes["text"][:], z), ("train", "validation", "test")
+    parts, _, measure = held_out(notes, settings, lambda part: Words.fit(part["text"][:]), need=need)
+    how: dict[str, Any] = {"epsilon": settings.epsilon, "seed": settings.seed, "for_similarity": True}
+    views, tried = fit_views(encoder, parts, kinds=("adjacent",), **how)  # the halves of a note have no vectors
+    for name, head in views.items():
+        head.module().save(folder / name)
+        np.savez(folder / f"{name}.npz", mean=head.mean.numpy(), matrix=head.matrix.numpy())
+    show(measure, encoder, views, tried)
     print(f"Saved to {folder}: each view a Dense module of sentence-transformers and a file for NumPy.")
 
 
-def fit_and_measure(
-    encoder: Encoded,
+def held_out(
     notes: Any,
     settings: Any,
     words: Callable[[Any], Words],
-    save: Callable[[dict[str, DenseHead], SplitRecord], None],
     *,
-    record: SplitRecord | None = None,
     need: Sequence[str] = ("train", "test"),
     **options: Any,
-) -> None:
-    """Fit views on training patients' notes, save them, and print what held-out patients' notes look like under each.
+) -> tuple[Mapping, SplitRecord, Measurement]:
+    """The notes by part, the record of who is held out from now on, and what is measured on the held-out notes.
 
-    `words` makes those that are measured beside the encoder of training notes. `save` is given the views, and the record of
-    who is held out from now on. `options` are of `fit_views`.
+    `words` makes those that are measured beside the encoder, of training notes.
     """
     print(f"notes      {describe_notes(notes)}")
-    how: dict[str, Any] = {"seed": settings.seed, "record": record, "allow_trained": settings.allow_trained}
-    parts, record = hold_out(notes, need=need, **how)
+    allow, seed = settings.allow_trained, settings.seed
+    parts, record = hold_out(notes, seed=seed, allow_trained=allow, need=need, **options)
     asked: dict[str, Any] = {"similarity": settings.similarity, "words": partial(words, parts["train"])}
-    measure = Measurement(parts["test"], seed=settings.seed, **asked)
+    measure = Measurement(parts["test"], seed=seed, **asked)
     if measure.others:
         raise ValueError("--similarity column:query needs texts that are no notes; use `densefeat probe`.")
-    views, tried = fit_views(encoder, parts, epsilon=settings.epsilon, seed=settings.seed, **options)
-    save(views, record)
+    return parts, record, measure
+
+
+def show(measure: Measurement, encoder: Encoded, views: Mapping[str, DenseHead], tried: Sequence[Choice]) -> None:
+    """Print what was fitted, and what held-out patients' notes look like as they are and under each view."""
     print(described(views, tried))
     start, after = measure("as it is", encoder), measured_views(measure, encoder, views)
     print(f"\n{terminal(before_after_table([start, *measure.beside(), *after]))}\n")

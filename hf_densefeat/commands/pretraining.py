@@ -272,10 +272,10 @@ def kept_measurements(settings: Settings, args: DenseTrainingArguments) -> list[
     kept = json.loads(Path(settings.beside).read_text())
     here = {name: value for source in (args, settings) for name, value in vars(source).items()}
     same = {name: here[name] == value or str(here[name]).endswith(f"/{value}") for name, value in kept["of"].items()}
-    if all(same.values()):
+    other = [f"{name} {kept['of'][name]}" for name, equal in same.items() if not equal]
+    if not other:
         return kept["measured"]
-    other = ", ".join(f"{name} {kept['of'][name]}" for name, equal in same.items() if not equal)
-    say(args, line("beside", f"{Path(settings.beside).name} is left out: it was measured with {other}"))
+    say(args, line("beside", f"{Path(settings.beside).name} is left out: it was measured with {', '.join(other)}"))
     return []
 
 

@@ -96,14 +96,12 @@ def dense_options(inputs: int, outputs: int, *, bias: bool) -> dict[str, Any]:
 
 def _weights(path: str, fetch: Fetch) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and metadata; folders of the first releases have a `pytorch_model.bin`, read without unpickling code."""
-    file = fetch(f"{path}/model.safetensors")
-    if file is None:
-        file = fetch(f"{path}/pytorch_model.bin")
-        if file is None:
-            raise ValueError(f"{path} has neither model.safetensors nor pytorch_model.bin")
+    if file := fetch(f"{path}/model.safetensors"):
+        with safe_open(file, "pt") as opened:
+            return load_file(file), opened.metadata() or {}
+    if file := fetch(f"{path}/pytorch_model.bin"):
         return torch.load(file, map_location="cpu", weights_only=True), {}
-    with safe_open(file, "pt") as opened:
-        return load_file(file), opened.metadata() or {}
+    raise ValueError(f"{path} has neither model.safetensors nor pytorch_model.bin")
 
 
 def through(modules: Sequence[SentenceModule], z: Tensor) -> Tensor:
