@@ -91,19 +91,13 @@ def check(words: Sequence[str]) -> None:
 
 def written_options() -> dict[str, tuple[Any, str]]:
     """Every option with its default and its help: fields of the dataclasses, those of training read from their source."""
-    transformers = find_spec("transformers")
-    assert transformers is not None
-    assert transformers.origin is not None
-    training = Path(__file__).parents[1] / "training" / "arguments.py"
-    found: dict[str, tuple[Any, str]] = {
-        one.name: (one.default, one.metadata["help"]) for one in fields(Settings) if one.init
-    }
-    for file in (Path(transformers.origin).parent / "training_args.py", training):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name in ("TrainingArguments", "DenseTrainingArguments"):
-                for line in node.body:
-                    if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                        found[line.target.id] = _default_and_help(line.value)
+    theirs = Path(getattr(find_spec("transformers"), "origin", "")).parent / "training_args.py"
+    ours = Path(__file__).parents[1] / "training" / "arguments.py"
+    found = {one.name: (one.default, one.metadata["help"]) for one in fields(Settings) if one.init}
+    for file in (theirs, ours):
+        classes = (node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+        lines = (line for one in classes for line in one.body if isinstance(line, ast.AnnAssign))
+        found |= {ast.unparse(line.target): _default_and_help(line.value) for line in lines}
     return found
 
 

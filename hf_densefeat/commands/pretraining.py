@@ -59,7 +59,7 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
         args.disable_tqdm = True
     try:
         beside = kept_measurements(settings, args)
-        trainer, measure, parts, start, head_is_new = prepare(settings, args)
+        trainer, measure, parts, start, new = prepare(settings, args)
     # what is wrong with notes, model, options, Hub or disk, before hours of training
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"pretrain: error: {error_line(error, written_options())}")
@@ -67,14 +67,18 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
     model: Any = trainer.model
     tokenizer = trainer.processing_class
     before = measure("start", model.to(args.device), tokenizer) if args.should_save else None
-    train(trainer, settings, head_is_new)
+    train(trainer, settings, head_is_new=bool(new))
     try:
         trainer.save_model(_internal_call=True)  # first: whatever fails from here on, the encoder is there
         if settings.share is not None:
             said = "all of the way: sharded weights are not interpolated here, see densefeat interpolate"
             if args.should_save and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-                going: dict[str, Any] = {"share": settings.share, "tokenizer": tokenizer, "seed": args.seed}
-                going["new"] = names_of_head(trainer.dense_model) if head_is_new else ()
+                going: dict[str, Any] = {
+                    "share": settings.share,
+                    "tokenizer": tokenizer,
+                    "seed": args.seed,
+                    "new": new,
+                }
                 said = go_share(trainer.dense_model, start, parts.get("validation"), **going)
             say(args, line("share", said))
         if settings.views != "none":
@@ -99,7 +103,7 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
     end_processes()
 
 
-def train(trainer: DenseTrainer, settings: Settings, head_is_new: bool) -> None:
+def train(trainer: DenseTrainer, settings: Settings, *, head_is_new: bool) -> None:
     """A new head alone first, then all; where it is stopped, say how to go on."""
     args: Any = trainer.args
     resumed = args.resume_from_checkpoint
@@ -141,10 +145,10 @@ def use_every_core(args: DenseTrainingArguments) -> None:
         say(args, line("threads", f"other programs use {busy} of {cores} cores: OMP_NUM_THREADS=1 may be faster"))
 
 
-def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, Any, bool]:
+def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrainer, Measurement, dict, Any, set[str]]:
     """Notes split by patient, model, trainer and measurement, each checked; what was read is printed.
 
-    The fourth is a copy of the start, where a share of the way from it is asked for, else None.
+    The fourth is a copy of the start, where a share of the way from it is asked for, else None; the last as of `load_model`.
     """
     folder = writable(str(args.output_dir), "output_dir")
     full = any(folder.iterdir()) and not args.resume_from_checkpoint
@@ -164,7 +168,7 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     pair_notes(notes, args.pairs, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     with loading(source):
         contrastive = bool(settings.model) and trained_for_similarity(source)
-        model, head_is_new = load_model(settings, args)
+        model, new = load_model(settings, args)
     if contrastive:
         say(args, line("start", take_defaults(settings, args)))
     validated = args.eval_strategy != "no" or settings.share == "auto" or settings.probe
@@ -200,7 +204,7 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     )
     show(trainer)
     start = trainer.start or copy.deepcopy(model) if settings.share is not None else None
-    return trainer, measure, parts, start, head_is_new
+    return trainer, measure, parts, start, new
 
 
 def take_defaults(settings: Settings, args: DenseTrainingArguments) -> str:
@@ -215,19 +219,13 @@ def take_defaults(settings: Settings, args: DenseTrainingArguments) -> str:
     return f"trained for similarity, so by default {words}, share {settings.share}"
 
 
-def load_model(settings: Settings, args: DenseTrainingArguments) -> tuple[Any, bool]:
-    """The model, and whether its language-modelling head has just been made."""
+def load_model(settings: Settings, args: DenseTrainingArguments) -> tuple[Any, set[str]]:
+    """The model, and names of the weights of its language-modelling head that its checkpoint does not have."""
     if not settings.model:
         config = AutoConfig.from_pretrained(str(settings.config_name))
-        return AutoDenseModel.from_config(config, pooling=args.pooling), False
+        return AutoDenseModel.from_config(config, pooling=args.pooling), set()
     model, loading = AutoDenseModel.from_pretrained(settings.model, pooling=args.pooling, output_loading_info=True)
-    return model, bool(set(loading["missing_keys"]) & set(names_of_head(model)))
-
-
-def names_of_head(model: Any) -> list[str]:
-    """Names of the weights outside the body, those of the language-modelling head."""
-    body = model.base_model_prefix + "."
-    return [name for name in model.state_dict() if not name.startswith(body)]
+    return model, {name for name in loading["missing_keys"] if not name.startswith(f"{model.base_model_prefix}.")}
 
 
 def warm_up_head(model: Any, settings: Settings, args: DenseTrainingArguments, train_dataset, tokenizer) -> None:
