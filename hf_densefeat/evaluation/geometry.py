@@ -206,12 +206,9 @@ def patient_subspaces(z: Tensor, patients: Tensor, k: int = 20, *, seed: int = 0
     """Subspace distance of the earlier and the later half of each patient's notes (paper, Table 2), with its floor.
 
     Rows must be in time order within a patient. They are cut in the middle; the floor cuts the same rows at random, so
-    both compare sets of the same size, each without its mean. Patients with a half that does not support ``k`` directions
-    (fewer than 2k + 2 notes, or too few distinct ones) are counted in ``patients_skipped``, not used.
-
-    Returns:
-        ``k``, ``patients``, ``patients_skipped`` and, with at least one patient, the means over patients of
-        ``distance`` and ``noise_floor`` (raw, ``[0, 2k]``) and ``distance_normalized``, ``noise_floor_normalized``.
+    both compare sets of the same size, each without its mean. The distance and its floor are means over ``patients``, raw
+    and normalised as in `geometry_report`. Patients with a half that does not support ``k`` directions (fewer than 2k + 2
+    notes, or too few distinct ones) are counted in ``patients_skipped``, not used.
     """
     code = torch.unique(torch.as_tensor(patients), return_inverse=True)[1]
     groups = torch.argsort(code, stable=True).split(torch.bincount(code).tolist())

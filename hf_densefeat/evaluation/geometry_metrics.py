@@ -12,16 +12,11 @@ import torch
 from hf_densefeat.evaluation import geometry
 
 _INPUTS = """
-Args:
-    embeddings: N rows of d numbers.
-    next_embeddings: of subspace_distance alone: N rows of d numbers, the notes that follow row by row.
-    center (bool): remove the mean row first (of each side). Default False.
-    floor (float): of condition_number: smallest eigenvalue that counts, relative to the largest. Default 1e-10.
-    k (int): of subspace_distance: subspace dimension. Default 20.
-Returns:
-    effective_rank, its attainable maximum, n, d; or condition_number, floor, n, d; or subspace_distance (in [0, 2k]),
-    subspace_distance_normalized (over 2k), subspace_distance_half and subspace_noise_floor (both between disjoint
-    halves of the rows, so comparable with one another), k, n.
+embeddings, and for subspace_distance next_embeddings of the notes that follow: N rows of d numbers. Options are those of
+hf_densefeat.evaluation.geometry: center; floor of condition_number; k of subspace_distance.
+Returns effective_rank, its attainable maximum, n, d; or condition_number, floor, n, d; or subspace_distance (in [0, 2k]),
+subspace_distance_normalized (over 2k), subspace_distance_half and subspace_noise_floor (both between disjoint halves of the
+rows, so comparable with one another), k, n.
 """
 
 
@@ -44,11 +39,7 @@ def _distance(z: torch.Tensor, z_next: torch.Tensor, *, k: int = 20, center: boo
     return {f"subspace_{name}": report[f"subspace_{name}{suffix}"] for name in names} | {"k": k, "n": len(z)}
 
 
-COMPUTED: dict[str, Any] = {
-    "effective_rank": _rank,
-    "condition_number": _condition,
-    "subspace_distance": _distance,
-}
+COMPUTED: dict[str, Any] = {"effective_rank": _rank, "condition_number": _condition, "subspace_distance": _distance}
 
 
 class GeometryMetrics(evaluate.Metric):

@@ -40,11 +40,7 @@ SHOTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(Result):
-    """What one probe found on its test rows.
-
-    ``rows`` counts train, validation, test and unlabelled rows, ``patients`` in the test rows, and, where there are
-    such, ``classes_without_training_rows`` of the test rows, whose AUROC is that of a guess.
-    """
+    """What one probe found on its test rows; of their classes without training rows the AUROC is that of a guess."""
 
     strength: float | None  # the C, or the ridge penalty per row, that the validation rows chose; None for clustering
     shots: dict[int, Estimate]  # k to the AUROC with k rows of each class, mean over the draws

@@ -182,11 +182,7 @@ def similarity_tasks(words: Sequence[str], notes: Any) -> list[SimilarityTask]:
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityResult(Result):
-    """What one task found.
-
-    ``metrics`` has ``mrr``, and ``mrr_binary``, ``mrr_d_over_4`` for codes and dimensions; ``rows`` counts ``scored``,
-    ``patients``, ``searched`` and what was left out.
-    """
+    """What one task found: ``mrr``, and ``mrr_binary``, ``mrr_d_over_4`` for codes and dimensions."""
 
     # metric name to one value a row or query, NaN where none is defined; for clusters their codes
     values: dict[str, np.ndarray] = field(repr=False)

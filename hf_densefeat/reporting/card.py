@@ -174,16 +174,9 @@ def model_card(
 ) -> str:
     """README.md with its metadata; the snippets in it run as they are printed.
 
-    Args:
-        repository: name on the Hub, or of the folder.
-        model: an encoder with `DenseFeatureMixin`.
-        run: what was trained.
-        measured: what was measured, in order of time; the last one's headlines become the `model-index`.
-        pictures: PNGs that lie beside the card.
-        language: ISO code.
-        license: by default the one that the base model's card names.
-        tags: further tags.
-        dataset: Hub name of the notes, if they may be named.
+    The repository is a name on the Hub or of the folder. What was measured is in order of time; the last one's headlines
+    become the `model-index`. Pictures lie beside the card. The language is an ISO code, the licence by default the one that
+    the base model's card names, the dataset the Hub name of the notes, if they may be named.
     """
     own, base, name = model.card_use(), run.base_model, repository.split("/")[-1]
     on_hub = base if base and not run.local and not Path(base).exists() else None
@@ -293,7 +286,8 @@ def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
         found = row.values[one["name"]]
         if not row.headline or not math.isfinite(found.value):
             continue
-        metric, known = metric_named(row.metric), math.isfinite(found.low)
+        metric = metric_named(row.metric)
+        within = f", 95 % interval {found.low:.3f} to {found.high:.3f}" if math.isfinite(found.low) else ""
         kind, name = metric.hub_task or ("feature-extraction", GROUPS[row.group].capitalize())
         results.append(
             EvalResult(
@@ -304,9 +298,7 @@ def _eval_results(measured: Sequence[Measured]) -> list[EvalResult] | None:
                 dataset_config=f"{row.task}, {name}",  # entries with the same task type and config are merged
                 dataset_split="test",
                 metric_type=metric.hub_name,
-                metric_name=f"{metric.title}, 95 % interval {found.low:.3f} to {found.high:.3f}"
-                if known
-                else metric.title,
+                metric_name=f"{metric.title}{within}",
                 metric_value=round(found.value, 4),
             )
         )

@@ -25,6 +25,10 @@ from hf_densefeat.reporting.formats import Table, markdown
 from hf_densefeat.reporting.plots import Picture, draw, plot_angles, plot_shots
 from hf_densefeat.reporting.tables import code_table, comparison_table, geometry_table, subspace_table
 
+HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width, initial-scale=1">\
+<title>Encoder report</title><style>{style}</style></head><body><main><h1>Encoder report</h1>"""
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #ffffff; --line: #d0d7de; --card: #f6f8fa;
   --mark: #0072b2; }
@@ -115,6 +119,7 @@ def report_sections(
     """
     folder = Path(folder)
     probes = [plot_shots(shots, folder / "shots.png")] if shots else []
+    probes += [projection] if projection else []
     return [
         Section("At a glance", pictures=draw(measured, folder)),
         Section("Similarity", comparison_table(measured, ("similarity",), "use, by cosine")),
@@ -125,11 +130,7 @@ def report_sections(
             subspace_table(adjacent, per_patient) if adjacent else None,
             [plot_angles(angles, folder / "angles.png")] if angles else [],
         ),
-        Section(
-            "Probes",
-            comparison_table(measured, ("probes", "clusterings"), "probe"),
-            [*probes, *([projection] if projection else [])],
-        ),
+        Section("Probes", comparison_table(measured, ("probes", "clusterings"), "probe"), probes),
         Section("Rows behind the numbers", rows),
     ]
 
@@ -139,14 +140,13 @@ def _html_table(table: Table) -> str:
     # A line may break before or after an interval, not in it.
     head, *lines = [[re.sub(r"(?<=\d), (?=[+-]?\d)", ",\u00a0", html.escape(cell)) for cell in line] for line in table]
     grouped = len({line[0] for line in lines}) < len(lines)
+    titles = 1 if grouped else 0  # the column of the lines' own titles
+    head = head[titles:]
     bodies: dict[str, str] = {}
-    for line in lines:
-        name, title, cells = (line[0], line[1], line[2:]) if grouped else ("", line[0], line[1:])
+    for name, (title, *cells) in ((line[0] if grouped else "", line[titles:]) for line in lines):
         # On narrow screens a line becomes a block, and each value stands beside the head of its column.
-        columns = zip(head[-len(cells) :], cells, strict=True)
-        values = "".join(f'<td data-head="{column}">{cell}</td>' for column, cell in columns)
+        values = "".join(f'<td data-head="{key}">{cell}</td>' for key, cell in zip(head[1:], cells, strict=True))
         bodies[name] = bodies.get(name, "") + f'<tr><th scope="row">{title}</th>{values}</tr>'
-    head = head[1:] if grouped else head
     parts = [f'<table class="{"compact" if grouped else "lines"}"><thead><tr>']
     parts += [f'<th scope="col">{cell}</th>' for cell in head] + ["</tr></thead>"]
     for name, rows in bodies.items():
@@ -166,13 +166,9 @@ def render(verdicts: Sequence[Verdict], sections: Sequence[Section], *, facts: s
 
     The facts say when, what and with which options; the method how it was measured. Each is one paragraph.
     """
-    parts = ['<!doctype html><html lang="en"><head><meta charset="utf-8">']
-    parts.append('<meta name="viewport" content="width=device-width, initial-scale=1">')
-    parts.append(f"<title>Encoder report</title><style>{STYLE}</style></head><body><main><h1>Encoder report</h1>")
-    for verdict in verdicts:
-        parts.append(
-            f'<p class="verdict"><strong>{html.escape(verdict.advice)}</strong> {html.escape(verdict.evidence)}</p>'
-        )
+    parts = [HEAD.format(style=STYLE)]
+    for advice, evidence in ((html.escape(one.advice), html.escape(one.evidence)) for one in verdicts):
+        parts.append(f'<p class="verdict"><strong>{advice}</strong> {evidence}</p>')
     parts.append(f'<p class="note">{html.escape(facts)}</p>')
     for section in (part for part in sections if part.rows or part.pictures):
         parts.append(f"<section><h2>{html.escape(section.title)}</h2>")
