@@ -1,5 +1,6 @@
 """What the evaluators share: tasks are read once, each different text is encoded once, a trainer gets flat numbers."""
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any, ClassVar
 from hf_densefeat.data.splits import refuse_trained
 from hf_densefeat.evaluation.embeddings import embed
 from hf_densefeat.evaluation.metrics import Metric
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, repr=False)
@@ -35,8 +38,12 @@ class Evaluator(ABC):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names) or not names:
             raise ValueError(f"Expected at least one task, with different names, but got {names}.")
-        # by task, with `texts`, `queries` and the ids of who is `tested`
+        # by task, with `texts`, `queries`, the ids of who is `tested`, and how many rows are `left_out`
         self.rows: dict[str, Any] = {task.name: self._read(task) for task in self.tasks}
+        for name, rows in self.rows.items():
+            if any(rows.left_out.values()):
+                counts = {reason: count for reason, count in rows.left_out.items() if count}
+                logger.info("%s %s: rows apart: %s.", self.what.capitalize(), name, counts)
         headline, metric = next(iter(self._metrics(self.tasks[0].kind).items()))
         self.primary_metric, self.greater_is_better = f"{names[0]}_{headline}", metric.higher_is_better
 

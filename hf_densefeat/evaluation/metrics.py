@@ -109,8 +109,8 @@ def paired_difference(ours: Result, theirs: Result) -> dict[str, Estimate]:
     """
     if not np.array_equal(ours.y, theirs.y) or not np.array_equal(ours.patient, theirs.patient):
         raise ValueError("Expected two results of the same task, seed and split; their test rows differ.")
-    named = {name: name if name in theirs.metrics else name.removesuffix(WITH_WORDS) for name in ours.metrics}
-    named = {name: other for name, other in named.items() if other in theirs.metrics}
+    both = ((name, other) for name in ours.metrics for other in (name.removesuffix(WITH_WORDS), name))
+    named = {name: other for name, other in both if other in theirs.metrics}
     if not named:
         raise ValueError(f"Expected a metric in common but got {list(ours.metrics)} and {list(theirs.metrics)}.")
     found = {}

@@ -5,7 +5,6 @@ training rows; the regularisation is chosen on the validation rows; the test row
 Intervals are the 2.5 and 97.5 percentiles of bootstrap replicates that redraw *patients*, never rows.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,8 +31,6 @@ from hf_densefeat.evaluation.metrics import (
     replicate,
 )
 from hf_densefeat.evaluation.tasks import Kind, ProbeRows, ProbeTask, task_rows
-
-logger = logging.getLogger(__name__)
 
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -74,23 +71,22 @@ def _fitted(z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind) -> tuple[np.n
     return predict(standard(z[test]), path[best], kind), (ALPHAS if kind == "regression" else CS)[best], threshold
 
 
-def _few_shot_outputs(
+def _few_shots(
     z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind, shots: Sequence[int], rng: np.random.Generator
 ) -> dict[int, np.ndarray]:
     """Probabilities of the test rows by the number of training and validation rows of each class."""
-    outputs = {}
     # Rows of each class in a random order: the first k are the k-shot sample, so samples are nested.
     train, validation = (
         [rng.permutation(rows[y[rows] == c]) for c in np.unique(y[rows])]
         for rows in (np.flatnonzero(split == code) for code in (0, 1))
     )
-    for k in shots:
-        if k <= max(map(len, train)):
-            # The same fit as with all rows: only who trains and who validates differs.
-            few = np.where(split == 2, 2, -1)
-            for code, side in enumerate((train, validation)):
-                few[np.concatenate([rows[:k] for rows in side])] = code
-            outputs[k] = _fitted(z, y, few, kind)[0]
+    outputs = {}
+    for k in (k for k in shots if k <= max(map(len, train))):
+        # The same fit as with all rows: only who trains and who validates differs.
+        few = np.where(split == 2, 2, -1)
+        for code, side in enumerate((train, validation)):
+            few[np.concatenate([rows[:k] for rows in side])] = code
+        outputs[k] = _fitted(z, y, few, kind)[0]
     return outputs
 
 
@@ -134,9 +130,7 @@ def probe(
     metrics, replicates = estimated(functions, labels, dict.fromkeys(functions, output), weights)
     curve: dict[int, Estimate] = {}
     if shots and kind in ("binary", "multiclass"):
-        found = [
-            _few_shot_outputs(z, y, split, kind, shots, np.random.default_rng([seed, draw])) for draw in range(draws)
-        ]
+        found = [_few_shots(z, y, split, kind, shots, np.random.default_rng([seed, draw])) for draw in range(draws)]
         for k in found[0]:
             values = [plain(class_auroc, labels, one[k]) for one in found]
             drawn = [replicate(class_auroc, labels, one[k], weights) for one in found]
@@ -199,10 +193,7 @@ class ProbeEvaluator(Evaluator):
     what = "probe"
 
     def _read(self, task: ProbeTask) -> ProbeRows:
-        rows = task_rows(task, seed=self.seed, record=self.record, allow_trained=self.allow_trained)
-        if rows.unlabelled:
-            logger.info("Probe %s: %d rows without a label are left out.", task.name, rows.unlabelled)
-        return rows
+        return task_rows(task, seed=self.seed, record=self.record, allow_trained=self.allow_trained)
 
     def _metrics(self, kind: str) -> dict[str, Metric]:
         return PROBES[kind]
@@ -218,7 +209,7 @@ class ProbeEvaluator(Evaluator):
         for task in self.tasks:
             rows = self.rows[task.name]
             result = probe(z[task.name][0], rows.y, rows.patient, rows.split, task.kind, **how)
-            result.rows["unlabelled"] = rows.unlabelled
+            result.rows.update(rows.left_out)
             # from rows that have a label to rows of the table
             result.test_index[:] = rows.index[result.test_index]
             found[task.name] = result

@@ -199,12 +199,8 @@ def searched(scores: Scores, searches: Mapping[str, Masks]) -> dict[str, np.ndar
 
 
 # Masks are partial functions: evaluators, which hold them, are pickled for other processes.
-def _equal(codes: Tensor, rows: Tensor) -> Tensor:
-    return codes[rows, None] == codes
-
-
-def _follows(following: Tensor, rows: Tensor) -> Tensor:
-    return following[rows, None] == torch.arange(len(following))
+def _equal(left: np.ndarray, right: np.ndarray, rows: Tensor) -> Tensor:
+    return torch.as_tensor(left)[rows, None] == torch.as_tensor(right)
 
 
 def _apart_from(own: Mask, but: Mask | None, rows: Tensor) -> Tensor:
@@ -217,8 +213,8 @@ def same_label(y: np.ndarray, group: np.ndarray, *, apart: bool = True) -> Masks
     With ``apart`` it also finds no row of its own group (patient). ``precision_at_k`` is then the share of the label among
     the k nearest neighbours, and a row whose label nobody else has gets NaN.
     """
-    own = partial(_equal, torch.as_tensor(group if apart else np.arange(len(y))))
-    return partial(_equal, torch.as_tensor(y)), partial(_apart_from, own, None)
+    own = group if apart else np.arange(len(y))
+    return partial(_equal, y, y), partial(_apart_from, partial(_equal, own, own), None)
 
 
 def same_group(group: np.ndarray, following: np.ndarray) -> dict[str, Masks]:
@@ -226,10 +222,10 @@ def same_group(group: np.ndarray, following: np.ndarray) -> dict[str, Masks]:
 
     Of N rows ``group`` has the patient codes and ``following`` the row of the patient's next note, −1 for none.
     """
-    own, itself = (partial(_equal, torch.as_tensor(codes)) for codes in (group, np.arange(len(group))))
-    follows = partial(_follows, torch.as_tensor(following))
+    every = np.arange(len(group))
+    own, follows = partial(_equal, group, group), partial(_equal, following, every)
     return {
-        "": (own, partial(_apart_from, itself, None)),
+        "": (own, partial(_apart_from, partial(_equal, every, every), None)),
         "adjacent_": (follows, partial(_apart_from, own, follows)),
     }
 

@@ -6,7 +6,6 @@ Intervals are the 2.5 and 97.5 percentiles of bootstrap replicates that redraw p
 every encoder, so that `paired_difference` compares two encoders on the same notes.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,8 +37,6 @@ from hf_densefeat.evaluation.similarity_reading import (
     own_notes,
     questions,
 )
-
-logger = logging.getLogger(__name__)
 
 DIVISORS = (1, 2, 4, 8)
 ASKED = 10_000  # queries: every one is compared with every document, for every code and encoder
@@ -277,11 +274,7 @@ class SimilarityEvaluator(Evaluator):
     what = "similarity"
 
     def _read(self, task: SimilarityTask) -> SimilarityRows:
-        rows = similarity_rows(task)
-        left_out = {reason: count for reason, count in rows.left_out.items() if count}
-        if left_out:
-            logger.info("Similarity %s: rows apart: %s.", task.name, left_out)
-        return rows
+        return similarity_rows(task)
 
     def _metrics(self, kind: str) -> dict[str, Metric]:
         return SIMILARITY[kind].metrics

@@ -64,7 +64,7 @@ class ProbeRows:
     split: np.ndarray  # 0 train, 1 validation, 2 test, (N,)
     classes: list  # the label of each code
     index: np.ndarray  # positions in the task's table, (N,)
-    unlabelled: int  # rows left out
+    left_out: dict[str, int]  # rows left out, by reason
     # Ids of the patients of the test rows, or of all rows that are clustered; none where the table has no patients. For the
     # comparison with a `SplitRecord`, never written anywhere.
     tested: list = field(repr=False)
@@ -152,14 +152,14 @@ def task_rows(
     else:
         named = everybody[everybody != ""]
         of_patient = parts_of_patients(named, **how)[np.searchsorted(named, ids)]
-    part, unlabelled = of_patient[patient], len(labels) - len(chosen)
+    part, left_out = of_patient[patient], {"unlabelled": len(labels) - len(chosen)}
     if task.kind != "clustering":
         _refuse_empty(y, part, task)
     elif record is not None and not allow_trained:  # all rows are clustered, so they must be those of the test
         chosen, y, patient, part = (some[part == 2] for some in (chosen, y, patient, part))
     tested = patient if task.kind == "clustering" else patient[part == 2]
     who = [] if task.patient is None else [ids[one] for one in np.unique(tested)]
-    return ProbeRows([texts[i] for i in chosen], y, patient, part, classes, chosen, unlabelled, who)
+    return ProbeRows([texts[i] for i in chosen], y, patient, part, classes, chosen, left_out, who)
 
 
 def _largest_label(patient: np.ndarray, y: np.ndarray, task: ProbeTask) -> np.ndarray:

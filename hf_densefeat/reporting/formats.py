@@ -16,10 +16,7 @@ _NUMERIC = re.compile(r"[-+−≥]?\*{0,2}[\d.].*|n/a||–")
 def number(value: float, *, digits: int | None = None, signed: bool = False) -> str:
     """A value in about three digits: 0.812, 22.8, 4,310, 0.0041, 2.0e-05; n/a for NaN.
 
-    Args:
-        value: what is written.
-        digits: places after the point, where a column is to have the same everywhere.
-        signed: write the sign of a positive value too, as of a difference.
+    ``digits`` are places after the point, where a column is to have the same everywhere. A difference is ``signed``.
     """
     if not np.isfinite(value):
         return "n/a"
