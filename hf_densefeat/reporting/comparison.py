@@ -161,19 +161,11 @@ class Comparison:
     group: str  # a key of `GROUPS`
     task: str
     metric: str  # a variant such as `mrr_binary` too
+    headline: bool  # verdicts count it
+    fused: bool  # it is a headline of the ranking that is fused with words
     values: dict[str, Estimate]  # by encoder
     differences: dict[str, Estimate]  # of each encoder minus the first, where they are known
     against_words: dict[str, Estimate]  # of each encoder minus words, where they were measured
-
-    @property
-    def headline(self) -> bool:
-        """Whether verdicts count it."""
-        return self.metric in headlines(self.group)
-
-    @property
-    def fused(self) -> bool:
-        """Whether it is a headline metric of the ranking that is fused with words."""
-        return self.metric.endswith(WITH_WORDS) and self.metric.removesuffix(WITH_WORDS) in headlines(self.group)
 
     @property
     def title(self) -> str:
@@ -219,8 +211,10 @@ def comparisons(measured: Sequence[Measured]) -> list[Comparison]:
             task, metric = key.rsplit(" ", 1)
             # k-means over all rows is no held-out probe, and is counted apart from them
             group = "clusterings" if part == "probes" and metric in PROBES["clustering"] else part
+            plain, counted = metric.removesuffix(WITH_WORDS), headlines(group)
+            row = group, task, metric, metric in counted, plain != metric and plain in counted
             estimates = _estimates(measured, part, key), _estimates(measured[1:], "differences", key)
-            rows.append(Comparison(group, task, metric, *estimates, _estimates(measured, "against_words", key)))
+            rows.append(Comparison(*row, *estimates, _estimates(measured, "against_words", key)))
     return sorted(rows, key=lambda row: list(GROUPS).index(row.group))
 
 
@@ -271,15 +265,15 @@ def verdict(ours: Measured, base: Measured | None = None) -> Verdict:
     for row in rows:
         group = counts.setdefault(row.group, {"better": 0, "equal": 0, "worse": 0})
         group[direction(row.differences[name], row.metric)] += 1
-    better, worse = (sum(count[word] for count in counts.values()) for word in ("better", "worse"))
+    better, worse = (any(count[word] for count in counts.values()) for word in ("better", "worse"))
     # one visible loss is enough to say so, whatever the number of gains
     against = ("mixed" if worse else "better") if better else ("worse" if worse else "equal")
     said: dict[Direction, str] = {"better": "better", "worse": "worse", "equal": "without a visible difference"}
-    counted = {
-        group: ", ".join(f"{count[word]} {text}" for word, text in said.items() if count[word])
-        for group, count in counts.items()
-    }
-    evidence = _sentence("; ".join(f"{GROUPS[group]}: {text}" for group, text in counted.items()))
+    counted = []
+    for part, count in counts.items():
+        texts = [f"{count[word]} {text}" for word, text in said.items() if count[word]]
+        counted.append(f"{GROUPS[part]}: {', '.join(texts)}")
+    evidence = _sentence("; ".join(counted))
     evidence += f"{_extremes(rows, name)}{_beside_words(ours)} {shape} ({numbers}): {ADVICE[state]}."
     return Verdict(state, against, counts, f"{_advice(name, base['name'], against, counts)}.", evidence)
 
@@ -289,12 +283,10 @@ def _sentence(text: str) -> str:
 
 
 def _advice(ours: str, base: str, against: str, counts: dict[str, dict[Direction, int]]) -> str:
-    if against == "better":
-        return f"Take {ours} rather than {base}"
-    if against == "worse":
-        return f"Stay with {base}: {ours} is worse"
-    if against == "equal":
-        return f"These notes do not tell {ours} from {base}"
+    clear = {"better": f"Take {ours} rather than {base}", "worse": f"Stay with {base}: {ours} is worse"}
+    clear["equal"] = f"These notes do not tell {ours} from {base}"
+    if against in clear:
+        return clear[against]
     if any(count["better"] and count["worse"] for count in counts.values()):
         return f"Choose between {ours} and {base} by the use: each is better in some"
     gained, lost = (
