@@ -5,11 +5,10 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from transformers.utils import cached_file
@@ -26,7 +25,7 @@ from hf_densefeat.commands.measuring import (
 )
 from hf_densefeat.commands.probe import Settings
 from hf_densefeat.commands.settings import writable
-from hf_densefeat.commands.vectors import numbered_notes, read_vectors
+from hf_densefeat.commands.vectors import given_vectors
 from hf_densefeat.data.splits import SplitRecord, hold_out
 from hf_densefeat.evaluation.embeddings import embed, encoder_key
 from hf_densefeat.evaluation.geometry import (
@@ -94,22 +93,6 @@ def recorded_split(models: Iterable[str]) -> SplitRecord | None:
     return record
 
 
-def given_vectors(
-    sources: Sequence[tuple[str, str]], settings: Settings
-) -> tuple[datasets.Dataset, dict[str, Encoded]]:
-    """The notes that have a vector in each of the tables, and these vectors by the name of the table."""
-    if not sources:
-        return settings.read(), {}
-    notes = numbered_notes(settings)
-    tables = {name: read_vectors(source, notes, settings.id_column) for name, source in sources}
-    kept = reduce(np.intersect1d, (found for found, _ in tables.values()))
-    if len(kept) < len(notes):
-        logger.warning("%d of %d notes have no vector and are left out.", len(notes) - len(kept), len(notes))
-    texts = notes.select(kept)["text"][:]
-    given = {name: Encoded.of(texts, z[np.searchsorted(found, kept)]) for name, (found, z) in tables.items()}
-    return notes.select(kept), given
-
-
 class Reading(Measurement):
     """The notes that a command names, read before anything is encoded, and what is asked of each encoder on them."""
 
@@ -119,7 +102,7 @@ class Reading(Measurement):
         self.models = sources[:count]  # name and source of each
         # first: a model that is not there is said before notes are read
         self.record = recorded_split(source for _, source in self.models)
-        every, self.given = given_vectors(sources[count:], settings)
+        every, self.given = given_vectors(sources[count:], settings) if settings.vectors else (settings.read(), {})
         notes = sample(every, settings.max_notes, settings.seed)
         how: dict[str, Any] = {"seed": settings.seed, "record": self.record, "allow_trained": settings.allow_trained}
         parts, _ = hold_out(notes, need=("test",), **how)

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from hf_densefeat.commands.measuring import Encoded, Measurement, load, quiet, sample, words_of
 from hf_densefeat.commands.settings import writable
-from hf_densefeat.commands.vectors import numbered_notes, read_vectors
+from hf_densefeat.commands.vectors import given_vectors
 from hf_densefeat.data.notes import describe_notes
 from hf_densefeat.data.pairs import pairs_by_kind
 from hf_densefeat.data.splits import SplitRecord, hold_out
@@ -73,13 +73,12 @@ def fit_model(model: Any, tokenizer: Any, settings: Any, record: SplitRecord | N
 def fit_vectors(settings: Any) -> None:
     """Fit the views of vectors that are there already, save each for sentence-transformers and for NumPy, and measure."""
     check(settings)
-    notes, folder = numbered_notes(settings), Path(settings.output)
-    found, z = read_vectors(settings.vectors, notes, settings.id_column)
-    notes = notes.select(found)
-    encoder, need = Encoded.of(notes["text"][:], z), ("train", "validation", "test")
+    notes, given = given_vectors([("vectors", settings.vectors)], settings)
+    encoder, need = given["vectors"], ("train", "validation", "test")
     parts, _, measure = held_out(notes, settings, lambda part: Words.fit(part["text"][:]), need=need)
     how: dict[str, Any] = {"epsilon": settings.epsilon, "seed": settings.seed, "for_similarity": True}
     views, tried = fit_views(encoder, parts, kinds=("adjacent",), **how)  # the halves of a note have no vectors
+    folder = Path(settings.output)
     for name, head in views.items():
         head.module().save(folder / name)
         np.savez(folder / f"{name}.npz", mean=head.mean.numpy(), matrix=head.matrix.numpy())

@@ -1,5 +1,8 @@
 """Vectors that are there already, of an API or of `densefeat encode`, joined to the notes that they are of."""
 
+import logging
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import dataset as arrow
 
+from hf_densefeat.commands.measuring import Encoded
 from hf_densefeat.commands.settings import NotesTable
 from hf_densefeat.data.sources import open_source
+
+logger = logging.getLogger(__name__)
 
 IDS = ("note_id", "row")
 
@@ -20,6 +26,18 @@ def numbered_notes(settings: NotesTable) -> Any:
     if "row" not in table.column_names:
         table = table.add_column("row", np.arange(len(table)))
     return settings.read(table)
+
+
+def given_vectors(sources: Sequence[tuple[str, str]], settings: Any) -> tuple[Any, dict[str, Encoded]]:
+    """The notes that have a vector in each of the tables, given by name and path, and these vectors by the name."""
+    notes = numbered_notes(settings)
+    tables = {name: read_vectors(source, notes, settings.id_column) for name, source in sources}
+    kept = reduce(np.intersect1d, (found for found, _ in tables.values()))
+    if len(kept) < len(notes):
+        logger.warning("%d of %d notes have no vector and are left out.", len(notes) - len(kept), len(notes))
+    notes = notes.select(kept)
+    texts = notes["text"][:]
+    return notes, {name: Encoded.of(texts, z[np.searchsorted(found, kept)]) for name, (found, z) in tables.items()}
 
 
 def read_vectors(source: str, notes: Any, id_column: str | None) -> tuple[np.ndarray, np.ndarray]:
