@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMNS = {"patient_id": "patient_column", "time": "time_column", "text": "text_column"}
-
-
 SYNONYMS = {"model_name_or_path": "model"}  # what transformers' scripts call an option
 
 
@@ -49,13 +47,8 @@ class NotesTable(Columns):
         """The notes, of the table that `notes` names or of another source."""
         from hf_densefeat.data.notes import load_notes
 
-        return load_notes(
-            self.notes if source is None else source,
-            self.columns(),
-            time_unit=self.time_unit,
-            time_format=self.time_format,
-            drop_copies=self.drop_copies,
-        )
+        how: dict[str, Any] = {name: getattr(self, name) for name in ("time_unit", "time_format", "drop_copies")}
+        return load_notes(self.notes if source is None else source, self.columns(), **how)
 
 
 def parser_of(command: ModuleType) -> argparse.ArgumentParser:
@@ -95,12 +88,12 @@ def parse(command: ModuleType, words: Sequence[str]) -> Any:
 
 
 def canonical(words: Sequence[str]) -> list[str]:
-    """The words with every synonym of an option replaced."""
+    """The words with the names of options as they are here: with underscores, and no synonym."""
     found = []
     for word in words:
-        name, equals, value = word.partition("=")
-        other = SYNONYMS.get(name[2:].replace("-", "_")) if name.startswith("--") else None
-        found.append(f"--{other}{equals}{value}" if other else word)
+        before, equals, value = word.partition("=")
+        name = before[2:].replace("-", "_")
+        found.append(f"--{SYNONYMS.get(name, name)}{equals}{value}" if before.startswith("--") else word)
     return found
 
 

@@ -52,8 +52,8 @@ def test_a_misspelt_option_names_the_nearest(capsys):
 
 def test_one_name_of_the_model_and_the_other_is_taken():
     """`--model` everywhere; what transformers' scripts call it is understood, with = and with a hyphen."""
-    parsed = settings.parse(head, ["--model-name-or-path=m", "--notes", "n", "--output", "o"])
-    assert parsed.model == "m"
+    parsed = settings.parse(head, ["--model-name-or-path=m", "--notes", "n-n", "--output", "o", "--id-column=a-b"])
+    assert (parsed.model, parsed.notes, parsed.id_column) == ("m", "n-n", "a-b")
     words = ["--notes", "x", "--model_name_or_path", "y", "--use_cpu"]
     pretrain.check(words)
     parsed, _ = pretrain.parse(words)
