@@ -52,9 +52,8 @@ def run(settings: Settings) -> dict:
     """Read, encode, measure, write; returns what `report.json` holds."""
     if not settings.model and not settings.vectors:
         raise ValueError("Nothing to measure: pass --model, a folder or Hub name, or --vectors, a table.")
-    from hf_densefeat.commands.examine import Reading, check_words
     from hf_densefeat.commands.measuring import quiet
-    from hf_densefeat.commands.probe_report import show, write_predictions, write_report
+    from hf_densefeat.commands.probing import Reading, check_words, show, write_predictions, write_report
 
     quiet(logging.INFO)
     check_words(settings)

@@ -6,7 +6,7 @@ import pytest
 from conftest import make_model, make_notes
 
 from hf_densefeat import AutoDenseModel, ProbeEvaluator, ProbeTask, SimilarityEvaluator, SimilarityTask, load_notes
-from hf_densefeat.commands import examine, fitting, head, interpolate, probe
+from hf_densefeat.commands import fitting, head, interpolate, probe, probing
 from hf_densefeat.commands.settings import parse
 from hf_densefeat.data.splits import LISTED, SplitRecord, hold_out, parts_of_patients
 
@@ -72,7 +72,7 @@ def test_nobody_who_was_trained_on_is_tested(trained, frame, how, tmp_path, monk
         f"--task=sick:binary:{path}",
         "--similarity=same_patient",
     ]
-    reading = examine.Reading(parse(probe, ["--model", str(folder), "--notes", path, *everything]))
+    reading = probing.Reading(parse(probe, ["--model", str(folder), "--notes", path, *everything]))
     tested = [numbers(rows.tested) for one in (reading.probes, reading.similarity) for rows in one.rows.values()]
     assert len(tested) == 4
     for some in (*tested, numbers(reading.notes["patient_id"])):
@@ -120,19 +120,19 @@ def test_a_contradiction_is_refused_unless_told(trained, frame, tmp_path):
     wrong = f"{len(held & patients)} of {len(held)} validation and test patients"
     words = ["--model", str(folder), "--notes", str(path)]
     with pytest.raises(ValueError, match=wrong):
-        examine.Reading(parse(probe, words))
+        probing.Reading(parse(probe, words))
     with pytest.raises(ValueError, match=wrong):
         head.run(parse(head, [*words, "--output", str(tmp_path / "head")]))
-    reading = examine.Reading(parse(probe, [*words, "--allow_trained"]))
+    reading = probing.Reading(parse(probe, [*words, "--allow_trained"]))
     assert numbers(reading.notes["patient_id"]) == held
     table.to_parquet(path)
-    assert not numbers(examine.Reading(parse(probe, words)).notes["patient_id"]) & patients
+    assert not numbers(probing.Reading(parse(probe, words)).notes["patient_id"]) & patients
     if (folder / LISTED).exists():
         kept = (folder / LISTED).read_bytes()
         (folder / LISTED).unlink()
         try:
             with pytest.raises(ValueError, match=r"cannot be told.*allow_trained"):
-                examine.Reading(parse(probe, words))
+                probing.Reading(parse(probe, words))
         finally:
             (folder / LISTED).write_bytes(kept)
 
@@ -143,6 +143,6 @@ def test_every_command_says_which_part_is_missing(trained, frame, tmp_path):
     pd.DataFrame(frame.assign(split="train")).to_parquet(path)
     words = ["--model", str(trained[0]), "--notes", str(path)]
     with pytest.raises(ValueError, match=r"Nobody is in test.*column `split` names patients for train alone"):
-        examine.Reading(parse(probe, words))
+        probing.Reading(parse(probe, words))
     with pytest.raises(ValueError, match=r"Nobody is in test, which this command needs"):
         head.run(parse(head, [*words, "--output", str(tmp_path / "head")]))

@@ -284,11 +284,11 @@ def test_head_of_patients_with_one_note_each(tokenizer, tmp_path, capsys):
 
 def test_models_that_see_different_lengths_are_said():
     """Where both cut, the shorter length makes them comparable; a model that reads notes in chunks cuts none."""
-    from hf_densefeat.commands import probe_report
+    from hf_densefeat.commands import probing
 
     made = {}
     for name, limit, cut in (("a", 8, 0.5), ("b", 16, 0.5), ("c", 8, 0.0)):
         made[name] = SimpleNamespace(max_length=limit, measured={"geometry": {"truncated": cut}})
-    said = probe_report.different_lengths({name: made[name] for name in "ab"})
+    said = probing.different_lengths({name: made[name] for name in "ab"})
     assert "--max_length 8 makes them comparable" in said
-    assert probe_report.different_lengths({name: made[name] for name in "ac"}) == ""
+    assert probing.different_lengths({name: made[name] for name in "ac"}) == ""

@@ -13,8 +13,8 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from hf_densefeat.commands import probe
-from hf_densefeat.commands.examine import _angles_with_floor, check_words
 from hf_densefeat.commands.measuring import parse_tasks
+from hf_densefeat.commands.probing import _angles_with_floor, check_words
 from hf_densefeat.commands.settings import parse
 from hf_densefeat.data.splits import hold_out
 from hf_densefeat.evaluation.geometry import geometry_report, geometry_state
