@@ -1,7 +1,5 @@
 """Pairs of tokenised notes to one batch of 2B rows, earlier notes first, with masks."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Columns of a table of notes: which is patient, time and text, and each as Arrow and NumPy, without a copy of the texts."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping, Sequence

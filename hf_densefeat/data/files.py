@@ -1,7 +1,5 @@
 """Files of tables as streams of bytes: which format, how packed, how encoded, how separated."""
 
-from __future__ import annotations
-
 import csv
 import io
 import zipfile

@@ -1,7 +1,5 @@
 """Patient ids in one form, whatever wrote them: a csv of pandas, a frame, parquet, the table of a probe."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any

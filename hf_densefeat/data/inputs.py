@@ -1,7 +1,5 @@
 """The contract of an input kind: how notes of that kind become rows, pairs of rows and batches."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Any table to notes: rows with a patient, a time and a text, checked and sorted."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import logging

@@ -1,7 +1,5 @@
 """Notes to pairs, as row indices: a note and the next one, two sections of a note, the two halves of a note."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Files of any common format to one memory-mapped table, with the place every row came from."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

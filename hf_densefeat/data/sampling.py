@@ -1,7 +1,5 @@
 """Batches of pairs that do not depend on how they are cut into ranks and micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Whatever holds notes, a file, a folder, a Hub name, a frame or a list, to one table."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

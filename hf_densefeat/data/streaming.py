@@ -1,7 +1,5 @@
 """A stream of notes, sorted by patient and time, to batches of adjacent pairs, in bounded memory."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The times of notes, as hospitals write them, to timestamps in UTC or numbers of days."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -6,8 +6,6 @@ measured is not in the list; nothing is imputed. A note of the same time may sta
 So splits, adjacent pairs, probes and caches work on episodes as they do on notes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 
