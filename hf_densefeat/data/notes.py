@@ -116,24 +116,21 @@ def _checked(
     rows = np.flatnonzero(~np.logical_or.reduce(list(dropped.values())))
     if len(rows) == 0:
         raise ValueError(f"None of {total:,} rows has a patient, a time and a text.")
-    table = table.select(rows) if len(rows) < total else table
-    order, codes = order_of_notes(table)
+    kept = table.select(rows) if len(rows) < total else table
+    order, codes = order_of_notes(kept)
     rows, codes = rows[order], codes[order]
-    again = _again(hashes[rows], time_ticks(table)[0][order], codes)
+    again = _again(hashes[rows], time_ticks(kept)[0][order], codes)
     copies = _again(hashes[rows], codes) & ~again & drop_copies
-    for what, mask in {
-        "the same patient, time and text as another": again,
-        "a text that the patient had before": copies,
-    }.items():
-        dropped[what] = np.isin(np.arange(total), rows[mask])
-    rows, order = rows[~(again | copies)], order[~(again | copies)]
-    if len(order) < len(table) or (np.diff(order) != 1).any():
-        table = table.select(order)
+    dropped["the same patient, time and text as another"] = np.isin(np.arange(total), rows[again])
+    dropped["a text that the patient had before"] = np.isin(np.arange(total), rows[copies])
+    rows = rows[~(again | copies)]
+    if len(rows) < total or (np.diff(rows) != 1).any():
+        table = table.select(rows)
     table = copy.deepcopy(table)  # shares the data; the description belongs to this one alone
-    kept = {f"text with {what}": place for what, place in source.repaired.items()}
+    mended = {f"text with {what}": place for what, place in source.repaired.items()}
     reasons = {
         "dropped": {what: (int(mask.sum()), int(mask.argmax())) for what, mask in dropped.items() if mask.any()},
-        "kept": kept | _oddities(table, rows, hashes[rows]),
+        "kept": mended | _oddities(table, rows, hashes[rows]),
     }
     lines = [f"{len(table):,} notes, columns taken as {preset}, {times}"]
     for verb, found in reasons.items():
