@@ -69,15 +69,13 @@ def read_times(
 
 def _numbers(values: pa.ChunkedArray, place: Callable[[int], str], unit: str | None) -> tuple[pa.ChunkedArray, str]:
     """Numbers as what the unit says; without one they are days, unless they look like dates or are too many days."""
-    if unit is None:
-        looks = _disguise(values.drop_null().to_numpy())
-        if looks:
-            much = pc.greater(pc.abs(values.cast(pa.float64())), MOST_DAYS).fill_null(False).to_numpy()
-            first = int((much if much.any() else values.is_valid().to_numpy()).argmax())
-            raise ValueError(
-                f"Column time holds numbers that look like {looks}, first {place(first)}, not like days. Say what "
-                f"they are: `time_unit=` one of {', '.join(TIME_UNITS)}."
-            )
+    if unit is None and (looks := _disguise(values.drop_null().to_numpy())):
+        much = pc.greater(pc.abs(values.cast(pa.float64())), MOST_DAYS).fill_null(False).to_numpy()
+        first = int((much if much.any() else values.is_valid().to_numpy()).argmax())
+        raise ValueError(
+            f"Column time holds numbers that look like {looks}, first {place(first)}, not like days. Say what "
+            f"they are: `time_unit=` one of {', '.join(TIME_UNITS)}."
+        )
     if unit in (None, "days"):
         return values, "numbers of days"
     if unit == "yyyymmdd":
@@ -166,6 +164,4 @@ def _from_iso(values: pa.ChunkedArray) -> pa.ChunkedArray:
     values = pc.replace_substring_regex(values, r"(\.\d{6})\d+", r"\1")
     zoned = pc.match_substring_regex(values, r":.*(Z|[+-]\d\d:?\d\d)$").fill_null(False)
     naive = pc.if_else(zoned, None, values).cast(MICROSECONDS)
-    if not pc.any(zoned).as_py():
-        return naive
     return pc.coalesce(naive, pc.if_else(zoned, values, None).cast(pa.timestamp("us", "UTC")).cast(MICROSECONDS))
