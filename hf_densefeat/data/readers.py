@@ -253,8 +253,9 @@ def _batches(file: Path, needed: set[str], infer: bool) -> Iterator[pa.RecordBat
         rows = json.loads(opened(file).read().decode("utf-8-sig"))
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("Expected a list of objects.")
-        # of the keys of all rows: `from_pylist` takes those of the first
-        yield from pa.Table.from_struct_array(pa.array(rows, None if rows else pa.struct([]))).to_batches(BATCH_ROWS)
+        keys = dict.fromkeys(name for row in rows for name in row)  # `from_pylist` takes those of the first row
+        table = pa.table({name: [row.get(name) for row in rows] for name in keys})
+        yield from table.to_batches(max_chunksize=BATCH_ROWS)
     else:
         read = pa_json.ReadOptions(block_size=BLOCK_BYTES)
         schema = pa_json.open_json(opened(file), read).schema
