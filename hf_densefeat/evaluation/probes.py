@@ -5,18 +5,22 @@ training rows; the regularisation is chosen on the validation rows; the test row
 Intervals are the 2.5 and 97.5 percentiles of bootstrap replicates that redraw *patients*, never rows.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy.special import softmax
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
 
 from hf_densefeat.data.splits import SplitRecord
 from hf_densefeat.evaluation.evaluator import Evaluator
-from hf_densefeat.evaluation.linear import ALPHAS, CS, Rows, fit_path, predict
 from hf_densefeat.evaluation.metrics import (
     PROBES,
     Estimate,
@@ -30,9 +34,75 @@ from hf_densefeat.evaluation.metrics import (
     plain,
     replicate,
 )
+from hf_densefeat.evaluation.ranking import Rows
 from hf_densefeat.evaluation.tasks import Kind, ProbeRows, ProbeTask, task_rows
 
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+# ---- Fits at every strength ------------------------------------------------------------------------------------------
+
+# EHRSHOT's thirteen strengths; weakest penalty last, so that each fit starts from the one before.
+CS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
+# Ridge penalties per training row.
+ALPHAS = tuple(float(10.0**power) for power in np.arange(-6, 3.5, 0.5))
+
+
+def ridge_path(rows: Rows, y: np.ndarray, alphas: Sequence[float] = ALPHAS) -> np.ndarray:
+    """Coefficients (alphas, d + 1, 1) of ``min ‖y - X w - b‖² + N a ‖w‖²``, a > 0; the intercept b is last.
+
+    `sklearn.linear_model.Ridge(alpha=N * a)` of each a: as a penalty a target, so that ``XᵀX`` is summed once.
+    """
+    fit = Ridge(alpha=len(y) * np.asarray(alphas)).fit(rows, np.tile(y[:, None], len(alphas)))
+    return np.column_stack([fit.coef_, fit.intercept_])[:, :, None]
+
+
+def logistic_path(rows: Rows, y: np.ndarray, classes: int) -> np.ndarray:
+    """Coefficients (strengths, d + 1, classes) of L2 logistic regression for each C of `CS`; the intercept is last.
+
+    `sklearn.linear_model.LogisticRegression(C=c)`, the softmax of whose logits gives the probabilities, each C from the
+    solution of the one before. A class without a row gets the probability 0. L-BFGS ends where the gradient is small:
+    where classes can be separated, solutions of C above about 100 stay near the one before, which leaves the best
+    validation loss of the path as it is.
+    """
+    model, present, kept = LogisticRegression(warm_start=True, max_iter=400), np.unique(y), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for c in CS:
+            model.set_params(C=c).fit(rows, y)
+            kept.append(np.vstack([model.coef_.T, model.intercept_]).astype(np.float64))
+    found = np.stack(kept)
+    if len(present) == 2:  # scikit-learn has the log-odds of the second class alone
+        found = np.concatenate([np.zeros_like(found), found], axis=2)
+    path = np.zeros((*found.shape[:2], classes))
+    path[:, -1] = -np.inf
+    path[:, :, present] = found
+    return path
+
+
+def fit_path(x: Rows, y: np.ndarray, kind: str, classes: int) -> tuple[Callable[[Rows], Rows], np.ndarray]:
+    """The standardisation that rows are to pass before `predict`, and coefficients (strengths, d + 1, outputs).
+
+    Dense columns are standardised by the training rows; sparse ones are used as they are, since a mean would fill them
+    and TF-IDF has its scale.
+    """
+    if isinstance(x, np.ndarray):
+        dtype = np.float64 if kind == "regression" else np.float32
+        scaler = StandardScaler().fit(x.astype(dtype))
+
+    def standard(rows: Rows) -> Rows:
+        return scaler.transform(rows.astype(dtype)) if isinstance(rows, np.ndarray) else rows
+
+    return standard, ridge_path(standard(x), y) if kind == "regression" else logistic_path(standard(x), y, classes)
+
+
+def predict(features: Rows, w: np.ndarray, kind: str) -> np.ndarray:
+    """Predictions (N,) of a regression, or probabilities (N, classes), at the coefficients (d + 1, outputs)."""
+    outputs = (features @ w[:-1].astype(features.dtype)).astype(np.float64) + w[-1]
+    return outputs[:, 0] if kind == "regression" else softmax(outputs, axis=1)
+
+
+# ---- The protocol ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +116,8 @@ class ProbeResult(Result):
     threshold: float  # of the validation rows, for macro-F1 (binary)
 
 
-def _chosen(features: Rows, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
-    """Index into the path of the best RMSE or AUROC on the validation rows; log-loss decides between equal AUROCs."""
-    outputs = [predict(features, w, kind) for w in path]
+def _chosen(outputs: list[np.ndarray], y: np.ndarray, kind: Kind) -> int:
+    """Index of the best RMSE or AUROC on the validation rows; log-loss decides between equal AUROCs."""
     if kind == "regression":
         return int(np.argmin([np.mean((y - output) ** 2) for output in outputs]))
     area = [np.nan_to_num(plain(class_auroc, y, output)) for output in outputs]
@@ -61,13 +130,11 @@ def _chosen(features: Rows, path: np.ndarray, y: np.ndarray, kind: Kind) -> int:
 def _fitted(z: Rows, y: np.ndarray, split: np.ndarray, kind: Kind) -> tuple[np.ndarray, float, float]:
     """Output of the test rows, strength and threshold: fitted on the training rows, chosen on the validation rows."""
     train, validation, test = (np.flatnonzero(split == code) for code in range(3))
-    classes = 0 if kind == "regression" else int(y.max()) + 1
-    standard, path = fit_path(z[train], y[train], kind, classes)
+    standard, path = fit_path(z[train], y[train], kind, 0 if kind == "regression" else int(y.max()) + 1)
     features = standard(z[validation])
-    best = _chosen(features, path, y[validation], kind)
-    threshold = 0.5
-    if kind == "binary":
-        threshold = best_threshold(y[validation], predict(features, path[best], kind)[:, 1])
+    outputs = [predict(features, w, kind) for w in path]
+    best = _chosen(outputs, y[validation], kind)
+    threshold = best_threshold(y[validation], outputs[best][:, 1]) if kind == "binary" else 0.5
     return predict(standard(z[test]), path[best], kind), (ALPHAS if kind == "regression" else CS)[best], threshold
 
 

@@ -8,9 +8,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from hf_densefeat.evaluation.linear import ALPHAS, CS, fit_path, predict, ridge_path
 from hf_densefeat.evaluation.metrics import class_auroc
-from hf_densefeat.evaluation.probes import probe
+from hf_densefeat.evaluation.probes import ALPHAS, CS, fit_path, predict, probe, ridge_path
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 20), (40, 60)])
