@@ -26,9 +26,7 @@ EXPECTED = f"{', '.join(FORMATS)}, the text formats also as {', '.join(PACKED)}"
 
 def kind_of(file: Path) -> str:
     """Return the kind by the file's name, or an empty string; ValueError for a zip that does not hold one table."""
-    name = file.name.lower()
-    if name.endswith(".zip"):
-        return _kind_by_name(_member(file).lower())
+    name = (_member(file) if file.name.lower().endswith(".zip") else file.name).lower()
     for end in PACKED:
         name = name.removesuffix(end)
     kind = _kind_by_name(name)
