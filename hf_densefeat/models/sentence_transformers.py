@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,12 +65,8 @@ class SentenceFolder(NamedTuple):
 
 def fetcher(name_or_path: str, hub: dict[str, Any]) -> Fetch:
     """What finds a file of a folder or Hub repository: its path, or None where there is no such file."""
-    options = {name: value for name, value in hub.items() if name != "trust_remote_code"}
-
-    def fetch(name: str) -> str | None:
-        return cached_file(str(name_or_path), name, _raise_exceptions_for_missing_entries=False, **options)
-
-    return fetch
+    options: dict[str, Any] = {name: value for name, value in hub.items() if name != "trust_remote_code"}
+    return partial(cached_file, str(name_or_path), _raise_exceptions_for_missing_entries=False, **options)
 
 
 def read_folder(name_or_path: str, hub: dict[str, Any]) -> SentenceFolder:
@@ -80,8 +77,7 @@ def read_folder(name_or_path: str, hub: dict[str, Any]) -> SentenceFolder:
     fetch = fetcher(name_or_path, hub)
     if fetch(MODULES) is None:  # without what is for texts: an encoder of episodes has its views in its config's block
         names = (read_json(fetch("config.json")).get("densefeat") or {}).get("views", ())
-        modules = {name: SentenceModule.load("Dense", f"{name}_Dense", fetch) for name in names}
-        views = {name: DenseHead.of_module(module) for name, module in modules.items()}
+        views = {name: DenseHead.of_module(SentenceModule.load("Dense", f"{name}_Dense", fetch)) for name in names}
         return SentenceFolder(None, None, SentenceSettings(), views)
     try:
         return _read(fetch)
@@ -114,19 +110,11 @@ def _read(fetch: Fetch) -> SentenceFolder:
     paths, views = _read_views(paths, fetch)
     tail = [SentenceModule.load(kind, path, fetch) for kind, path in paths]
     length = transformer.get("max_seq_length") or read_json(fetch(TOKENIZER)).get("model_max_length")
-    return SentenceFolder(
-        pooling,
-        int(length) if length and length < NO_LIMIT else None,
-        SentenceSettings(
-            tuple(tail),
-            settings.get("prompts") or {},
-            settings.get("default_prompt_name"),
-            include_prompt,
-            bool(transformer.get("do_lower_case")),
-            settings.get("similarity_fn_name"),
-        ),
-        views,
-    )
+    kept = int(length) if length and length < NO_LIMIT else None
+    prompts, default_prompt_name = settings.get("prompts") or {}, settings.get("default_prompt_name")
+    lower_case, similarity = bool(transformer.get("do_lower_case")), settings.get("similarity_fn_name")
+    own = SentenceSettings(tuple(tail), prompts, default_prompt_name, include_prompt, lower_case, similarity)
+    return SentenceFolder(pooling, kept, own, views)
 
 
 def _read_views(paths: list[tuple[str, str]], fetch: Fetch) -> tuple[list[tuple[str, str]], dict[str, DenseHead]]:
