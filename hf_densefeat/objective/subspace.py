@@ -4,7 +4,6 @@ import functools
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,20 +136,6 @@ def _projector_gradient(side: Eigenspace, top: Tensor, image: Tensor, k: int, br
     return moved + outside * inverse(upper - side.rest)
 
 
-class _SubspaceDistanceSquared(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, covariance_a: Tensor, covariance_b: Tensor, a: Eigenspace, b: Eigenspace, k: int, broadening: float
-    ) -> Tensor:
-        ctx.arguments = a, b, k, broadening
-        return distance_squared(a, b, k)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x_a, y_a), (x_b, y_b) = distance_gradients(*ctx.arguments)
-        return grad * x_a @ y_a.mT, grad * x_b @ y_b.mT, None, None, None, None
-
-
 def subspace_distance_squared(
     covariance_a: Tensor, covariance_b: Tensor, a: Eigenspace, b: Eigenspace, k: int, broadening: float
 ) -> Tensor:
@@ -161,7 +146,8 @@ def subspace_distance_squared(
     of the projector (design note: ties inside the leading k do not enter it), broadened as `_projector_gradient` says;
     `broadening=0` is the exact gradient. With m < d directions the trailing eigenvalues enter through their mean.
     """
-    distance: Tensor = _SubspaceDistanceSquared.apply(  # type: ignore[no-untyped-call]
-        covariance_a, covariance_b, a, b, k, broadening
-    )
+    distance = distance_squared(a, b, k)
+    for covariance, (x, y) in zip((covariance_a, covariance_b), distance_gradients(a, b, k, broadening), strict=True):
+        # <X Y^T, Sigma>, without its value
+        distance = distance + (x * ((covariance - covariance.detach()) @ y)).sum()
     return distance

@@ -40,9 +40,8 @@ class DenseTrainingArguments(TrainingArguments):
     Batch sizes count pairs: a forward sees 2 x `per_device_train_batch_size` notes. Different from the stock defaults:
     repositories are private, buffers are not broadcast, `logging_steps` is 10.
 
-    The defaults were chosen by similarity on validation documents (`recipes/results/documents.md`, three seeds, mean of
-    content tasks): .490 [.470, .511], against .484 with dense_weight 10, .477 for MLM + InfoNCE, .305 for the paper's
-    terms alone (lambda_pair 0) and .304 for MLM. The loss: form, such as the kind of a section, .262 against .681.
+    The defaults were chosen by similarity on validation documents, by content; what they cost is form, such as the kind of
+    a section (`recipes/results/documents.md`).
     """
 
     mlm_weight: float = option(1.0, help="Weight of the language-modelling loss; 0 freezes its head.")

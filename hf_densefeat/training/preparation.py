@@ -1,18 +1,24 @@
-"""What `DenseTrainer` makes of its arguments, step by step: the model, the processor, the collator, the pairs."""
+"""What `DenseTrainer` makes of its arguments, step by step: the model, the processor, the pairs, their micro-batches."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_densefeat.data.inputs import PairDataset, PairProcessor, ReadingStats, StreamProcessor
 from hf_densefeat.data.notes import load_notes
 from hf_densefeat.data.pairs import pair_notes
+from hf_densefeat.data.sampling import PairBatchSampler
+from hf_densefeat.data.streaming import PairStream
 from hf_densefeat.data.tokens import TextProcessor
 from hf_densefeat.models.adapters import with_adapter, without_adapter
 from hf_densefeat.models.dense import AutoDenseModel, as_dense
@@ -110,3 +116,59 @@ def pair_datasets(
     made, stats[name] = processor.pairs(*paired, max_length=model.max_length)
     logger.info("%s: %s; %s", name, made.pairs, stats[name])
     return made
+
+
+def pair_loader(
+    dataset: PairDataset, batch_size: int, *, collator: Callable, args: DenseTrainingArguments, train: bool
+) -> DataLoader:
+    """The micro-batches of this rank, which accelerate must not shard again; of `train`, or all once, longest first."""
+    sampling: dict[str, Any] = {"shuffle": False}
+    if train:
+        sampling = {"drop_last": args.dataloader_drop_last, **_mixing(args)}
+    sampler = PairBatchSampler(dataset.pairs, dataset.lengths, batch_size, **_cut(args), **sampling)
+    loader: Any = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        **_reading(args),
+    )
+    loader.set_epoch = sampler.set_epoch  # the Trainer tells a loader the epoch, not its sampler
+    return loader
+
+
+def stream_loader(
+    notes: IterableDataset,
+    batch_size: int,
+    *,
+    processor: StreamProcessor,
+    max_length: int | None,
+    collator: Callable,
+    args: DenseTrainingArguments,
+) -> DataLoader:
+    """The micro-batches of this rank of a `PairStream`, the loader's dataset, read here or by one worker."""
+    columns = partial(processor.columns, max_length=max_length)
+    paired: dict[str, Any] = {"kinds": args.pairs, "max_gap": args.max_gap}
+    stream = PairStream(notes, columns, collator, batch_size, **paired, **_cut(args), **_mixing(args))
+    # a loader draws a seed when it starts: drawn from the global generator, that would change a resumed run
+    return DataLoader(stream, batch_size=None, generator=torch.Generator(), **_reading(args))
+
+
+def _mixing(args: DenseTrainingArguments) -> dict[str, Any]:
+    """How pairs are put into the batches of a training step."""
+    return {
+        "accumulation": args.gradient_accumulation_steps,
+        "pairs_per_patient": args.pairs_per_patient,
+        "spread_patients": args.unbiased,
+    }
+
+
+def _cut(args: DenseTrainingArguments) -> dict[str, Any]:
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return {"ranks": args.world_size, "rank": args.process_index, "seed": seed}
+
+
+def _reading(args: DenseTrainingArguments) -> dict[str, Any]:
+    pinned = args.dataloader_pin_memory and args.device.type != "cpu"
+    return {"num_workers": args.dataloader_num_workers, "pin_memory": pinned}

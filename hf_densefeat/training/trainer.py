@@ -26,8 +26,14 @@ from hf_densefeat.training.arguments import DenseTrainingArguments
 from hf_densefeat.training.checkpoints import read_objective, write_objective
 from hf_densefeat.training.checks import check_functions, check_objective, check_run
 from hf_densefeat.training.forward import predicts_by_position
-from hf_densefeat.training.loaders import mixing, pair_loader, stream_loader
-from hf_densefeat.training.preparation import pair_datasets, pair_processor, prepare_model, prepare_tokenizer
+from hf_densefeat.training.preparation import (
+    pair_datasets,
+    pair_loader,
+    pair_processor,
+    prepare_model,
+    prepare_tokenizer,
+    stream_loader,
+)
 from hf_densefeat.training.run import run_fingerprint, write_card
 from hf_densefeat.training.update import UpdateLog, UpdateTrainer, covariance_rank, moments_of
 
@@ -164,8 +170,7 @@ class DenseTrainer(UpdateTrainer):
             loader = stream_loader(self.train_dataset, self._train_batch_size, **options)
             self.stream = cast(PairStream, loader.dataset)
             return loader
-        options |= {"drop_last": self.args.dataloader_drop_last, **mixing(self.args)}
-        return pair_loader(self.train_dataset, self._train_batch_size, **options)
+        return pair_loader(self.train_dataset, self._train_batch_size, train=True, **options)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """All pairs once, longest first, the same masks each time."""
@@ -175,9 +180,8 @@ class DenseTrainer(UpdateTrainer):
         if eval_dataset is None:
             raise ValueError("Evaluation needs an eval_dataset: notes with patient_id, time and text.")
         pairs = pair_datasets(eval_dataset, "eval", self.processor, self.dense_model, self.args, self.reading_stats)
-        return pair_loader(
-            pairs, self.args.eval_batch_size, collator=self.data_collator, args=self.args, shuffle=False
-        )
+        options: dict[str, Any] = {"collator": self.data_collator, "args": self.args}
+        return pair_loader(pairs, self.args.eval_batch_size, train=False, **options)
 
     # ---- Checkpoints and the card ----
 

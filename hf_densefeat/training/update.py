@@ -139,10 +139,8 @@ class UpdateTrainer(ResumableTrainer):
                     update.kept.append(made)
                 else:
                     update.replays.append(random_state(inputs))
-                    with (
-                        torch.no_grad(),
-                        self.accelerator.autocast(),
-                    ):  # which the wrapped model brings, but not its body
+                    # the wrapped model brings autocast, but not its body
+                    with torch.no_grad(), self.accelerator.autocast():
                         made = self.embed_pairs(bare, inputs, predict=False)
                     update.expected += [made.rows()] if checked else []
                 if made.start is not None:
@@ -173,11 +171,9 @@ class UpdateTrainer(ResumableTrainer):
         )
         if self.start is None or "start" in inputs:
             return made._replace(start=inputs.get("start"))
-        with (
-            torch.no_grad(),
-            self.accelerator.autocast(),
-        ):  # a second forward, which reads no cache and fits any stream
-            options = {"predict": False, "by_position": False, "grouped": True}
+        # a second forward, which reads no cache and fits any stream
+        options = {"predict": False, "by_position": False, "grouped": True}
+        with torch.no_grad(), self.accelerator.autocast():
             start = forward_pairs(self.start.base_model, self.start, inputs, **options)
         return made._replace(start=(start.z_a, start.z_b))
 
