@@ -217,7 +217,7 @@ class DenseObjective(Objective):
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that a resumed run needs, by name; empty before the first step."""
         state = {"shift": self.shift, "cross.covariance": self.average_cross}
-        state |= {f"{EXPANDER}{name}": value for name, value in self.module.state_dict().items()}
+        state |= self.module.state_dict(prefix=EXPANDER)
         for side, average, basis in zip("ab", self.averages, self.bases, strict=True):
             state |= {f"{side}.basis": basis, **{f"{side}.{name}": getattr(average, name, None) for name in AVERAGED}}
         return {name: value.clone() for name, value in state.items() if value is not None}

@@ -6,7 +6,7 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ class ResumableTrainer(Trainer):
 
     told_to_stop = False  # this process has received SIGTERM
     stopped = False  # training ended by SIGTERM, on all ranks
+    fingerprint: Callable[
+        [], dict[str, Any]
+    ]  # what tells this run's checkpoints from those of another in the same folder
+    agreed_to_stop: Callable[[], bool]  # whether any rank was told to stop, the same on all ranks
     _being_written = False
 
     def __init__(self, *args, **kwargs):
@@ -74,14 +78,6 @@ class ResumableTrainer(Trainer):
         if self.stopped:  # told to end: whoever called would go on with a model that is trained in part
             raise SystemExit(128 + signal.SIGTERM)
         return result
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells this run's checkpoints from those of another run in the same folder, name to value; JSON's types."""
-        return {}
-
-    def agreed_to_stop(self) -> bool:
-        """Whether any rank was told to stop, the same on all ranks; a subclass for several ranks has to ask them."""
-        return self.told_to_stop
 
     # ---- Resuming ----
 
