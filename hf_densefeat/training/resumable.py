@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import signal
 import threading
@@ -53,9 +54,7 @@ class ResumableTrainer(Trainer):
 
     told_to_stop = False  # this process has received SIGTERM
     stopped = False  # training ended by SIGTERM, on all ranks
-    fingerprint: Callable[
-        [], dict[str, Any]
-    ]  # what tells this run's checkpoints from those of another in the same folder
+    fingerprint: Callable[[], dict[str, Any]]  # what tells this run's checkpoints from those of another
     agreed_to_stop: Callable[[], bool]  # whether any rank was told to stop, the same on all ranks
     _being_written = False
 
@@ -77,6 +76,8 @@ class ResumableTrainer(Trainer):
             result = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
         if self.stopped:  # told to end: whoever called would go on with a model that is trained in part
             raise SystemExit(128 + signal.SIGTERM)
+        if resume_from_checkpoint and self.state.global_step == self._initial_global_step:
+            return TrainOutput(self.state.global_step, math.nan, {})  # a finished run has no new loss and times
         return result
 
     # ---- Resuming ----
