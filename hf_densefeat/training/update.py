@@ -39,9 +39,7 @@ class Update:
     left: int  # how many of them have no loss yet
     tokens: Tensor | None = None  # that are predicted in the whole update, on all ranks; None until it is planned
     stops: Tensor | None = None  # how many ranks were told to stop, which the collective of the update counts too
-    replays: list[Callable[[], None]] = field(default_factory=list)  # restore the random state of forwards made again
-    expected: list[Tensor] = field(default_factory=list)  # rows of the first forwards, where the replay is checked
-    kept: list[Forward] = field(default_factory=list)  # with their graphs, first micro-batch first: no replay
+    forwards: list[Callable[[dict], Forward]] = field(default_factory=list)  # planned: kept, or made again
     sums: dict[str, Tensor] = field(default_factory=dict)  # over micro-batches, on the device
 
     def add(self, values: Mapping[str, Tensor]) -> None:
@@ -96,14 +94,7 @@ class UpdateTrainer(ResumableTrainer):
         if update.tokens is None:
             # here and not in get_batch_samples, after which a resumed Trainer restores the random state
             self._plan(model, update)
-        if update.kept:
-            made = update.kept.pop(0)
-        else:
-            if update.replays:
-                update.replays.pop(0)()  # the dropout of its first forward
-            made = self.embed_pairs(model, inputs)
-            if update.expected:
-                check_replay(update.expected.pop(0), made.rows())
+        made = update.forwards.pop(0)(inputs) if update.forwards else self.embed_pairs(model, inputs)
         loss = 0.0
         if self.args.mlm_weight:
             mlm = ranks * made.mlm / update.tokens.clamp(min=1)
@@ -136,13 +127,14 @@ class UpdateTrainer(ResumableTrainer):
                 inputs = self._prepare_inputs(batch)
                 if place < graphs:
                     made = self.embed_pairs(model, inputs)
-                    update.kept.append(made)
+                    update.forwards.append(lambda _, kept=made: kept)  # type: ignore[misc]
                 else:
-                    update.replays.append(random_state(inputs))
+                    restore = random_state(inputs)
                     # the wrapped model brings autocast, but not its body
                     with torch.no_grad(), self.accelerator.autocast():
                         made = self.embed_pairs(bare, inputs, predict=False)
-                    update.expected += [made.rows()] if checked else []
+                    first = made.rows() if checked else None
+                    update.forwards.append(partial(self._replayed, model, restore, first))
                 if made.start is not None:
                     batch["start"] = made.start  # for the replay
                 pair = moments_of(made.z_a, made.z_b, self.objective, start=made.start, before=pair)
@@ -154,6 +146,17 @@ class UpdateTrainer(ResumableTrainer):
                 update.add(self.objective.plan(pair))
         else:
             update.tokens, update.stops = self.accelerator.reduce(counts, reduction="sum")
+
+    def _replayed(self, model, restore: Callable[[], None], first: Tensor | None, inputs) -> Forward:
+        """The forward of a micro-batch with the dropout of its first one, which gave the embeddings `first` (n, d)."""
+        restore()
+        made = self.embed_pairs(model, inputs)
+        if first is not None and (first - made.rows()).norm() > 1e-2 * (first - first.mean(0)).norm():
+            logger.warning(
+                "The replayed forward differs from the first: dropout was not reproduced, and the dense gradient is that of "
+                "another dropout mask. Set the model's dropout to 0 for exact accumulation."
+            )
+        return made
 
     def agreed_to_stop(self) -> bool:
         """Whether any rank was told to stop, as the collective of the update counted."""
@@ -296,12 +299,3 @@ def random_state(inputs: dict) -> Callable[[], None]:
             set_device_states(devices, states, device_type=kinds[0])
 
     return restore
-
-
-def check_replay(expected: Tensor, z: Tensor) -> None:
-    """Warn where the second forward of a micro-batch gave other embeddings (n, d) than the moments pass."""
-    if (expected - z).norm() > 1e-2 * (expected - expected.mean(0)).norm():
-        logger.warning(
-            "The replayed forward differs from the first: dropout was not reproduced, and the dense gradient is that of "
-            "another dropout mask. Set the model's dropout to 0 for exact accumulation."
-        )
