@@ -173,7 +173,8 @@ class PairMoments:
         `shift` is as in `Moments.of`, and `start` the rows that the frozen start gives of the same notes, both sides.
         """
         if z_a.shape != z_b.shape:
-            raise ValueError(f"Expected pairs of rows, but the sides are {tuple(z_a.shape)} and {tuple(z_b.shape)}.")
+            shapes = f"{tuple(z_a.shape)}, {tuple(z_b.shape)}"
+            raise ValueError(f"Expected pairs of rows, z_a and z_b of one shape (n, d), but got {shapes}.")
         a, b = Moments.of(z_a, shift), Moments.of(z_b, shift)
         with torch.autocast(z_a.device.type, enabled=False):
             y_a, y_b = full_precision(z_a) - a.shift, full_precision(z_b) - b.shift

@@ -146,10 +146,6 @@ class DenseObjective(Objective):
 
         `start` holds the rows that the frozen start gives of the same notes, both sides, where a term needs them.
         """
-        if z_a.shape != z_b.shape:
-            raise ValueError(
-                f"Expected z_a and z_b of one shape (n, d), a row a pair, but got {tuple(z_a.shape)}, {tuple(z_b.shape)}."
-            )
         if self.window is None:
             warn_if_unsupported(self.subspace_dim, len(z_a) - self.center)
         rows = self.seen(z_a), self.seen(z_b)
