@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_densefeat.models.encoding import evaluating
 from hf_densefeat.models.modules import through
 from hf_densefeat.models.pooling import over_chunks
+from hf_densefeat.objective.precision import full_precision
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,9 @@ def forward_pairs(
             parts.append(dense.pooled(part["attention_mask"], tail="chunk_to_note" not in batch))
         if predict:
             logits = outputs.logits[0] if by_position else outputs.logits[predicted]
-            losses.append(summed_cross_entropy(logits, wanted[predicted]))
+            # not the model's own loss: some ignore the tokens of the update, and without any it is NaN. Labels stand where
+            # their logits are, for decoders too
+            losses.append(F.cross_entropy(full_precision(logits), wanted[predicted], reduction="sum"))
         slots += part["attention_mask"].numel()
     z = torch.cat(parts)
     if len(groups) > 1:
@@ -77,16 +80,6 @@ def forward_pairs(
     half = len(z) // 2
     mlm = torch.stack(losses).sum() if predict else z.new_zeros(())
     return Forward(mlm, z[:pairs], z[half : half + pairs], slots)
-
-
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (n, V) and labels (n,), summed, in float32 or wider; 0 for n = 0.
-
-    Not the model's own loss: some classes ignore the number of tokens of the update, and a batch without any is NaN.
-    Labels stand where their logits are, for decoders too.
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def length_groups(lengths: Sequence[int]) -> list[np.ndarray]:
