@@ -203,11 +203,10 @@ def own_notes(task: SimilarityTask) -> SimilarityRows:
     texts = _texts(task, _column(task, task.notes, task.text), task.text)
     every = np.arange(len(texts))
     patients = _patients(task, task.notes, every)
-    group, order = patients["group"], every
-    if task.order in _columns(task.notes):
-        order = np.argsort(np.asarray(_column(task, task.notes, task.order)), kind="stable")
-    # Stable sorts, the last key first: by patient, within the patient by time, at equal times as in the table.
-    order = order[np.argsort(group[order], kind="stable")]
+    group = patients["group"]
+    times = _column(task, task.notes, task.order) if task.order in _columns(task.notes) else every
+    # by patient, within the patient by time, at equal times as in the table
+    order = np.lexsort((np.unique(np.asarray(times), return_inverse=True)[1], group))
     following, same = np.full(len(texts), -1), group[order[:-1]] == group[order[1:]]
     following[order[:-1][same]] = order[1:][same]
     # Notes with a text that their patient has again, white space aside, are found without any understanding.
