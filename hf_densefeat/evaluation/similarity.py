@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import issparse
 from sklearn.cluster import KMeans
 
 from hf_densefeat.evaluation.evaluator import Evaluator
@@ -200,7 +200,7 @@ def similarity_of(
     queries: Rows | None = None,
     codes: Sequence[str] = CODES,
     divisors: Sequence[int] = DIVISORS,
-    words: Sequence[csr_matrix] = (),
+    words: Any = None,
     bootstraps: int = 1000,
     seed: int = 0,
     maximum: int = ASKED,
@@ -208,9 +208,9 @@ def similarity_of(
     """One task on embeddings (N, d) of its texts and (Q, d) of its queries, where there are any, without a model.
 
     Codes are of the embeddings at length 1, with the int8 ranges of ``z``; sparse embeddings (words) have none. With
-    ``words``, of the texts and of the queries, kinds that search also have ``mrr_with_words``, of the fused ranking. These
-    kinds ask ``maximum`` rows, of whole patients drawn at random, and search all documents. One ``seed`` redraws the same
-    patients for every encoder.
+    `Words`, kinds that search also have ``mrr_with_words``, of the ranking fused with theirs. These kinds ask ``maximum``
+    rows, of whole patients drawn at random, and search all documents. One ``seed`` redraws the same patients for every
+    encoder.
 
     Raises:
         ValueError: for another number of embeddings than of texts or queries, or embeddings that are not finite.
@@ -233,8 +233,9 @@ def similarity_of(
         # Queries take the documents' ranges: an index is built before anybody asks.
         units = [coded(side, code, units[0]) for side in units]
         searches = {suffix: cosines(units[-1], units[0], asked=asked)}
-        if words and kind.search and not suffix:
-            searches[WITH_WORDS] = replace(searches[suffix], beside=cosines(words[-1], words[0]))
+        if words is not None and kind.search and not suffix:
+            known = [words.encode(texts) for texts in (rows.texts, rows.queries) if texts]
+            searches[WITH_WORDS] = replace(searches[suffix], beside=cosines(known[-1], known[0]))
         for end, scores in searches.items():
             found = kind.values(rows, scores, seed) if kind.values else searched(scores, rows.searches)
             values |= {name + end: found[name] for name in kind.metrics}
@@ -291,9 +292,6 @@ class SimilarityEvaluator(Evaluator):
         how: dict[str, Any] = {"codes": self.codes, "divisors": self.divisors, "seed": self.seed}
         how["bootstraps"] = 0 if points else self.bootstraps
         for name, rows in self.rows.items():
-            beside: list[csr_matrix] = []
-            if words is not None and SIMILARITY[rows.kind].search:
-                beside = [words.encode(texts) for texts in (rows.texts, rows.queries) if texts]
             documents, queries = z[name]
-            found[name] = similarity_of(documents, rows, queries=queries, words=beside, **how)
+            found[name] = similarity_of(documents, rows, queries=queries, words=words, **how)
         return found
