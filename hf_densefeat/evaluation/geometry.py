@@ -61,10 +61,7 @@ def spectrum(z: Tensor, *, center: bool = False) -> Tensor:
     """Eigenvalues of the covariance, largest first: ``λ_i = s_i²/N``, shape ``(min(N, d),)``, float64.
 
     Equals ``scipy.linalg.svdvals(z) ** 2 / len(z)``. ``N`` divides, with and without centring. The absolute accuracy
-    is about ``1e-16 · min(N, d) · λ_1``. A centred constant matrix gives exact zeros.
-
-    Raises:
-        ValueError: if ``z`` is not (N, d), is empty, or holds NaN or infinity.
+    is about ``1e-16 · min(N, d) · λ_1``. A centred constant matrix gives exact zeros. ValueError as of `geometry_report`.
     """
     z = _checked(z)
     return _without_rounding(torch.linalg.eigvalsh(_gram_and_mean(z, center)[0]).flip(0), z, center)
@@ -154,10 +151,7 @@ def _leading(z: Tensor, k: int, center: bool, name: str) -> Tensor:
 def principal_angles(z_a: Tensor, z_b: Tensor, k: int = 20, *, center: bool = False) -> Tensor:
     """Angles between the leading k-dimensional subspaces, radians in ``[0, π/2]``, smallest first, shape ``(k,)``.
 
-    Equals ``scipy.linalg.subspace_angles(U_a, U_b)`` in reverse order.
-
-    Raises:
-        ValueError: if either side has fewer than ``k`` directions.
+    Equals ``scipy.linalg.subspace_angles(U_a, U_b)`` in reverse order. ValueError as of `subspace_distance`.
     """
     u, v = _leading(z_a, k, center, "z_a"), _leading(z_b, k, center, "z_b")
     overlap = u.T @ v

@@ -173,10 +173,7 @@ def probe(
 
     ``y``, ``patient`` and ``split`` are as in `ProbeRows`; clustering takes all rows. A few-shot curve (classes only) is of k
     training and k validation rows of each class, or all that a class has: EHRSHOT's nested samples, without its
-    oversampling.
-
-    Raises:
-        ValueError: for embeddings that are not finite.
+    oversampling. ValueError for embeddings that are not finite.
     """
     if not np.isfinite(z if isinstance(z, np.ndarray) else z.data).all():
         raise ValueError("Expected finite embeddings but got NaN or infinity; has the encoder diverged?")

@@ -36,8 +36,7 @@ Rows = Any  # an array or tensor (N, d), or a SciPy CSR matrix, which has no typ
 def unit_rows(z: Rows) -> Rows:
     """Rows of length 1, float32 (N, d); zero rows stay zero. A tensor, or of sparse rows a CSR matrix.
 
-    Raises:
-        ValueError: if ``z`` is not (N, d) or not finite.
+    ValueError if ``z`` is not (N, d) or not finite.
     """
     if issparse(z):
         length = np.sqrt(np.asarray(z.multiply(z).sum(1)))
@@ -98,11 +97,7 @@ class Scores:
 
 
 def cosines(queries: Rows, documents: Rows | None = None, *, asked: Tensor | None = None) -> Scores:
-    """Cosine of queries (Q, d) with documents (M, d), by default with each other; `asked` as in `Scores`.
-
-    Raises:
-        ValueError: for other widths, and as `unit_rows`.
-    """
+    """Cosine of queries (Q, d) with documents (M, d), by default with each other; ValueError for other widths."""
     left = unit_rows(queries)
     right = left if documents is None else unit_rows(documents)
     if left.shape[1] != right.shape[1]:

@@ -156,8 +156,7 @@ def similarity_rows(task: SimilarityTask) -> SimilarityRows:
 def similarity_tasks(words: Sequence[str], notes: Any) -> list[SimilarityTask]:
     """Tasks of the words of a command line: `same_patient`, or `column:kind` such as `diagnosis:neighbours`.
 
-    Raises:
-        ValueError: for another word, with those that there are.
+    ValueError for another word, with those that there are.
     """
     known = {word: (name, *how) for name, kind in SIMILARITY.items() for word, how in kind.words.items()}
     forms = ", ".join(f"column:{word}" if column else word for word, (_, column, _) in known.items())
@@ -210,10 +209,7 @@ def similarity_of(
     Codes are of the embeddings at length 1, with the int8 ranges of ``z``; sparse embeddings (words) have none. With
     `Words`, kinds that search also have ``mrr_with_words``, of the ranking fused with theirs. These kinds ask ``maximum``
     rows, of whole patients drawn at random, and search all documents. One ``seed`` redraws the same patients for every
-    encoder.
-
-    Raises:
-        ValueError: for another number of embeddings than of texts or queries, or embeddings that are not finite.
+    encoder. ValueError for another number of embeddings than of texts or queries, or embeddings that are not finite.
     """
     kind, sides = SIMILARITY[rows.kind], [z] if queries is None else [z, queries]
     counts = z.shape[0], 0 if queries is None else queries.shape[0]
@@ -288,10 +284,7 @@ class SimilarityEvaluator(Evaluator):
         The model is one of our encoders, a `SentenceTransformer`, or `Words`. With `points` there are values alone: no
         intervals, nothing from the disk. With `words`, beside an encoder, there are also rankings fused with theirs.
         """
-        z, found = self._embedded(model, tokenizer, points, head=self.head), {}
-        how: dict[str, Any] = {"codes": self.codes, "divisors": self.divisors, "seed": self.seed}
+        how: dict[str, Any] = {"codes": self.codes, "divisors": self.divisors, "words": words, "seed": self.seed}
         how["bootstraps"] = 0 if points else self.bootstraps
-        for name, rows in self.rows.items():
-            documents, queries = z[name]
-            found[name] = similarity_of(documents, rows, queries=queries, words=words, **how)
-        return found
+        embedded = self._embedded(model, tokenizer, points, head=self.head)
+        return {name: similarity_of(z, self.rows[name], queries=q, **how) for name, (z, q) in embedded.items()}

@@ -115,17 +115,10 @@ def known_metrics() -> dict[str, Metric]:
 
 
 def metric_named(name: str) -> Metric:
-    """The metric of a name, which may end in what was done: ``mrr_binary``, ``mrr_d_over_4``, ``mrr_with_words``.
-
-    Raises:
-        KeyError: for an unknown name.
-    """
-    known = known_metrics()
-    if name in known:
+    """The metric of a name, which may end in what was done: ``mrr_binary``, ``mrr_d_over_4``; KeyError for another one."""
+    known, found = known_metrics(), _VARIANT.fullmatch(name)
+    if name in known or found is None:
         return known[name]
-    found = _VARIANT.fullmatch(name)
-    if found is None:
-        raise KeyError(name)
     base, code, divisor = found.groups()
     how = f"{code} codes" if code else f"first d/{divisor} dimensions" if divisor else "fused with words"
     return replace(known[base], title=f"{known[base].title}, {how}")
