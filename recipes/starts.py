@@ -5,12 +5,13 @@
     python recipes/starts.py --domain mtsamples --data DATA --start FOLDER --work FOLDER --report
 
 Every method trains from the same start on the same training notes for the updates of `CONTRASTIVE`: `adapted` as
-`densefeat pretrain` does by itself; `adjacent`, `halves` and `both` are that on these pairs; the peers are InfoNCE,
-unsupervised SimCSE, TSDAE (sentence-transformers'), masked-language modelling, whose new head is first trained alone, and
-MOSAIC, masked-language modelling and InfoNCE at once. The weights are then turned back to each share of the way and
-measured: similarity on test and validation notes (the tasks of `compare.py`, as the embeddings are), and without labels
-the ranks at which validation notes find their pairs. Kept in --work: `METHOD-SEED`, a sentence-transformers folder, and
-`METHOD-SEED-SHARE.npz`; what is there is not made again.
+`densefeat pretrain` does by itself; `adjacent`, `halves` and `both` are that on these pairs, `joint` is that beside
+masked-language modelling. The peers are InfoNCE, unsupervised SimCSE, TSDAE (sentence-transformers'), masked-language
+modelling, whose new head is first trained alone, and MOSAIC, masked-language modelling and InfoNCE at once.
+
+The weights are then turned back to each share of the way and measured: similarity on test and validation notes (the tasks
+of `compare.py`, as the embeddings are), and without labels the ranks at which validation notes find their pairs. Kept in
+--work: `METHOD-SEED`, a sentence-transformers folder, and `METHOD-SEED-SHARE.npz`; what is there is not made again.
 """
 
 import argparse
@@ -56,6 +57,7 @@ METHODS = {
     "adjacent": {"pairs": ["adjacent"]},
     "halves": {"pairs": ["halves"]},
     "both": {"pairs": ["adjacent", "halves"]},
+    "joint": {"mlm_weight": 1.0},
     "infonce": PEER,
     "simcse": PEER,
     "tsdae": PEER,
