@@ -88,8 +88,7 @@ def damage(folder: Path) -> str | None:
 
 def other_run(folder: Path, run: Mapping[str, Any] | None = None) -> str | None:
     """What tells the run that wrote a checkpoint from this one, "of another run (seed 42, here 7)"; None for this run."""
-    wrote = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("run", {})
-    here = json.loads(json.dumps(dict(run or {})))
+    wrote, here = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("run", {}), run or {}
     differing = [
         f"{name} {wrote[name]}, here {here[name]}" for name in wrote if here.get(name, wrote[name]) != wrote[name]
     ]

@@ -52,16 +52,6 @@ def check_objective(objective: Objective, model, args: DenseTrainingArguments) -
         )
 
 
-def check_sharding(model) -> None:
-    """Refuse a shared parameter, which would be in two groups of FSDP2; tied embeddings are known to accelerate."""
-    for shared in find_tied_parameters(model):
-        if model.get_parameter(shared[0]) is not model.get_input_embeddings().weight:
-            raise ValueError(
-                f"FSDP2 cannot shard {type(model).__name__}: {' and '.join(shared)} are one parameter. Train it without "
-                "FSDP (one whole model a GPU), or take a family without shared biases, such as ModernBERT."
-            )
-
-
 def check_subspace(pairs: float, batch: int, d: int, objective: Objective) -> None:
     """Refuse a subspace dimension above the rank that the samples behind a covariance can have."""
     window = d if objective.window == "auto" else float(objective.window or 0)
@@ -98,8 +88,13 @@ def check_run(trainer: Any) -> None:
         raise ValueError(
             "What an objective trains along is not sharded: leave the expander or FSDP and DeepSpeed out."
         )
-    if trainer.is_fsdp_enabled:
-        check_sharding(model)
+    for shared in find_tied_parameters(model) if trainer.is_fsdp_enabled else ():
+        # tied embeddings are known to accelerate; another shared parameter would be in two groups of FSDP2
+        if model.get_parameter(shared[0]) is not model.get_input_embeddings().weight:
+            raise ValueError(
+                f"FSDP2 cannot shard {type(model).__name__}: {' and '.join(shared)} are one parameter. Train it without "
+                "FSDP (one whole model a GPU), or take a family without shared biases, such as ModernBERT."
+            )
     streamed = isinstance(trainer.train_dataset, IterableDataset)
     if streamed and not isinstance(trainer.processor, StreamProcessor):
         raise ValueError(

@@ -57,11 +57,7 @@ def prepare_tokenizer(processing_class: Any, model: Any) -> Any:
 
 
 def pair_processor(processing_class: Any, model: Any, args: DenseTrainingArguments) -> PairProcessor:
-    """A tokenizer wrapped for texts, or the processor itself of another kind of input.
-
-    Raises:
-        ValueError: for what is neither.
-    """
+    """A tokenizer wrapped for texts, or the processor itself of another kind of input; ValueError for what is neither."""
     if isinstance(processing_class, PreTrainedTokenizerBase):
         return TextProcessor(
             processing_class,
