@@ -161,16 +161,17 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     source = str(settings.model or settings.config_name)
     with loading(settings.tokenizer_name or source):  # first: a name that is wrong is said before the notes are read
         tokenizer = load_tokenizer(settings.tokenizer_name or source)
+    with loading(source):
+        contrastive = bool(settings.model) and trained_for_similarity(source)
+    if contrastive:
+        say(args, line("start", take_defaults(settings, args)))
     with args.main_process_first(desc="reading notes"):
         notes = settings.read()
     read = str(notes.info.description).split("; ")[0]  # the rest has just been said in warnings
     say(args, line("notes", read), line("", describe_notes(notes)))
     pair_notes(notes, args.pairs, max_gap=args.max_gap)  # refuses notes without any, before a split of them is blamed
     with loading(source):
-        contrastive = bool(settings.model) and trained_for_similarity(source)
         model, new = load_model(settings, args)
-    if contrastive:
-        say(args, line("start", take_defaults(settings, args)))
     validated = args.eval_strategy != "no" or settings.share == "auto" or settings.probe
     need = ("train", "validation", "test") if validated else ("train", "test")
     allow = settings.allow_trained
@@ -187,7 +188,7 @@ def prepare(settings: Settings, args: DenseTrainingArguments) -> tuple[DenseTrai
     seed, most = args.seed, settings.max_measured_notes
     probed = {name: sample(part, most // 3, seed) for name, part in parts.items()}
     held_out = sample(parts["test"], most // 2, seed)
-    how: dict[str, Any] = {"kinds": args.pairs, "k": args.subspace_dim, "seed": seed}
+    how: dict[str, Any] = {"kinds": args.pairs[:1], "k": args.subspace_dim, "seed": seed}
     how |= {"record": record, "allow_trained": allow, "words": partial(words_of, parts["train"], model, tokenizer)}
     measure = Measurement(held_out, similarity=settings.similarity, tasks=parse_tasks(settings.probe, probed), **how)
     validation = parts["validation"] if args.eval_strategy != "no" else None
@@ -215,7 +216,7 @@ def take_defaults(settings: Settings, args: DenseTrainingArguments) -> str:
     for name, value in chosen.items():
         setattr(args, name, value)
     settings.share = settings.share or "auto"
-    words = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
+    words = ", ".join(f"{name} {' '.join(v) if isinstance(v, list) else f'{v:g}'}" for name, v in chosen.items())
     return f"trained for similarity, so by default {words}, share {settings.share}"
 
 

@@ -105,7 +105,7 @@ def pair_notes(
       crops of Contriever (Izacard et al., 2022) pair two spans of one text. Here no two spans share a token.
 
     Sections and halves need no second note of a patient, and are of one matter even where adjacent notes share nothing
-    but their author. Several kinds give the pairs of each, as many as there are.
+    but their author. Several kinds give the pairs of each, as many as there are, none of some kinds included.
 
     Args:
         notes: What `load_notes` returns.
@@ -128,8 +128,10 @@ def pair_notes(
     tables, sides, removed, counts, whole = list[datasets.Dataset](), list[np.ndarray](), dict[str, int](), {}, {}
     for kind in kinds:
         if kind == "adjacent":
-            table, found = plain, adjacent_pairs(notes, max_gap=max_gap, same=same)
-            removed, made = found.removed, np.stack([found.earlier, found.later, found.patient])
+            table, made = plain, np.empty((3, 0), dtype=np.int64)
+            if patient.max(initial=-1) + 1 < len(notes):  # else every patient has one note, and the spans may serve
+                found = adjacent_pairs(notes, max_gap=max_gap, same=same)
+                removed, made = found.removed, np.stack([found.earlier, found.later, found.patient])
         else:
             options = {"batched": True, "with_indices": True, "features": features, "desc": f"Cutting {kind}"}
             table = plain.map(_cut, fn_kwargs={"kind": kind}, **options)

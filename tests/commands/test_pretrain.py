@@ -268,9 +268,10 @@ def test_a_start_that_was_trained_for_similarity(run, tokenizer, table, tmp_path
     modules = [Transformer(str(tmp_path / "bare"))]
     modules += [Pooling(modules[0].get_embedding_dimension(), pooling_mode="mean"), Normalize()]
     SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "similar"))
-    out = run("--notes", table, "--model", tmp_path / "similar", "--pairs", "adjacent", "halves", *SMALL)
+    out = run("--notes", table, "--model", tmp_path / "similar", *SMALL)
     for words in (
         "trained for similarity",
+        "pairs adjacent halves",
         "0 mlm_loss + 3 (",
         "3.33333 anchor",
         "trained 3 updates",

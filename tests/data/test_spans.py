@@ -68,7 +68,15 @@ def test_first_notes_that_cannot_be_cut_do_not_decide_the_types():
     assert (len(table), len(pairs), pairs.whole) == (2, 1, {"halves": 1000})
 
 
+def test_patients_of_one_note_are_paired_by_its_spans():
+    """Adjacent notes beside another kind may be none."""
+    pairs = pair_notes(notes_of([SENTENCES, SENTENCES.upper()], patients="ab"), ["adjacent", "halves"])[1]
+    assert pairs.kinds == {"adjacent": 0, "halves": 2}
+
+
 def test_refusals():
+    with pytest.raises(ValueError, match=r"No pair of adjacent or halves in 2 notes.*in another way: sections"):
+        pair_notes(notes_of(["a", "b"], patients="ab"), ["adjacent", "halves"])
     with pytest.raises(ValueError, match="one or several of adjacent, sections, halves, but got 'thirds'"):
         pair_notes(notes_of(["a"]), "thirds")
     with pytest.raises(ValueError, match=r"No pair of sections or halves in 2 notes.*in another way: adjacent"):
