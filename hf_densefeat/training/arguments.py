@@ -19,7 +19,7 @@ from hf_densefeat.training.options import option
 
 # What a contrastive start is trained with, where nothing else is said: an anchor to what it knows of unrelated notes, both
 # kinds of pairs, which gain on three domains where each alone does not on one (`recipes/results/minilm.md`), and no language
-# modelling, which takes a fifth to two fifths of what is gained (`recipes/results/mtsamples.md`, `findings.md`).
+# modelling, which takes up to two fifths of what is gained (`recipes/results/mtsamples.md`, `findings.md`).
 CONTRASTIVE: dict[str, Any] = {
     "pairs": ["adjacent", "halves"],
     "mlm_weight": 0.0,
