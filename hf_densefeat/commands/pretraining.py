@@ -54,6 +54,7 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
     set_seed(args.seed)
     use_every_core(args)
     transformers_logging.disable_progress_bar()  # of files read and written, which are there at once
+    transformers_logging.get_logger("transformers.modeling_utils").setLevel("ERROR")  # a new head is said here
     if not args.should_save or not sys.stderr.isatty():  # no frames of a bar in a log file
         disable_progress_bars()
         args.disable_tqdm = True

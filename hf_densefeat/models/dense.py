@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_densefeat.models.encoding import Rows, capturing, evaluating, pooled_texts, token_rows
-from hf_densefeat.models.families import auto_class, check_family, language_modeling_of, positions_of
+from hf_densefeat.models.families import auto_class, check_family, check_weights, language_modeling_of, positions_of
 from hf_densefeat.models.head import VIEWS, DenseHead
 from hf_densefeat.models.modules import SentenceModule, through
 from hf_densefeat.models.pooling import POOLINGS, pool, without_prompt
@@ -328,16 +328,20 @@ class AutoDenseModel:
             pooling: a name of `POOLINGS`; None for what the checkpoint says, else "mean" ("last" for decoders).
             max_length: tokens of a note that the embedding sees; None for what the checkpoint says.
             kwargs: passed on.
+
+        Raises:
+            ValueError: for a checkpoint without some weights of the encoder.
         """
         kwargs.setdefault("dtype", torch.float32)
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         folder = read_folder(name_or_path, hub)
         config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
-        loaded = auto_class(config).from_pretrained(name_or_path, **kwargs)
-        loaded, *info = loaded if kwargs.get("output_loading_info") else (loaded,)
+        asked = kwargs.pop("output_loading_info", False)
+        loaded, info = auto_class(config).from_pretrained(name_or_path, output_loading_info=True, **kwargs)
         model: Any = as_dense(loaded, pooling=pooling or folder.pooling, max_length=max_length or folder.max_length)
+        check_weights(model, info["missing_keys"], name_or_path)
         model.sentence, model.views = folder.settings, folder.views
-        return (model, *info) if info else model
+        return (model, info) if asked else model
 
     @classmethod
     def from_config(cls, config, *, pooling: str | None = None, max_length: int | None = None, **kwargs):

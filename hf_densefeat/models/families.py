@@ -1,6 +1,7 @@
 """Which class opens a checkpoint, and families that are refused: without an embedding, or whose folder nobody could open."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import transformers
@@ -48,6 +49,17 @@ def positions_of(model: Any) -> int | None:
         positions -= padding + 1
     # XLNet says -1 for no limit
     return positions if positions and positions > 0 else None
+
+
+def check_weights(model: PreTrainedModel, missing: Iterable[str], source: str) -> None:
+    """ValueError for weights of the encoder that its checkpoint does not have; the head may be new, the pooler is not used."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    random = sorted(name for name in missing if name.startswith(prefix) and "pooler" not in name)
+    if random:
+        raise ValueError(
+            f"{len(random):,} weights of the encoder, such as {random[0]}, are not in the checkpoint {source!r} and would be "
+            f"random: is it one of another architecture than {type(model).__name__}?"
+        )
 
 
 def check_family(model: PreTrainedModel) -> None:

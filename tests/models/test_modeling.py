@@ -160,6 +160,17 @@ def test_from_pretrained_takes_what_the_auto_class_takes(tokenizer, tmp_path):
     assert z.isfinite().all()
 
 
+@pytest.mark.parametrize("part", ["model", "base_model"])
+def test_a_checkpoint_without_weights_of_the_encoder_is_refused(part, tokenizer, tmp_path):
+    """They would be random; those of the head may be, and the pooler's are not used."""
+    model = make_model("bert", tokenizer)
+    saved = model if part == "model" else model.base_model
+    weights = {name: value.clone() for name, value in saved.state_dict().items() if "layer.1.output.dense" not in name}
+    saved.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"2 weights of the encoder, such as bert\.encoder\.layer\.1\.output.*Masked"):
+        AutoDenseModel.from_pretrained(str(tmp_path))
+
+
 # ---- encode ----
 
 
