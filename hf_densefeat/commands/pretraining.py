@@ -54,7 +54,6 @@ def run(settings: Settings, args: DenseTrainingArguments) -> None:
     set_seed(args.seed)
     use_every_core(args)
     transformers_logging.disable_progress_bar()  # of files read and written, which are there at once
-    transformers_logging.get_logger("transformers.modeling_utils").setLevel("ERROR")  # a new head is said here
     if not args.should_save or not sys.stderr.isatty():  # no frames of a bar in a log file
         disable_progress_bars()
         args.disable_tqdm = True
@@ -226,7 +225,10 @@ def load_model(settings: Settings, args: DenseTrainingArguments) -> tuple[Any, s
     if not settings.model:
         config = AutoConfig.from_pretrained(str(settings.config_name))
         return AutoDenseModel.from_config(config, pooling=args.pooling), set()
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it calls a checkpoint without a head corrupted; `train` says it is new
     model, loading = AutoDenseModel.from_pretrained(settings.model, pooling=args.pooling, output_loading_info=True)
+    transformers_logging.set_verbosity(said)
     return model, {name for name in loading["missing_keys"] if not name.startswith(f"{model.base_model_prefix}.")}
 
 
