@@ -17,8 +17,8 @@ from hf_densefeat.objective.objective import DenseObjective
 from hf_densefeat.objective.statistics import Term
 from hf_densefeat.training.options import option
 
-# What a contrastive start is trained with, where nothing else is said: an anchor to what it knows of unrelated notes, both
-# kinds of pairs, which gain on three domains where each alone does not on one (`recipes/results/minilm.md`), and no language
+# What a contrastive start is trained with, where nothing else is said: an anchor to what it knows of unrelated notes, two
+# kinds of pairs, which together lose content on none of three domains (`recipes/results/minilm.md`), and no language
 # modelling, which takes up to two fifths of what is gained (`recipes/results/mtsamples.md`, `findings.md`).
 CONTRASTIVE: dict[str, Any] = {
     "pairs": ["adjacent", "halves"],
