@@ -4,10 +4,11 @@
     python recipes/starts.py --domain mtsamples --data DATA --start FOLDER --work FOLDER --methods infonce,mlm --bf16
     python recipes/starts.py --domain mtsamples --data DATA --start FOLDER --work FOLDER --report
 
-Every method trains from the same start on the same training notes for the updates of `CONTRASTIVE`: `adapted` as
-`densefeat pretrain` does by itself; `adjacent`, `halves` and `both` are that on these pairs, `joint` is that beside
-masked-language modelling. The peers are InfoNCE, unsupervised SimCSE, TSDAE (sentence-transformers'), masked-language
-modelling, whose new head is first trained alone, and MOSAIC, masked-language modelling and InfoNCE at once.
+Every method trains from the same start on the same training notes for the updates of `CONTRASTIVE`: `adapted` on the
+domain's own pairs (`PAIRS`), `adjacent`, `halves` and `both` on these, of which `both` is what `densefeat pretrain` does by
+itself; `joint` is `adapted` beside masked-language modelling. The peers are InfoNCE, unsupervised SimCSE, TSDAE
+(sentence-transformers'), masked-language modelling, whose new head is first trained alone, and MOSAIC, masked-language
+modelling and InfoNCE at once.
 
 The weights are then turned back to each share of the way and measured: similarity on test and validation notes (the tasks
 of `compare.py`, as the embeddings are), and without labels the ranks at which validation notes find their pairs. Kept in

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from hf_densefeat.data.columns import Layout
-from hf_densefeat.data.pairs import NotePairs, adjacent_pairs, pair_notes
+from hf_densefeat.data.pairs import pair_notes, pairs_if_any
 from hf_densefeat.data.readers import read_files
 from hf_densefeat.data.splits import SplitRecord
 from hf_densefeat.evaluation.geometry import geometry_report, spectrum
@@ -61,15 +61,6 @@ def sample(notes: Any, maximum: int, seed: int) -> Any:
     if len(notes) <= maximum:
         return notes
     return notes.select(rows_of_some_patients(np.asarray(notes["patient_id"]), maximum, seed))
-
-
-def pairs_if_any(notes: Any) -> NotePairs:
-    """Adjacent pairs, or none where no patient has two notes: then there is less to measure, and no mistake."""
-    patients = len(np.unique(np.asarray(notes["patient_id"])))
-    if patients < len(notes):
-        return adjacent_pairs(notes)
-    none = np.empty(0, dtype=np.int64)
-    return NotePairs(none, none, none, len(notes), patients)
 
 
 def check_probes(words: Sequence[str], option: str) -> None:

@@ -128,10 +128,8 @@ def pair_notes(
     tables, sides, removed, counts, whole = list[datasets.Dataset](), list[np.ndarray](), dict[str, int](), {}, {}
     for kind in kinds:
         if kind == "adjacent":
-            table, made = plain, np.empty((3, 0), dtype=np.int64)
-            if patient.max(initial=-1) + 1 < len(notes):  # else every patient has one note, and the spans may serve
-                found = adjacent_pairs(notes, max_gap=max_gap, same=same)
-                removed, made = found.removed, np.stack([found.earlier, found.later, found.patient])
+            table, found = plain, pairs_if_any(notes, max_gap=max_gap, same=same)  # without any the spans may serve
+            removed, made = found.removed, np.stack([found.earlier, found.later, found.patient])
         else:
             options = {"batched": True, "with_indices": True, "features": features, "desc": f"Cutting {kind}"}
             table = plain.map(_cut, fn_kwargs={"kind": kind}, **options)
@@ -250,6 +248,15 @@ def adjacent_pairs(
             "add notes, or, where patients have one note each, pair its sections or halves: `pairs` (`pair_notes`)."
         )
     return pairs
+
+
+def pairs_if_any(notes: datasets.Dataset, **filters: Any) -> NotePairs:
+    """`adjacent_pairs`, or none where every patient has one note; ValueError still where filters leave none."""
+    patients = len(np.unique(dense_codes(notes, "patient_id")))
+    if patients < len(notes):
+        return adjacent_pairs(notes, **filters)
+    none = np.empty(0, dtype=np.int64)
+    return NotePairs(none, none, none, len(notes), patients)
 
 
 def _overlap(notes: datasets.Dataset, earlier: np.ndarray, later: np.ndarray) -> np.ndarray:
